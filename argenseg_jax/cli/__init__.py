@@ -1,0 +1,1 @@
+"""Commands: one module per command, flags in, one JSON line out."""

@@ -1,0 +1,5 @@
+"""The error a user can mend: the command line prints it as one line and exits with code 2."""
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: the file, key, line or shape at fault, and what to do."""

@@ -1,0 +1,1 @@
+"""Training: optimizers, losses, the step and the only loop."""
