@@ -1,0 +1,102 @@
+"""What commands share: flags, the choice of devices, progress on stderr, the result on stdout."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from argenseg_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("cpu_devices", 0, "Number of devices that the CPU is split into; 0 takes the "
+                     "product of the config's mesh. Two devices use two cores better than one "
+                     "device with two threads.", lower_bound=0)
+flags.DEFINE_bool("distributed", False, "Join the other hosts of a pod or cluster "
+                  "(jax.distributed.initialize).")
+flags.DEFINE_bool("debug", False, "Print the traceback of a user error too.")
+
+
+def define_config() -> None:
+    """--config FILE.py[:arg], and --config.a.b=value for each of its keys (the config is locked)."""
+    config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/nano.py",
+                                    lock_config=True)
+
+
+def define_workdir(text: str = "Directory of the run.") -> None:
+    """--workdir, local or gs://."""
+    flags.DEFINE_string("workdir", None, text)
+
+
+def define_checkpoint(default: str | None = None) -> None:
+    """--checkpoint: an Orbax step, a workdir, an HF folder, or `nano` for the shipped model."""
+    flags.DEFINE_string("checkpoint", default, "Orbax step, workdir, HF folder, or the word 'nano'.")
+
+
+def parse_flags(command: str, args: Sequence[str]) -> None:
+    """Reads the command line into FLAGS; whatever is wrong with it becomes one UserError."""
+    for flag, value in zip(args, [*args[1:], ""]):
+        name, _, inline = flag.partition("=")
+        if name.lstrip("-") == "config":
+            _find_config((inline or value).partition(":")[0])
+    try:
+        rest = FLAGS([command, *args])[1:]
+    except (KeyError, AttributeError) as error:  # ml_collections: an override of no key
+        text = re.sub(r"\\n|[\\\"]|^'|'$", " ", str(error.args[0]))
+        raise UserError(f"unknown config key: {text}") from error
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        cause = error  # an exception inside the config file arrives wrapped, traceback and all
+        while "raceback" in str(cause) and (cause.__cause__ or cause.__context__):
+            cause = cause.__cause__ or cause.__context__
+        raise UserError(str(cause)) from error
+    if rest:
+        raise UserError(f"unexpected argument '{rest[0]}'; flags are written --name=value")
+
+
+def _find_config(path: str) -> None:
+    """Checks that the config file is there, and lets it import its neighbours (`configs.common`)."""
+    if not os.path.isfile(path):
+        raise UserError(f"--config: there is no file '{path}'")
+    root = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+    if root not in sys.path:
+        sys.path.insert(0, root)
+
+
+def require(*names: str) -> None:
+    """Raises a UserError unless each of these flags was given."""
+    for name in names:
+        if FLAGS[name].value is None:
+            raise UserError(f"--{name} is missing")
+
+
+def setup_devices() -> None:
+    """Splits the CPU into devices and joins the cluster; comes before the first use of jax."""
+    import jax  # here, so that --help and mistyped flags answer at once
+
+    count = FLAGS.cpu_devices
+    if not count and "config" in FLAGS and FLAGS.config is not None:
+        count = 1
+        for size in FLAGS.config.get("mesh", {}).values():
+            count *= max(size, 1)
+    if count > 1:
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError:  # jax already runs in this process (tests); the mesh checks the number
+            pass
+    if FLAGS.distributed:
+        jax.distributed.initialize()
+
+
+def log(text: str) -> None:
+    """One line of progress for people, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """The command's result: one JSON line, the last one on stdout."""
+    print(json.dumps(result, allow_nan=False), flush=True)

@@ -1,0 +1,107 @@
+"""Defaults that every experiment shares, key by key; a config file starts from `base()`."""
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """`res=448,fast` -> ConfigDict(res=448, fast=True), typed like the defaults.
+
+    For `--config configs/x.py:res=448,fast`. A bare name switches a bool on; an unknown name or a
+    value of another type is a ValueError.
+    """
+    values = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        name, eq, text = item.partition("=")
+        if name not in defaults:
+            raise ValueError(f"unknown config argument '{name}'; there are {sorted(defaults)}")
+        want = type(defaults[name])
+        if not eq:
+            value = True
+        elif want is str:
+            value = text
+        else:
+            value = {"true": True, "false": False}.get(text.lower())
+            value = ast.literal_eval(text) if value is None else value
+        if want is float and type(value) is int:
+            value = float(value)
+        if type(value) is not want:
+            raise ValueError(f"config argument '{item}' should be of type {want.__name__}")
+        values[name] = value
+    return ConfigDict(values)
+
+
+def optimizer(**changes: Any) -> dict[str, Any]:
+    """The keys that `train.optim` reads: all of `optim`, and part of `vqvae`."""
+    return {
+        "name": "adamw",        # adamw | muon (hidden matrices by Muon, everything else by AdamW)
+        "lr": 4e-5,             # peak learning rate (of Muon, where name is muon)
+        "adam_lr": 0.0,         # muon: peak learning rate of the AdamW part; 0 = lr
+        "schedule": "cosine",   # cosine | constant | wsd (warm-up, stable, linear decay)
+        "warmup": 0.03,         # below 1: share of the steps, otherwise a number of steps
+        "decay": 0.2,           # wsd: length of the final decay, like warmup
+        "final": 0.0,           # cosine, wsd: last learning rate / lr
+        "b1": 0.9,              # AdamW: first moment
+        "b2": 0.999,            # AdamW: second moment
+        "eps": 1e-8,            # AdamW: added to the root of the second moment
+        "momentum": 0.95,       # Muon: Nesterov momentum
+        "matrices": (r".*/layers/.*/kernel", r"connector/.*/kernel"),  # params for Muon
+        "weight_decay": 0.05,   # decoupled; on kernels and embeddings only
+        "clip": 1.0,            # global gradient norm; 0 = no clipping
+        "freeze": (),           # path regexes of params that stay as they are
+        "groups": ((".*", 1.0),),  # (path regex, learning-rate multiplier), first match wins
+        "ema": 0.0,             # decay of the averaged weights that evaluation uses; 0 = none
+        **changes,
+    }
+
+
+def base() -> ConfigDict:
+    """All sections with their defaults: the paper's recipe where it has one."""
+    return ConfigDict({
+        "seed": 0,              # of initial weights, data order, dropout and token noise
+        "init_from": "",        # checkpoint for the first weights: Orbax, workdir, HF folder, nano
+        "model": {
+            "variant": "nano",  # a name of models/variants.py; overrides of its fields go beside it
+        },
+        "vqvae": {              # first phase: the mask tokenizer; 0 steps = take it from init_from
+            "steps": 0,
+            "batch": 32,        # masks per step, over all devices
+            **optimizer(lr=3e-3, weight_decay=0.0, warmup=50),
+        },
+        "data": {
+            "sources": (),      # names, `name*weight`, or paths; see data/sources.py
+            "max_tokens": 8192,  # T, length of a row; longer samples are dropped and counted
+            "image_last": False,  # move <image> behind the human text, in training and use
+            "system": None,     # system message; None = the official one, '' = none
+            "workers": 0,       # grain worker processes; 0 reads in the training process
+            "root": "",         # directory that relative paths of the sources start from
+        },
+        "optim": optimizer(freeze=(r"vision/.*",)),
+        "mesh": {               # devices along each axis; -1 = all that are left
+            "dcn_data": 1,      # data-parallel slices, joined by the data-centre network
+            "data": -1,         # data-parallel replicas inside a slice
+            "fsdp": 1,          # shards of every weight, also data-parallel
+            "tensor": 1,        # heads, MLP width and vocabulary
+        },
+        "train": {
+            "steps": 1000,      # of the lm phase
+            "global_batch": 128,  # rows per step, over all devices
+            "microbatch": 0,    # rows per forward pass, over all devices; 0 = global_batch
+            "remat": "full",    # none | full | dots: what the backward pass computes again
+            "dtype": "bfloat16",  # of the computation; parameters stay float32
+            "checkpoint_every": 1000,  # steps
+            "keep": 2,          # checkpoints kept, the newest ones
+            "log_every": 50,    # steps per line of metrics.jsonl
+            "sample_every": 0,  # steps per picture in samples/; 0 = none
+        },
+        "decode": {
+            "max_text_tokens": 64,  # per answer, codes not counted
+        },
+        "eval": {
+            "prompt": "semantic",  # name of the prompt template
+            "masks": "first",   # first | union: which masks of an answer are scored
+        },
+    })
