@@ -1,0 +1,112 @@
+"""THE table of model sizes, and `build`: a config's `model` section -> an ARGenSeg module.
+
+A variant is a nested dict whose inner dicts hold fields of the modules of the same name. The sizes
+of the released models follow their published config.json files.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from argenseg_jax.errors import UserError
+from argenseg_jax.models.argenseg import ARGenSeg, VisualEmbed
+from argenseg_jax.models.connector import Connector
+from argenseg_jax.models.decoder_lm import DecoderLM
+from argenseg_jax.models.intern_vit import InternViT
+from argenseg_jax.models.vqvae import VQVAE
+from argenseg_jax.scales import PATCH_NUMS_256
+from argenseg_jax.vocab import Vocab
+
+_VIT_300M = dict(image_size=448, patch=14, width=1024, depth=24, heads=16, mlp=4096)
+_VIT_6B = dict(image_size=448, patch=14, width=3200, depth=45, heads=25, mlp=12800,
+               norm="rms_norm", qk_norm=True, qkv_bias=False)
+_VAR = dict(ch=160, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, z_channels=32, codebook_size=4096,
+            patch_nums=PATCH_NUMS_256)
+_INTERNLM2_VOCAB = dict(base=92544, eos=92542, pad=2)
+_QWEN_VOCAB = dict(base=151665, eos=151645, pad=151643)
+
+
+def _internlm2(width: int, depth: int, heads: int, mlp: int) -> dict[str, Any]:
+    return dict(width=width, depth=depth, heads=heads, kv_heads=8, head_dim=128, mlp=mlp, eps=1e-5,
+                rope_theta=1e6, ntk_factor=2.0, max_positions=32768)
+
+
+def _qwen(width: int, depth: int, heads: int, kv_heads: int, mlp: int) -> dict[str, Any]:
+    return dict(width=width, depth=depth, heads=heads, kv_heads=kv_heads, mlp=mlp, eps=1e-6,
+                head_dim=64 if width == 896 else 128, rope_theta=1e6, qkv_bias=True)
+
+
+def _released(vision: dict, llm: dict, vocab: dict) -> dict[str, Any]:
+    return dict(image_size=448, vision=vision, connector={}, llm=llm, vqvae=_VAR, vocab=vocab)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "1b": _released(_VIT_300M, _qwen(896, 24, 14, 2, 4864), _QWEN_VOCAB),
+    "2b": _released(_VIT_300M, _internlm2(2048, 24, 16, 8192), _INTERNLM2_VOCAB),
+    "4b": _released(_VIT_300M, _qwen(2048, 36, 16, 2, 11008), _QWEN_VOCAB),
+    "8b": _released(_VIT_300M, _internlm2(4096, 32, 32, 14336), _INTERNLM2_VOCAB),
+    "26b": _released(_VIT_6B, _internlm2(6144, 48, 48, 16384), _INTERNLM2_VOCAB),
+    "38b": _released(_VIT_6B, _qwen(5120, 64, 40, 8, 27648), _QWEN_VOCAB),
+    "78b": _released(_VIT_6B, _qwen(8192, 80, 64, 8, 29568), _QWEN_VOCAB),
+    "nano": dict(
+        image_size=64,
+        vision=dict(image_size=64, patch=8, width=128, depth=2, heads=4, mlp=256, ls_init=1.0),
+        connector=dict(ratio=1.0),
+        llm=dict(width=128, depth=4, heads=4, kv_heads=4, head_dim=32, mlp=384, eps=1e-6,
+                 rope_theta=1e4, tied=True, qk_norm=True, rope_2d=True),
+        vqvae=dict(ch=64, ch_mult=(1,), num_res_blocks=2, z_channels=16, codebook_size=256,
+                   patch_nums=(1, 2, 4, 8)),
+        vocab=dict(base=512, eos=511, pad=0),
+    ),
+}
+_PARTS = dict(vision=InternViT, connector=Connector, llm=DecoderLM, vqvae=VQVAE)
+_TOP = ("image_size", "block_causal", "dtype", "remat", "unroll")
+
+
+def resolve(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """{'variant': name, overrides} -> all fields spelled out; unknown names are UserErrors."""
+    cfg = {k: (dict(v) if isinstance(v, Mapping) else v) for k, v in model_cfg.items()}
+    name = cfg.pop("variant", None)
+    if name is not None and name not in VARIANTS:
+        raise UserError(f"model.variant={name!r} is unknown; there are {', '.join(VARIANTS)}")
+    spec = copy.deepcopy(VARIANTS[name]) if name else {}
+    for key, value in cfg.items():
+        if key in _PARTS or key == "vocab":
+            fields = Vocab.__dataclass_fields__ if key == "vocab" else _PARTS[key].__dataclass_fields__
+            unknown = sorted(set(value) - set(fields))
+            if unknown:
+                raise UserError(f"model.{key}.{unknown[0]} is not a field of "
+                                f"{'Vocab' if key == 'vocab' else _PARTS[key].__name__}")
+            spec[key] = {**spec.get(key, {}), **value}
+        elif key in _TOP:
+            spec[key] = value
+        else:
+            raise UserError(f"model.{key} is unknown; there are variant, vocab, "
+                            f"{', '.join(_PARTS)}, {', '.join(_TOP)}")
+    return spec
+
+
+def build(model_cfg: Mapping[str, Any]) -> ARGenSeg:
+    """The module of a config's `model` section."""
+    spec = resolve(model_cfg)
+    dtype = jnp.dtype(spec.get("dtype", "float32"))
+    stack = dict(dtype=dtype, remat=spec.get("remat", "none"), unroll=spec.get("unroll", False))
+    parts = {key: {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in spec[key].items()}
+             for key in _PARTS}
+    quantizer = VQVAE(**parts["vqvae"])
+    vocab = Vocab(num_codes=quantizer.codebook_size, **spec["vocab"])
+    llm = DecoderLM(vocab_rows=vocab.padded_size, **parts["llm"], **stack)
+    num_codes = sum(pn * pn for pn in quantizer.patch_nums)
+    return ARGenSeg(
+        vision=InternViT(**parts["vision"], **stack),
+        connector=Connector(width=llm.width, dtype=dtype, **parts["connector"]),
+        llm=llm,
+        vqvae=quantizer,
+        visual=VisualEmbed(llm.width, quantizer.z_channels, len(quantizer.patch_nums), num_codes, dtype),
+        vocab=vocab,
+        image_size=spec["image_size"],
+        block_causal=spec.get("block_causal", False),
+    )
