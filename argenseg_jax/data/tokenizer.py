@@ -1,0 +1,280 @@
+"""Text <-> ids for sentencepiece (InternLM2) and `tokenizers` (Qwen2.5, nano) vocabularies.
+
+Control tokens are ids, never spellings: a control token that somebody writes out in a text is encoded
+as the characters it consists of, so no text can open a turn, an image or a mask.
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import sentencepiece
+import tokenizers
+from etils import epath
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from argenseg_jax import vocab as vocab_lib
+from argenseg_jax.errors import UserError
+
+Part = str | int  # a text to be encoded, or the id of a control token
+# Harmless markup that may be written in a text: it neither opens nor closes anything by itself.
+MARKUP = tuple(t for t in vocab_lib.SPECIAL_TOKENS if re.fullmatch(r"</?(quad|ref|box|mask)>", t))
+_CODE_WORD = r"<visual token \d{6}>"
+_QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+class _SentencePiece:
+    """A sentencepiece model with added words, as the official slow tokenizer sees it."""
+
+    def __init__(self, proto: bytes, added: dict[str, int]):
+        self.proto, self.added = proto, dict(added)
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self.bos = self.model.bos_id() if self.model.bos_id() >= 0 else None
+        self.pad = self.model.eos_id() if self.model.eos_id() >= 0 else None
+
+    def id(self, word: str) -> int | None:
+        return self.added.get(word)
+
+    def add(self, words: Sequence[str]) -> None:
+        start = max([self.model.get_piece_size() - 1, *self.added.values()]) + 1
+        self.added.update({word: start + k for k, word in enumerate(words)})
+
+    def control(self) -> dict[str, int]:
+        # An added word may share its id with a piece that has another spelling ([UNUSED_TOKEN_145]).
+        aliases = {self.model.id_to_piece(i): i for i in self.added.values()
+                   if i < self.model.get_piece_size()}
+        ends = {self.model.id_to_piece(i): i for i in (self.bos, self.pad) if i is not None}
+        return {**ends, **aliases, **self.added}
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode([i for i in ids if i < self.model.get_piece_size()])
+
+    def files(self) -> dict[str, bytes]:
+        config = {"tokenizer_class": "InternLM2Tokenizer", "eos_token": "</s>", "pad_token": "</s>",
+                  "bos_token": "<s>", "added_tokens_decoder": {
+                      str(i): {"content": w, "special": True} for w, i in self.added.items()}}
+        return {"tokenizer.model": self.proto, "added_tokens.json": _json(self.added),
+                "tokenizer_config.json": _json(config)}
+
+
+class _Fast:
+    """A `tokenizers` vocabulary (byte-level BPE)."""
+
+    bos = None
+
+    def __init__(self, model: tokenizers.Tokenizer):
+        self.model = model
+        self.model.no_truncation()
+        self.model.no_padding()
+        self.pad = model.token_to_id("<|endoftext|>")
+
+    def id(self, word: str) -> int | None:
+        return self.model.token_to_id(word)
+
+    def add(self, words: Sequence[str]) -> None:
+        self.model.add_special_tokens(list(words))
+
+    def control(self) -> dict[str, int]:
+        return {t.content: i for i, t in self.model.get_added_tokens_decoder().items() if t.special}
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids, skip_special_tokens=False)
+
+    def files(self) -> dict[str, bytes]:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": vocab_lib.IM_END,
+                  "pad_token": vocab_lib.IM_END, "clean_up_tokenization_spaces": False}
+        return {"tokenizer.json": self.model.to_str(pretty=True).encode(),
+                "tokenizer_config.json": _json(config)}
+
+
+class Tokenizer:
+    """The extended vocabulary of one model: text, control tokens and code words.
+
+    Attributes:
+      vocab: ids of the special tokens and codes.
+      bos: id that opens every sequence (InternLM2: 1), or None.
+      im_start: id of `<|im_start|>`.
+    """
+
+    def __init__(self, backend: _SentencePiece | _Fast, num_codes: int | None = None):
+        """Adds what the vocabulary lacks, in the official order (turn marks, special tokens, codes).
+
+        Args:
+          backend: the wrapped vocabulary; it is extended in place.
+          num_codes: size of the codebook; None reads it from the vocabulary.
+
+        Raises:
+          UserError: when the codes are neither there nor asked for, or the ids are out of order.
+        """
+        known = sum(re.fullmatch(_CODE_WORD, word) is not None for word in backend.control())
+        if num_codes is None and not known:
+            raise UserError("the tokenizer has no <visual token ...> words: say how many codes to add")
+        if known and num_codes not in (None, known):
+            raise UserError(f"the tokenizer has {known} code words, the model needs {num_codes}")
+        num_codes = num_codes or known
+        words = [vocab_lib.IM_END, vocab_lib.IM_START, *vocab_lib.SPECIAL_TOKENS,
+                 *map(vocab_lib.visual_token, range(num_codes))]
+        missing = [word for word in words if backend.id(word) is None]
+        if missing:
+            backend.add(missing)
+        ids = [backend.id(word) for word in words[2:]]
+        if ids != list(range(ids[0], ids[0] + len(ids))):
+            raise UserError("the tokenizer's special tokens and codes are not consecutive in the "
+                            f"official order {' '.join(vocab_lib.SPECIAL_TOKENS)} <visual token ...>")
+        eos = backend.id(vocab_lib.IM_END)
+        self.vocab = vocab_lib.Vocab(base=ids[0], num_codes=num_codes, eos=eos,
+                                     pad=eos if backend.pad is None else backend.pad)
+        self.bos, self.im_start = backend.bos, backend.id(vocab_lib.IM_START)
+        self._backend = backend
+        control = {**backend.control(), **{word: backend.id(word) for word in words}}
+        self._skipped = frozenset(control.values())
+        spellings = [re.escape(word) for word in control if not re.fullmatch(_CODE_WORD, word)]
+        self._control = re.compile("|".join([_CODE_WORD, *spellings]))
+        self._markup = re.compile("(" + "|".join(map(re.escape, MARKUP)) + ")")
+
+    @classmethod
+    def load(cls, path, num_codes: int | None = None) -> Tokenizer:
+        """Reads a HF folder, a `tokenizer.model` or a `tokenizer.json`; see __init__ for num_codes."""
+        path = epath.Path(path)
+        folder = path if path.is_dir() else path.parent
+        if path.is_dir():
+            found = [n for n in ("tokenizer.model", "tokenizer.json", "vocab.json")
+                     if (folder / n).exists()]
+            if not found:
+                raise UserError(f"{path}: no tokenizer.model, tokenizer.json or vocab.json in this folder")
+            path = folder / found[0]
+        elif not path.exists():
+            raise UserError(f"{path}: no such tokenizer file")
+        try:
+            return cls(_open(path, folder), num_codes)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except Exception as error:  # the two libraries raise bare Exception and RuntimeError
+            raise UserError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:120]})") from error
+
+    def save(self, folder) -> None:
+        """Writes the files that `load` reads, each in one step."""
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self._backend.files().items():
+            part = folder / f".{name}.part"
+            part.write_bytes(content)
+            part.replace(folder / name)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text, without bos. Control tokens written out in it stay plain characters."""
+        return [i for chunk in self._harmless(text) for i in self._backend.encode(chunk)]
+
+    def encode(self, parts: Iterable[Part]) -> list[int]:
+        """Ids of a piece: control ids pass, and the texts between them are each encoded as one text.
+
+        `<ref>`, `<box>`, `<quad>` and `<mask>` written in a text become their own (inert) tokens, as
+        in the official tokenizer.
+        """
+        ids: list[int] = []
+        text = ""
+        for part in [*parts, None]:
+            if isinstance(part, str):
+                text += part  # joined first: a byte pair may span two parts
+                continue
+            for k, chunk in enumerate(self._markup.split(text)):
+                ids += [self._backend.id(chunk)] if k % 2 else self.encode_text(chunk)
+            text = ""
+            if part is not None:
+                ids.append(part)
+        return ids
+
+    def decode(self, ids: Iterable[int], mask: str = "") -> str:
+        """Text of ids; control tokens and codes are left out, each `<ge_start>` becomes `mask`."""
+        ids, runs = [int(i) for i in ids], [[]]
+        for i in ids:
+            if i == self.vocab.ge_start and mask:
+                runs.append([])
+            elif i not in self._skipped and 0 <= i < self.vocab.size:
+                runs[-1].append(i)
+        return mask.join(self._backend.decode(run) for run in runs)
+
+    def _harmless(self, text: str) -> Iterator[str]:
+        """Cuts every spelled-out control token behind its first character."""
+        start = 0
+        for found in self._control.finditer(text):
+            yield text[start:found.start() + 1]
+            start = found.start() + 1
+        if text[start:]:
+            yield text[start:]
+
+
+def _open(path: epath.Path, folder: epath.Path) -> _SentencePiece | _Fast:
+    """Picks the library by the file's name; `folder` holds the lists of added words, if any."""
+    def read(name):
+        file = folder / name
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    if path.name == "vocab.json":
+        return _qwen(read("vocab.json"), (folder / "merges.txt").read_text(), read("added_tokens.json"))
+    if path.suffix == ".json":
+        return _Fast(tokenizers.Tokenizer.from_str(path.read_text()))
+    listed = read("tokenizer_config.json").get("added_tokens_decoder", {})
+    added = {word["content"]: int(i) for i, word in listed.items()} | read("added_tokens.json")
+    proto = path.read_bytes()
+    plain = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    ends = {plain.id_to_piece(i) for i in (plain.unk_id(), plain.bos_id(), plain.eos_id()) if i >= 0}
+    return _SentencePiece(proto, {word: i for word, i in added.items() if word not in ends})
+
+
+def _qwen(words: dict[str, int], merges: str, added: dict[str, int]) -> _Fast:
+    """The slow Qwen2 files (vocab.json, merges.txt, added_tokens.json) as one fast tokenizer."""
+    pairs = [tuple(line.split(" ")) for line in merges.splitlines() if line and line[0] != "#"]
+    model = tokenizers.Tokenizer(models.BPE(vocab=words, merges=pairs))
+    model.normalizer = normalizers.NFC()
+    model.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(_QWEN_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    model.decoder = decoders.ByteLevel()
+    backend = _Fast(model)
+    backend.add(sorted(added, key=added.get))
+    wrong = [word for word, i in added.items() if backend.id(word) != i]
+    if wrong:
+        raise UserError(f"added_tokens.json leaves gaps: {wrong[0]} cannot get id {added[wrong[0]]}")
+    backend.pad = model.token_to_id("<|endoftext|>")
+    return backend
+
+
+def _json(value) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+_TEMPLATE_CORPUS = (
+    "user\n", "assistant\n", "system\n", "Segment the", "Sure, the segmentation result: .",
+    "Please segment the in this image.", "Please perform referring segmentation on this image.",
+    "results are: .", "Given the following instructions: ;", "Segment the in the image.")
+_CLASS_CORPUS = " sky building pole road pavement tree sign fence car pedestrian bicyclist"  # CamVid
+_GLUE_CORPUS = (" a an and are at be by can do find for from has have here how i in is it me not of on or "
+                "please show that their there these they this to was what where which who with you your "
+                "0 1 2 3 4 5 6 7 8 9")
+
+
+def nano_tokenizer(num_codes: int, corpus: Sequence[str], vocab_size: int = 512) -> Tokenizer:
+    """A deterministic byte-level BPE: 256 bytes, merges of a fixed corpus, control tokens, codes.
+
+    Args:
+      num_codes: size of the codebook.
+      corpus: phrases whose words shall be single tokens (those of the shapes grammar).
+      vocab_size: text entries; rare words are split once they run out.
+    """
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, min_frequency=1,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    texts = [_GLUE_CORPUS, *[_CLASS_CORPUS] * 20, *[*_TEMPLATE_CORPUS, *corpus] * 100]
+    model.train_from_iterator(texts, trainer=trainer)
+    return Tokenizer(_Fast(model), num_codes)
