@@ -1,0 +1,141 @@
+"""Optimizers by path regex: AdamW or Muon, schedules, clipping, weight decay, groups, freezing.
+
+Everything is decided by the parameter's path ('llm/layers/attn/q/kernel'); the keys of a config
+section are those of configs/common.py `optimizer`. Frozen parameters never reach this module's
+transformations: the step splits them off first, so they have no state and no gradient.
+"""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from argenseg_jax import trees
+from argenseg_jax.errors import UserError
+
+Schedule = Callable[[Any], Any]
+_DECAYED = (r".*/kernel", r".*/embedding")
+_MAX_REPORTED = 3
+
+
+def steps_of(amount: float, steps: int) -> int:
+    """A duration of a config: below 1 a share of `steps`, otherwise a number of steps."""
+    return round(amount * steps) if amount < 1 else int(amount)
+
+
+def schedule(cfg: Mapping[str, Any], steps: int) -> Schedule:
+    """Learning rate at each of the `steps` updates (counted from 0), after a linear warm-up."""
+    warmup = steps_of(cfg["warmup"], steps)
+    rest, last = max(steps - warmup, 1), cfg["lr"] * cfg["final"]
+    if cfg["schedule"] == "cosine":
+        body = optax.cosine_decay_schedule(cfg["lr"], rest, cfg["final"])
+    elif cfg["schedule"] == "constant":
+        body = optax.constant_schedule(cfg["lr"])
+    elif cfg["schedule"] == "wsd":
+        decay = max(min(steps_of(cfg["decay"], steps), rest), 1)
+        body = optax.linear_schedule(cfg["lr"], last, decay, rest - decay)
+    else:
+        raise UserError(f"optim.schedule='{cfg['schedule']}'; there are cosine, constant, wsd")
+    rise = lambda t: cfg["lr"] * (t + 1) / (warmup + 1)  # the first update is not wasted on lr 0
+    return optax.join_schedules([rise, body], [warmup])
+
+
+def trainable(shapes: Mapping[str, Any], freeze: Sequence[str], held: Sequence[str] = ()
+              ) -> Callable[[str], bool]:
+    """Predicate on paths: neither frozen by the config nor `held` by the task.
+
+    Raises UserError for a `freeze` pattern that matches no parameter, or if nothing is left.
+    """
+    paths = list(trees.flatten(shapes))
+    idle = [p for p in freeze if not any(re.fullmatch(p, path) for path in paths)]
+    if idle:
+        raise UserError(f"optim.freeze: '{idle[0]}' matches no parameter (paths look like "
+                        f"'{paths[0]}')")
+    patterns = (*freeze, *held)
+    if all(trees.match(patterns, path) for path in paths):
+        raise UserError("optim.freeze leaves no parameter to train")
+    return lambda path: not trees.match(patterns, path)
+
+
+def multipliers(params: Mapping[str, Any], groups: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """{path: learning-rate multiplier} by the first matching group; UserError if one has none."""
+    found = {path: next((m for p, m in groups if re.fullmatch(p, path)), None)
+             for path in trees.flatten(params)}
+    bare = [path for path, m in found.items() if m is None]
+    if bare:
+        raise UserError(f"optim.groups covers not {', '.join(bare[:_MAX_REPORTED])}"
+                        f"{' ...' if len(bare) > _MAX_REPORTED else ''}; end with ('.*', 1.0)")
+    return found
+
+
+def build(cfg: Mapping[str, Any], steps: int, params: Mapping[str, Any]
+          ) -> optax.GradientTransformation:
+    """The optimizer of one phase.
+
+    Args:
+      cfg: a section with the keys of configs/common.py `optimizer`.
+      steps: length of the phase, for the schedule.
+      params: the trainable parameters (or their shapes), nested dict.
+
+    Returns:
+      A transformation of trees shaped like `params`: clip, precondition, decay, learning rate.
+    """
+    factors = multipliers(params, cfg["groups"])
+    adam = optax.scale_by_adam(cfg["b1"], cfg["b2"], cfg["eps"])
+    if cfg["name"] == "muon":
+        is_matrix = lambda path: trees.match(cfg["matrices"], path)
+        precondition = optax.partition(
+            {"muon": scale_by_muon(cfg["momentum"]), "adam": adam},
+            trees.map_named(lambda path, _: "muon" if is_matrix(path) else "adam", params))
+        ratio = cfg["adam_lr"] / cfg["lr"] if cfg["adam_lr"] else 1.0
+        factors = {path: m if is_matrix(path) else m * ratio for path, m in factors.items()}
+    elif cfg["name"] == "adamw":
+        precondition = adam
+    else:
+        raise UserError(f"optim.name='{cfg['name']}'; there are adamw, muon")
+    decayed = trees.map_named(lambda path, _: trees.match(_DECAYED, path), params)
+    return optax.chain(
+        optax.clip_by_global_norm(cfg["clip"]) if cfg["clip"] else optax.identity(),
+        precondition,
+        optax.add_decayed_weights(cfg["weight_decay"], decayed),
+        optax.stateless(lambda updates, _: trees.map_named(
+            lambda path, u: u * factors[path], updates)),
+        optax.scale_by_learning_rate(schedule(cfg, steps)),
+    )
+
+
+def matrix_axes(path: str, rank: int) -> MuonDimensionNumbers:
+    """Which axes of a kernel are its inputs and outputs; the layer axis is neither.
+
+    q, k, v are [L, D, N, H]: one D x NH matrix a layer; o is [L, N, H, D]: one NH x D matrix.
+    """
+    first = 1 if "/layers/" in path else 0
+    if re.search(r"/attn/[qkv]/kernel$", path):
+        return MuonDimensionNumbers(first, (first + 1, first + 2))
+    if path.endswith("/attn/o/kernel"):
+        return MuonDimensionNumbers((first, first + 1), first + 2)
+    if rank != first + 2:
+        raise UserError(f"optim.matrices: '{path}' has rank {rank}; Muon takes matrices only")
+    return MuonDimensionNumbers(first, first + 1)
+
+
+def scale_by_muon(momentum: float) -> optax.GradientTransformation:
+    """Muon per layer matrix, times sqrt(max(1, outputs / inputs)) (Jordan et al., 2024)."""
+    def axes(tree: Any) -> Any:
+        # optax.partition has put empty nodes in the places of the other group: keep them.
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: matrix_axes("/".join(str(k.key) for k in path), x.ndim), tree)
+
+    def by_shape(update: jax.Array, dims: MuonDimensionNumbers) -> jax.Array:
+        inputs, outputs = (math.prod(update.shape[a] for a in np.atleast_1d(d)) for d in dims)
+        return update * math.sqrt(max(1.0, outputs / inputs))
+
+    return optax.chain(
+        optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=axes),
+        optax.stateless(lambda updates, _: jax.tree.map(by_shape, updates, axes(updates))))
