@@ -51,10 +51,14 @@ class MultiScaleQuantizer(nn.Module):
     dead_zone: float = 0.0
 
     def setup(self):
-        self.scales = Scales(tuple(self.patch_nums))
         self.codebook = self.param("codebook", _uniform_init,
                                    (self.codebook_size, self.channels), jnp.float32)
         self.phi = [nn.Conv(self.channels, (3, 3), precision=_EXACT) for _ in range(self.num_phi)]
+
+    @property
+    def scales(self) -> Scales:
+        """The token grid."""
+        return Scales(tuple(self.patch_nums))
 
     # ---- between latents and codes ---------------------------------------------------------------
 

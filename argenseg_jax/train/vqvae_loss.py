@@ -1,0 +1,91 @@
+"""Training loss of the mask VQ-VAE, with a codebook that follows the data by moving averages.
+
+The codebook takes no gradient: each code moves to the running mean of the vectors it stands for,
+and a code that stands for nothing restarts at a badly coded vector. Axes: B batch, R image side, N
+codes of an image, V codebook size, C latent channels.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from argenseg_jax.models.quantizer import Quantized
+from argenseg_jax.models.vqvae import VQVAE
+
+CODEBOOK = "quantizer/codebook"  # the leaf set directly, within the VQ-VAE's parameters
+
+
+def init_state(model: VQVAE) -> dict[str, jax.Array]:
+    """Running uses per step of each code, hits f32[V], and the sums of their vectors, f32[V,C].
+
+    All zero: the first step finds every code unused and starts it at a vector of its batch.
+    """
+    return {"hits": jnp.zeros(model.codebook_size),
+            "sums": jnp.zeros((model.codebook_size, model.z_channels))}
+
+
+def vqvae_loss(model: VQVAE, params: Any, masks: jax.Array, rng: jax.Array,
+               state: dict[str, jax.Array], *, decay: float = 0.97, min_hits: float = 0.1,
+               sharpness: float = 4.0, l2: float = 0.1, vq: float = 1.0
+               ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
+    """Loss of one batch, and what the codebook becomes after it.
+
+    Args:
+      params: the VQ-VAE's own tree.
+      masks: f32[B,R,R,3] in [-1,1].
+      rng: picks the vectors at which unused codes restart.
+      state: of init_state, or from the step before.
+      decay: of the running means. min_hits: uses per step under which a code restarts.
+      sharpness: of the sigmoid that reads a decoded grey as a probability of foreground.
+      l2, vq: weights of the squared error and of the quantizer's loss beside the cross entropy.
+
+    Returns:
+      (loss f32[], metrics, overrides {leaf name: array}, new state).
+    """
+    recon, vq_loss, quantized = model.apply({"params": params}, masks, method=VQVAE.forward_train)
+    logits, target = sharpness * recon, (masks + 1) / 2
+    bce = jnp.mean(jax.nn.softplus(logits) - target * logits)
+    mse = jnp.mean((jnp.clip(recon, -1, 1) - masks) ** 2)
+    new_codebook, new_state, usage = jax.lax.stop_gradient(
+        update_codebook(params["quantizer"]["codebook"], quantized, rng, state, decay, min_hits))
+    metrics = {"bce": bce, "mse": mse, "vq": vq_loss, "iou": batch_iou(recon, masks), **usage}
+    loss = bce + l2 * mse + vq * vq_loss
+    return loss, metrics, {CODEBOOK: new_codebook}, new_state
+
+
+def update_codebook(codebook: jax.Array, quantized: Quantized, rng: jax.Array,
+                    state: dict[str, jax.Array], decay: float, min_hits: float
+                    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+    """One step of the moving averages: (codebook f32[V,C], state, usage metrics)."""
+    size, channels = codebook.shape
+    codes, vectors = quantized.codes.reshape(-1), quantized.targets.reshape(-1, channels)
+    hits = jnp.zeros(size).at[codes].add(1.0)
+    sums = jnp.zeros((size, channels)).at[codes].add(vectors)
+    mean_hits = decay * state["hits"] + (1 - decay) * hits
+    mean_sums = decay * state["sums"] + (1 - decay) * sums
+    moved = mean_sums / jnp.maximum(mean_hits, 1e-6)[:, None]
+
+    # Restart where the error is: vectors drawn in proportion to their squared distance (k-means++),
+    # without replacement by the Gumbel trick.
+    error = jnp.sum((vectors - codebook[codes]) ** 2, axis=-1)
+    score = jnp.log(error + 1e-12) + jax.random.gumbel(rng, error.shape)
+    fresh = vectors[jax.lax.top_k(score, min(size, score.size))[1]]
+    fresh = jnp.resize(fresh, (size, channels))
+    dead = mean_hits < min_hits
+    # A restarted code gets twice the threshold, time enough to find its own vectors.
+    start = 2 * min_hits
+    new_state = {"hits": jnp.where(dead, start, mean_hits),
+                 "sums": jnp.where(dead[:, None], start * fresh, mean_sums)}
+    share = hits / hits.sum()
+    usage = {"codes_used": jnp.mean(hits > 0), "codes_restarted": jnp.mean(dead),
+             "code_entropy": -jnp.sum(share * jnp.log(share + 1e-12))}
+    return jnp.where(dead[:, None], fresh, moved), new_state, usage
+
+
+def batch_iou(recon: jax.Array, masks: jax.Array) -> jax.Array:
+    """Mean over the batch of the IoU of [B,R,R,3] grey images cut at 0; two empty masks have 1."""
+    a, b = recon.mean(-1) > 0, masks.mean(-1) > 0
+    inter, union = jnp.sum(a & b, (1, 2)), jnp.sum(a | b, (1, 2))
+    return jnp.mean(jnp.where(union > 0, inter / jnp.maximum(union, 1), 1.0))
