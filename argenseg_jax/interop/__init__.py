@@ -1,1 +1,1 @@
-"""Weights to and from PyTorch."""
+"""Weights to and from PyTorch, and the check against recordings of the reference."""
