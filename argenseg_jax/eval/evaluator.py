@@ -1,0 +1,258 @@
+"""Runs a predictor over a data source: one record per sample, scores beside those of a baseline.
+
+A baseline answers without looking at the question or the picture; a score means something only by
+its distance from it.
+"""
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import tqdm
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from argenseg_jax.data.sample import Sample
+from argenseg_jax.decode.predictor import Request, Result
+from argenseg_jax.errors import UserError
+from argenseg_jax.eval.metrics import Sums, iou
+
+PredictFn = Callable[[Sequence[Request]], Sequence[Result]]
+Baseline = Callable[[str], np.ndarray]  # question -> bool[side, side]
+SCORED = ("first", "union")
+
+
+class Source(Protocol):
+    """A random-access list of samples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What was asked, answered and scored for one sample; one line of predictions.jsonl.
+
+    Attributes:
+      index: place in the source.
+      question: the human text, without `<image>`.
+      answer: the text of the model, with `<mask>` where a mask was drawn.
+      masks: number of masks in the answer.
+      iou: of the scored mask; 1 where it and the truth are empty.
+      prediction, truth: the scored mask and the true one as COCO run lengths.
+      kind: kind of expression, where the source says so.
+      id: the sample's own id, where it has one.
+    """
+
+    index: int
+    question: str
+    answer: str
+    masks: int
+    iou: float
+    prediction: Mapping[str, Any]
+    truth: Mapping[str, Any]
+    kind: str | None = None
+    id: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Scores by name (see `Evaluator.run`), the records behind them, and a few answers by scale.
+
+    `scales` maps the index of a sample to the images f32[R, R, 3] or u8 that its first mask passed
+    through, coarse to fine.
+    """
+
+    scores: dict[str, Any]
+    records: list[Record]
+    scales: dict[int, Sequence[np.ndarray]]
+
+
+class Evaluator:
+    """Scores `predict_fn` on a source of segmentation samples.
+
+    Args:
+      predict_fn: a list of requests -> their results, masks at the size of each request's image.
+      batch: requests per call.
+      masks: which masks of an answer count: the 'first' (as in the reference) or their 'union'. The
+        same choice is applied to the truth. No mask in the answer is the empty mask.
+      baseline: question -> bool[side, side], used where a sample brings no text-blind mask of its
+        own (`meta['all_objects_mask']`); None gives such data no baseline.
+      keep_scales: of how many samples, evenly spaced, the images by scale are kept.
+    """
+
+    def __init__(self, predict_fn: PredictFn, *, batch: int = 8, masks: str = "first",
+                 baseline: Baseline | None = None, keep_scales: int = 3):
+        if masks not in SCORED:
+            raise UserError(f"eval.masks is '{masks}'; it must be one of {', '.join(SCORED)}")
+        self.predict_fn, self.batch, self.masks = predict_fn, batch, masks
+        self.baseline, self.keep_scales = baseline, keep_scales
+
+    def run(self, source: Source, limit: int = 0) -> Evaluation:
+        """Evaluates the first `limit` samples (0: all).
+
+        The scores are those of `metrics.Sums.scores`, `baseline_gIoU` and `baseline_cIoU` (None
+        without a baseline), `seconds_per_image` (of all batches but the first, which compiles,
+        where there are more), and `by_kind`: {kind: {n, gIoU}} where the samples name kinds.
+        """
+        n = min(len(source), limit) if limit else len(source)
+        if not n:
+            raise UserError("the data to evaluate holds no sample")
+        shown = set(np.linspace(0, n - 1, min(self.keep_scales, n)).astype(int).tolist())
+        pooled, blind, answered = Sums(), Sums(), 0
+        kinds: dict[str, Sums] = collections.defaultdict(Sums)
+        records, scales, times = [], {}, []
+        bar = tqdm.tqdm(total=n, unit=" samples", desc="evaluate", dynamic_ncols=True)
+        for batch in _batched(range(n), self.batch):
+            samples = [source[i] for i in batch]
+            requests = [request(s) for s in samples]
+            start = time.perf_counter()
+            results = self.predict_fn(requests)
+            times.append((time.perf_counter() - start, len(batch)))
+            for i, sample, result in zip(batch, samples, results, strict=True):
+                truth = self._truth(i, sample)
+                prediction = self._choose([np.asarray(m, bool) for m in result.masks], truth.shape)
+                one = Sums.of(prediction, truth)
+                pooled += one
+                if (kind := sample.meta.get("kind")) is not None:
+                    kinds[kind] += one
+                if (constant := self._baseline_mask(sample, truth.shape)) is not None:
+                    blind, answered = blind + Sums.of(constant, truth), answered + 1
+                records.append(Record(
+                    index=i, question=question(sample), answer=result.text,
+                    masks=len(result.masks), iou=iou(prediction, truth), kind=kind,
+                    prediction=encode_rle(prediction), truth=encode_rle(truth),
+                    id=sample.meta.get("id")))
+                if i in shown and result.scales:
+                    scales[i] = result.scales[0]
+            bar.update(len(batch))
+            bar.set_postfix(gIoU=f"{pooled.scores()['gIoU']:.3f}", refresh=False)
+        bar.close()
+        timed = times[1:] or times
+        base = blind.scores() if answered == n else {}
+        return Evaluation(
+            scores={**pooled.scores(), "baseline_gIoU": base.get("gIoU"),
+                    "baseline_cIoU": base.get("cIoU"),
+                    "seconds_per_image": sum(t for t, _ in timed) / sum(k for _, k in timed),
+                    **({"by_kind": {k: {"n": s.n, "gIoU": s.scores()["gIoU"]}
+                                    for k, s in sorted(kinds.items())}} if kinds else {})},
+            records=records, scales=scales)
+
+    def _choose(self, masks: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        """The bool[H, W] that counts among several."""
+        if not masks:
+            return np.zeros(shape, bool)
+        return masks[0] if self.masks == "first" else np.logical_or.reduce(masks)
+
+    def _truth(self, index: int, sample: Sample) -> np.ndarray:
+        """bool[H, W] at the size of the (first) image."""
+        shape = sample.images[0].shape[:2]
+        if not sample.masks:
+            raise UserError(f"sample {index} of the data to evaluate has no mask to compare with "
+                            f"({dict(sample.meta)}); leave such samples out")
+        masks = [m if m.ndim == 2 else m[..., 0] for m in sample.masks]
+        for m in masks:
+            if m.shape != shape:
+                raise UserError(f"sample {index}: the mask is {m.shape[1]}x{m.shape[0]}, but its "
+                                f"image is {shape[1]}x{shape[0]}")
+        return self._choose([m >= 128 for m in masks], shape)
+
+    def _baseline_mask(self, sample: Sample, shape: tuple[int, ...]) -> np.ndarray | None:
+        own = sample.meta.get("all_objects_mask")
+        if own is not None:
+            return np.asarray(own) > 0
+        return None if self.baseline is None else resize(self.baseline(question(sample)), shape)
+
+
+# ---------------------------------------------------------------------------- requests and records
+
+
+def request(sample: Sample) -> Request:
+    """The sample's conversation up to its first answer, as a request."""
+    turns = itertools.takewhile(lambda t: t["from"] != "gpt", sample.conversations)
+    if not sample.images:
+        raise UserError(f"a sample to evaluate has no image ({dict(sample.meta)})")
+    return Request(image=sample.images[0], conversations=[dict(t) for t in turns])
+
+
+def question(sample: Sample) -> str:
+    """The human text before the first answer, without `<image>`."""
+    turns = itertools.takewhile(lambda t: t["from"] != "gpt", sample.conversations)
+    text = " ".join(t["value"] for t in turns if t["from"] == "human")
+    return " ".join(text.replace("<image>", " ").split())
+
+
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+    """bool[H, W] -> {'size': [H, W], 'counts': str}, COCO's compressed run lengths."""
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+
+
+def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
+    """The inverse of `encode_rle`."""
+    return coco_mask.decode(dict(rle)).astype(bool)
+
+
+def resize(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """bool[h, w] -> bool[H, W], nearest neighbour."""
+    picture = Image.fromarray(mask).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
+    return np.asarray(picture, bool)
+
+
+def _batched(items: Iterable[int], size: int) -> Iterator[list[int]]:
+    it = iter(items)
+    while batch := list(itertools.islice(it, size)):
+        yield batch
+
+
+# ------------------------------------------------------------------------------------- baselines
+
+
+def constant_baseline(train: Source, side: int = 64, threshold: float = 0.2,
+                      limit: int = 2000) -> Baseline:
+    """The best constant answer per class: the mean training mask, cut at `threshold`.
+
+    A class is the set of words of a question that not every training question has ('Segment the sky
+    in the image.' -> sky). A new question gets the class with the most words that all occur in it,
+    however it is worded around them, and the mean over all classes when there is none.
+
+    Args:
+      train: the training source; at most `limit` of its samples, evenly spaced, are read.
+      side: side of the constant masks.
+    """
+    totals: dict[frozenset[str], np.ndarray] = collections.defaultdict(
+        lambda: np.zeros((side, side), np.float64))
+    counts: dict[frozenset[str], int] = collections.Counter()
+    for i in np.linspace(0, len(train) - 1, min(limit, len(train))).astype(int):
+        sample = train[int(i)]
+        if not sample.masks or sample.masks[0].ndim != 2:
+            continue
+        words = _words(question(sample))
+        totals[words] += np.asarray(Image.fromarray(sample.masks[0]).resize(
+            (side, side), Image.Resampling.BOX)) / 255
+        counts[words] += 1
+    if not totals:
+        raise UserError("the training data holds no grey mask, so there is no constant baseline")
+    common = frozenset.intersection(*totals)
+    means: dict[frozenset[str], np.ndarray] = {
+        words - common: totals[words] / counts[words] > threshold for words in totals}
+    everything = sum(totals.values()) / sum(counts.values()) > threshold
+
+    def answer(text: str) -> np.ndarray:
+        asked = _words(text)
+        fits = [words for words in means if words <= asked]
+        best = max(fits, key=lambda words: (len(words), sorted(words)), default=None)
+        return everything if best is None else means[best]
+
+    return answer
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text.lower()))

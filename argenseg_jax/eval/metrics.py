@@ -1,0 +1,85 @@
+"""Scores of referring segmentation, from integer sums that add up exactly over samples and hosts.
+
+`gIoU` is the mean of the per-sample IoU, as in the gRefCOCO and LISA papers, not the box loss of
+that name; `cIoU` is the sum of all intersections over the sum of all unions.
+"""
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+PRECISIONS = (5, 6, 7, 8, 9)  # tenths: Pr@0.5 ... Pr@0.9
+UNIT = 1 << 40  # per-sample IoU in fixed point: 2**23 samples fit an int64, in any order of adding
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Sums over samples, all integers; `a + b` pools two shares of a data set.
+
+    Attributes:
+      n: samples.
+      n_target: samples whose truth is not empty.
+      intersection, union: pixels.
+      iou: sum of IoU in units of 1/UNIT; a sample where truth and prediction are empty counts 1.
+      iou_target: the same over the samples with a target.
+      no_target_right: samples without a target for which nothing was predicted.
+      target_right: samples with a target for which something was predicted.
+      above: samples with IoU > X, for X = 0.5, 0.6, 0.7, 0.8, 0.9.
+    """
+
+    n: int = 0
+    n_target: int = 0
+    intersection: int = 0
+    union: int = 0
+    iou: int = 0
+    iou_target: int = 0
+    no_target_right: int = 0
+    target_right: int = 0
+    above: tuple[int, ...] = (0,) * len(PRECISIONS)
+
+    @classmethod
+    def of(cls, prediction: np.ndarray, truth: np.ndarray) -> Sums:
+        """One sample: bool[H, W] against bool[H, W]."""
+        if prediction.shape != truth.shape or prediction.dtype != bool or truth.dtype != bool:
+            raise ValueError("masks must be bool and alike, not "
+                             f"{prediction.dtype}{prediction.shape}, {truth.dtype}{truth.shape}")
+        intersection = int(np.count_nonzero(prediction & truth))
+        union = int(np.count_nonzero(prediction | truth))
+        target, found = bool(truth.any()), bool(prediction.any())
+        iou = intersection * UNIT // union if union else UNIT
+        return cls(
+            n=1, n_target=int(target), intersection=intersection, union=union, iou=iou,
+            iou_target=iou if target else 0, no_target_right=int(not target and not found),
+            target_right=int(target and found),
+            above=tuple(int(union == 0 or 10 * intersection > x * union) for x in PRECISIONS))
+
+    def __add__(self, other: Sums) -> Sums:
+        a, b = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Sums(*(x + y for x, y in zip(a[:-1], b[:-1])),
+                    above=tuple(x + y for x, y in zip(a[-1], b[-1])))
+
+    def scores(self) -> dict[str, float | int | None]:
+        """The published names -> values in 0..1; None where there is nothing to average.
+
+        N-acc is the share of no-target samples answered by nothing, T-acc the share of samples with
+        a target answered by something (gRefCOCO); Pr@X is the share of all samples with IoU > X.
+        """
+        return {
+            "n": self.n,
+            "cIoU": (self.intersection / self.union if self.union else 1.0) if self.n else None,
+            "gIoU": _share(self.iou, self.n * UNIT),
+            **{f"Pr@0.{x}": _share(k, self.n) for x, k in zip(PRECISIONS, self.above)},
+            "gIoU_target": _share(self.iou_target, self.n_target * UNIT),
+            "N-acc": _share(self.no_target_right, self.n - self.n_target),
+            "T-acc": _share(self.target_right, self.n_target),
+        }
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def iou(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Intersection over union of two bool[H, W]; 1 where both are empty."""
+    return Sums.of(prediction, truth).iou / UNIT

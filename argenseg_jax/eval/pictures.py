@@ -1,0 +1,76 @@
+"""Pictures for people: masks laid over images, tiles side by side, the scales of a mask."""
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+TRUTH, PREDICTION = (60, 220, 110), (255, 110, 40)  # edge colours of the two masks
+GAP = 6  # pixels between tiles, transparent
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, color: Sequence[int] = PREDICTION,
+            edge: int = 1) -> np.ndarray:
+    """u8[H, W, 3] with bool[H, W] in the light: the rest grey and dim, an edge line in `color`.
+
+    The line is `edge` pixels wide and lies inside the mask.
+    """
+    mask = np.asarray(mask, bool)
+    core = mask
+    for _ in range(edge):
+        around = np.pad(core, 1)  # a neighbour outside the picture is not part of the mask
+        core = core & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+    grey = np.mean(image, axis=-1, keepdims=True) * 0.45 + 20
+    lit = np.where(mask[..., None], image, np.broadcast_to(grey, image.shape))
+    return np.where((mask & ~core)[..., None], np.asarray(color), lit).astype(np.uint8)
+
+
+def tile(image: np.ndarray, height: int) -> Image.Image:
+    """u8[H, W] or u8[H, W, 3] at a height in pixels; enlarged pixels stay visible."""
+    h, w = image.shape[:2]
+    method = Image.Resampling.NEAREST if h < height else Image.Resampling.LANCZOS
+    return Image.fromarray(image).convert("RGB").resize(
+        (max(1, round(w * height / h)), height), method)
+
+
+def strip(images: Sequence[np.ndarray], height: int = 192) -> Image.Image:
+    """The images in a row on a transparent ground."""
+    tiles = [tile(im, height) for im in images]
+    canvas = Image.new("RGBA", (sum(t.width + GAP for t in tiles) - GAP, height))
+    left = 0
+    for t in tiles:
+        canvas.paste(t, (left, 0))
+        left += t.width + GAP
+    return canvas
+
+
+def comparison(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> Image.Image:
+    """image | truth | prediction, about 192 pixels high; a small image by a whole factor."""
+    height = min(image.shape[0] * max(1, round(192 / image.shape[0])), 256)
+    # Masks are drawn on the enlarged image, so that the edge is thin beside an object.
+    big = np.asarray(tile(image, height))
+    masks = [np.asarray(Image.fromarray(m).resize(big.shape[1::-1], Image.Resampling.NEAREST))
+             for m in (truth, prediction)]
+    return strip([big, overlay(big, masks[0], TRUTH, edge=2), overlay(big, masks[1], edge=2)],
+                 height)
+
+
+def encode_png(picture: np.ndarray | Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    buffer = io.BytesIO()
+    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def write_bytes(path: Any, data: bytes) -> None:
+    """Writes a whole file under a temporary name and renames it; makes its folder."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    part.replace(path)

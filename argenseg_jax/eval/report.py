@@ -1,0 +1,270 @@
+"""One self-contained report.html of a workdir: scores, loss curves, answers.
+
+Reads what the commands left there: `metrics.jsonl`, `config.json`, `eval/<name>/scores.json` with
+the pictures that it lists, and PNGs in `pictures/`. Whatever is absent is left out.
+"""
+from __future__ import annotations
+
+import base64
+import collections
+import html
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from argenseg_jax.eval import evaluator, pictures
+
+# Columns of the score table: key of scores.json -> heading.
+COLUMNS = {"n": "samples", "gIoU": "gIoU", "baseline_gIoU": "(baseline)", "cIoU": "cIoU",
+           "baseline_cIoU": "(baseline)", "Pr@0.5": "Pr@0.5", "Pr@0.7": "Pr@0.7",
+           "Pr@0.9": "Pr@0.9", "N-acc": "N-acc", "T-acc": "T-acc",
+           "seconds_per_image": "s / image"}
+CURVES = ("loss", "text_loss", "gen_loss")  # drawn first; other logged numbers follow
+NOT_CURVES = {"step", "seconds", "phase", "time", "samples"}
+
+
+# ---------------------------------------------------------------------- pictures of an evaluation
+
+
+def save_pictures(folder: epath.Path, source: evaluator.Source, result: evaluator.Evaluation,
+                  each: int = 4, seed: int = 0) -> list[dict[str, Any]]:
+    """Draws the best, the worst and some random answers into `folder`.
+
+    Returns one dict per answer: group ('best', 'worst', 'random' or 'scales'), file, question,
+    answer, iou, and for 'scales' the file `scales` with the mask at each scale, coarse to fine.
+    """
+    ranked = sorted(result.records, key=lambda r: (-r.iou, r.index))
+    # Empty answers to empty questions are right but show nothing: best means best drawn.
+    drawn = [r for r in ranked if evaluator.decode_rle(r.truth).any()] or ranked
+    order = np.random.default_rng(seed).permutation(len(ranked))
+    groups = {"random": [ranked[i] for i in order[:each]], "best": drawn[:each],
+              "worst": ranked[::-1][:each],
+              "scales": [r for r in result.records if r.index in result.scales]}
+    rows = []
+    for group, records in groups.items():
+        for k, r in enumerate(records):
+            row = {"group": group, "file": f"{group}_{k}.png", "question": r.question,
+                   "answer": r.answer, "iou": r.iou}
+            picture = pictures.comparison(source[r.index].images[0], evaluator.decode_rle(r.truth),
+                                          evaluator.decode_rle(r.prediction))
+            pictures.write_bytes(folder / row["file"], pictures.encode_png(picture))
+            if group == "scales":
+                row["scales"] = f"{group}_{k}_coarse_to_fine.png"
+                scales = pictures.strip(result.scales[r.index], height=96)
+                pictures.write_bytes(folder / row["scales"], pictures.encode_png(scales))
+            rows.append(row)
+    return rows
+
+
+# ------------------------------------------------------------------------------------- the report
+
+
+def write_report(workdir: Any, title: str = "ARGenSeg run") -> epath.Path:
+    """Writes `workdir`/report.html and returns its path."""
+    workdir = epath.Path(workdir)
+    evaluations = {p.parent.name: json.loads(p.read_text())
+                   for p in sorted(workdir.glob("eval/*/scores.json"))}
+    metrics = workdir / "metrics.jsonl"
+    logged = [json.loads(line) for line in metrics.read_text().splitlines()] \
+        if metrics.exists() else []
+    loose = sorted(workdir.glob("pictures/*.png"))
+    body = [f"<header><h1>{html.escape(title)}</h1><p>{_summary(workdir, logged)}</p></header>"]
+    if evaluations:
+        body += ["<section><h2>Scores</h2>", _table(evaluations), _legend(evaluations),
+                 "</section>"]
+    if logged:
+        body += ["<section><h2>Training</h2><div class=charts>", *_charts(logged),
+                 "</div></section>"]
+    for name, scores in evaluations.items():
+        body += _answers(workdir / "eval" / name / "pictures", name, scores.get("pictures", []))
+    if loose:
+        body += ["<section><h2>Pictures</h2><div class=rows>",
+                 *(f"<figure>{_img(p)}<figcaption>{html.escape(p.stem)}</figcaption></figure>"
+                   for p in loose), "</div></section>"]
+    page = (f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{html.escape(title)}"
+            "</title><meta name=viewport content='width=device-width, initial-scale=1'>"
+            f"<style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n")
+    pictures.write_bytes(workdir / "report.html", page.encode())
+    return workdir / "report.html"
+
+
+def _summary(workdir: epath.Path, logged: Sequence[Mapping[str, Any]]) -> str:
+    """One line about the run: model, data, steps."""
+    facts = []
+    if (workdir / "config.json").exists():
+        config = json.loads((workdir / "config.json").read_text())
+        facts.append(f"model {config.get('model', {}).get('variant', '?')}")
+        if sources := config.get("data", {}).get("sources"):
+            facts.append("trained on " + ", ".join(map(str, sources)))
+    if steps := [row["step"] for row in logged if "step" in row]:
+        facts.append(f"{max(steps):,} steps")
+    return html.escape(" · ".join(facts))
+
+
+# -------------------------------------------------------------------------------------- scores
+
+
+def _table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    keys = [k for k in COLUMNS if any(s.get(k) is not None for s in evaluations.values())]
+    head = "".join(f"<th>{COLUMNS[k]}</th>" for k in keys)
+    rows = "".join(f"<tr><th scope=row>{html.escape(name)}</th>"
+                   f"<td>{_bar(s)}</td>"
+                   + "".join(f"<td class={k.lower()}>{_number(s.get(k))}</td>" for k in keys)
+                   + "</tr>" for name, s in evaluations.items())
+    kinds = "".join(_kinds(name, s["by_kind"]) for name, s in evaluations.items()
+                    if "by_kind" in s)
+    return (f"<div class=scroll><table><tr><th></th><th></th>{head}</tr>{rows}"
+            f"</table></div>{kinds}")
+
+
+def _kinds(name: str, kinds: Mapping[str, Mapping[str, Any]]) -> str:
+    cells = "".join(f"<li><b>{html.escape(k)}</b> {_number(v['gIoU'])} "
+                    f"<small>n={v['n']}</small></li>" for k, v in kinds.items())
+    return f"<p class=kinds>gIoU by kind, {html.escape(name)}</p><ul class=kinds>{cells}</ul>"
+
+
+def _bar(scores: Mapping[str, Any]) -> str:
+    """gIoU as a bar from 0 to 1, with a tick at the baseline."""
+    width, baseline = 110, scores.get("baseline_gIoU")
+    tick = "" if baseline is None else (
+        f"<line class=tick x1={width * baseline:.1f} x2={width * baseline:.1f} y1=0 y2=14 />")
+    return (f"<svg class=bar width={width} height=14 role=img aria-label='gIoU bar'>"
+            f"<rect class=rail width={width} height=8 y=3 rx=2 />"
+            f"<rect class=fill width={width * (scores.get('gIoU') or 0):.1f} height=8 y=3 rx=2 />"
+            f"{tick}</svg>")
+
+
+def _legend(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    has_baseline = any(s.get("baseline_gIoU") is not None for s in evaluations.values())
+    return ("<p class=note>gIoU: mean IoU per sample (1 where truth and answer are both empty). "
+            "cIoU: all intersections over all unions. Pr@X: share of samples with IoU above X."
+            + (" The baseline (tick) answers without reading the question or without seeing the "
+               "image." if has_baseline else "") + "</p>")
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+# -------------------------------------------------------------------------------------- curves
+
+
+def _charts(logged: Iterable[Mapping[str, Any]]) -> list[str]:
+    """One small chart per phase and logged number."""
+    series: dict[tuple[str, str], list[tuple[float, float]]] = collections.defaultdict(list)
+    for row in logged:
+        for key, value in row.items():
+            if (key not in NOT_CURVES and isinstance(value, (int, float))
+                    and not isinstance(value, bool) and math.isfinite(value)):
+                series[str(row.get("phase", "")), key].append((row["step"], value))
+    phases = list(dict.fromkeys(phase for phase, _ in series))
+    rank = {key: i for i, key in enumerate(CURVES)}
+    ordered = sorted(series, key=lambda s: (phases.index(s[0]), rank.get(s[1], len(CURVES)), s[1]))
+    return [curve_svg(" ".join(filter(None, name)), series[name])
+            for name in ordered if len(series[name]) > 1]
+
+
+def curve_svg(name: str, points: Sequence[tuple[float, float]]) -> str:
+    """A line chart of (step, value), with the running mean over a twentieth of it on top."""
+    width, height, left, bottom, top = 300, 150, 44, 18, 8
+    x, y = np.asarray(points, np.float64).T
+    low, high = y.min(), y.max()
+    px = left + (x - x[0]) / max(x[-1] - x[0], 1) * (width - left - 6)
+    py = top + (high - y) / max(high - low, 1e-12) * (height - top - bottom)
+    n = max(1, len(y) // 20)
+    padded = np.pad(py, (n // 2, n - 1 - n // 2), mode="edge")
+    smooth = np.convolve(padded, np.ones(n) / n, mode="valid")
+
+    def path(values: np.ndarray) -> str:
+        keep = np.unique(np.linspace(0, len(px) - 1, min(len(px), 400)).astype(int))
+        return "M" + "L".join(f"{px[i]:.1f},{values[i]:.1f}" for i in keep)
+
+    return (f"<figure><figcaption><b>{html.escape(name)}</b> {y[-1]:.4g}</figcaption>"
+            f"<svg viewBox='0 0 {width} {height}' role=img>"
+            f"<path class=axis d='M{left},{top}V{height - bottom}H{width - 6}'/>"
+            f"<path class=raw d='{path(py)}'/><path class=smooth d='{path(smooth)}'/>"
+            f"<text x={left - 5} y={top + 8} text-anchor=end>{high:.3g}</text>"
+            f"<text x={left - 5} y={height - bottom} text-anchor=end>{low:.3g}</text>"
+            f"<text x={left} y={height - 4}>{x[0]:,.0f}</text>"
+            f"<text x={width - 6} y={height - 4} text-anchor=end>{x[-1]:,.0f}</text>"
+            "</svg></figure>")
+
+
+# -------------------------------------------------------------------------------------- answers
+
+
+def _answers(folder: epath.Path, name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The sections of one evaluation's pictures."""
+    out = []
+    for group, heading in (("random", "drawn at random"), ("best", "best"), ("worst", "worst"),
+                           ("scales", "coarse to fine")):
+        chosen = [r for r in rows if r["group"] == group]
+        if not chosen:
+            continue
+        by_scale = group == "scales"
+        wide, more = " wide" * by_scale, ", then the answer after each scale" * by_scale
+        out += [f"<section><h2>{html.escape(name)} <small>{heading}</small></h2>"
+                f"<p class=note>image | truth | answer{more}</p><div class='rows{wide}'>"]
+        for r in chosen:
+            scales = _img(folder / r["scales"]) if "scales" in r else ""
+            out.append(f"<figure title='{html.escape(r['answer'], quote=True)}'>"
+                       f"{_img(folder / r['file'])}{scales}<figcaption>"
+                       f"<span class=iou>{r['iou']:.2f}</span> {html.escape(r['question'])}"
+                       "</figcaption></figure>")
+        out.append("</div></section>")
+    return out
+
+
+def _img(path: epath.Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f"<img alt='{html.escape(path.stem, quote=True)}' src='data:image/png;base64,{data}'>"
+
+
+STYLE = """
+:root{color-scheme:light dark;--fg:#1c2024;--mute:#666e78;--line:#dfe3e8;--bg:#fff;--card:#f6f7f9;
+--accent:#c8501e;--soft:#e9b59c}
+@media(prefers-color-scheme:dark){:root{--fg:#e6e8eb;--mute:#98a1ab;--line:#333a42;--bg:#14171a;
+--card:#1c2024;--accent:#f0834f;--soft:#7a4a34}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,-apple-system,"Segoe UI",
+Roboto,"Helvetica Neue",sans-serif}
+main{max-width:1120px;margin:0 auto;padding:40px 24px 80px}
+h1{font-size:28px;font-weight:650;letter-spacing:-.01em;margin:0}
+header p{color:var(--mute);margin:4px 0 0}
+h2{font-size:18px;font-weight:600;margin:44px 0 10px}
+h2 small{font-weight:400;color:var(--mute);font-size:15px}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;white-space:nowrap}
+th,td{padding:7px 9px;text-align:right;border-bottom:1px solid var(--line);font-weight:400}
+tr:first-child th{color:var(--mute);font-size:13px}
+th[scope=row]{text-align:left;font-weight:600;padding-left:0}
+td.giou{font-weight:650}
+.note,p.kinds{color:var(--mute);font-size:13px;margin:8px 0 12px}p.kinds{margin:18px 0 2px}
+ul.kinds{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:0;padding:0;font-size:13px;
+font-variant-numeric:tabular-nums}
+ul.kinds small{color:var(--mute)}
+.bar{vertical-align:middle}.rail{fill:var(--line)}.fill{fill:var(--accent)}
+.tick{stroke:var(--fg);stroke-width:2}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(290px,1fr));gap:16px}
+.charts figcaption{font-size:13px;color:var(--mute);margin-bottom:2px}
+.charts b{color:var(--fg);font-weight:600}
+.charts svg{width:100%;height:auto;display:block}
+.charts text{font-size:10px;fill:var(--mute)}
+.axis{fill:none;stroke:var(--line)}
+.raw{fill:none;stroke:var(--soft);stroke-width:1}
+.smooth{fill:none;stroke:var(--accent);stroke-width:1.8;stroke-linejoin:round}
+.rows{display:grid;grid-template-columns:repeat(auto-fill,minmax(440px,1fr));gap:18px}
+.rows.wide{grid-template-columns:1fr}
+figure{margin:0}
+.rows figure{background:var(--card);border-radius:10px;padding:12px}
+.rows img{max-width:100%;display:block;border-radius:4px;margin-bottom:8px}
+.rows figcaption{font-size:14px}
+.iou{font-weight:650;font-variant-numeric:tabular-nums;color:var(--accent);margin-right:6px}
+@media(max-width:520px){.rows{grid-template-columns:1fr}main{padding:24px 14px}}
+"""
