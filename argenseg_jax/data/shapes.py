@@ -10,7 +10,9 @@ are drawn, and named, in the split `unseen` only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -25,8 +27,9 @@ COLOURS = {
 }
 SIZES = {'small': (6.5, 8.0), 'large': (10.5, 13.0)}  # range of r, in pixels
 SHAPES = ('circle', 'square', 'triangle', 'star', 'ring')
-# Tip-to-centre or half-side in units of r: chosen so that shapes of one r look equally large.
-SQUARE_HALF, TRIANGLE_TIP, STAR_TIP, STAR_DENT, RING_HOLE = 0.88, 1.25, 1.25, 0.45, 0.45
+# In units of r, so that shapes of one r look equally large: half a side; centre to tip; a hole.
+SQUARE_HALF, TRIANGLE_TIP, STAR_TIP, RING_HOLE = 0.885, 1.24, 1.15, 0.45
+STAR_DENT = 0.5  # in units of the tip
 MAX_ROTATION = 0.5  # radians
 MIN_DISTANCE = 0.88  # between centres, in units of r1 + r2: shapes may touch
 COLOUR_SD, NOISE_SD = 10.0, 8.0  # of an object's colour, and of every pixel
@@ -118,28 +121,36 @@ def _inside(obj: Object, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     for a in angles[1:]:
         along = np.maximum(along, math.cos(a) * x + math.sin(a) * y)
     aside = np.sqrt(np.maximum(x * x + y * y - along * along, 0))
-    tip, dent = STAR_TIP * obj.r, STAR_DENT * STAR_TIP * obj.r
+    tip = STAR_TIP * obj.r
+    dent = STAR_DENT * tip
     dent_along, dent_aside = dent * math.cos(np.pi / 5), dent * math.sin(np.pi / 5)
     return dent_aside * (tip - along) >= (tip - dent_along) * aside
 
 
 def _reach(shape: str, r: float) -> float:
-    """Radius of the circle around a shape: the room that it needs to the border at any angle."""
+    """Radius of the circle around a shape."""
     return r * {'square': SQUARE_HALF * math.sqrt(2), 'triangle': TRIANGLE_TIP,
                 'star': STAR_TIP}.get(shape, 1.0)
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """f32[H, W, 3]: a dull colour, a grid of brightness steps, and a faint sine grating."""
+    """f32[3, H, W]: a dull colour, a grid of brightness steps, and a faint sine grating."""
     colour = 0.35 * rng.uniform(60, 200, 3) + 0.65 * rng.uniform(70, 170)
     blocks = rng.normal(0, rng.uniform(0, 8), (8, 8)).astype(np.float32)
     amplitude, phase, angle = rng.uniform(0, 14), rng.uniform(0, 2 * np.pi), rng.uniform(0, np.pi)
-    wave = rng.uniform(0.2, 0.8)  # radians a pixel
+    wave = 2 * np.pi * rng.uniform(0.02, 0.08)  # radians a pixel
     t = np.arange(CANVAS, dtype=np.float32)
     grating = np.sin(wave * math.cos(angle) * t[None] + (wave * math.sin(angle) * t[:, None] + phase))
     bright = np.float32(amplitude) * grating
     bright.reshape(8, 8, 8, 8)[:] += blocks[:, None, :, None]
-    return bright[..., None] + colour.astype(np.float32)
+    return bright + colour.astype(np.float32)[:, None, None]
+
+
+@functools.cache
+def _noise_table() -> np.ndarray:
+    """f32[4096]: the quantiles of the pixel noise; a look-up is thrice as fast as drawing normals."""
+    normal = statistics.NormalDist(0, NOISE_SD)
+    return np.array([normal.inv_cdf((i + 0.5) / 4096) for i in range(4096)], np.float32)
 
 
 def _place(rng: np.random.Generator, level: Level, held_out: bool) -> list[Object]:
@@ -155,8 +166,7 @@ def _place(rng: np.random.Generator, level: Level, held_out: bool) -> list[Objec
             colour, shape = (names if i == 0 else seen)[rng.integers(len(names if i == 0 else seen))]
             size = ('small', 'large')[rng.integers(2)]
             r, angle = rng.uniform(*SIZES[size]), rng.uniform(-MAX_ROTATION, MAX_ROTATION)
-            room = _reach(shape, r)
-            for x, y in rng.uniform(room, CANVAS - 1 - room, (20, 2)).tolist():
+            for x, y in rng.uniform(r, CANVAS - 1 - r, (20, 2)).tolist():
                 if all(math.hypot(x - o.x, y - o.y) >= MIN_DISTANCE * (r + o.r) for o in objects):
                     objects.append(Object(colour, shape, size, x, y, r, angle))
                     break
@@ -180,10 +190,11 @@ def scene(rng: np.random.Generator, level: str | Level, held_out: bool = False) 
         inside = _inside(obj, x, y)
         masks[:i, top:bottom, left:right] &= ~inside  # later objects cover earlier ones
         masks[i, top:bottom, left:right] = inside
-        canvas[top:bottom, left:right][inside] = rng.normal(COLOURS[obj.colour], COLOUR_SD)
-    canvas += NOISE_SD * rng.standard_normal(canvas.shape, np.float32)
-    image = np.clip(canvas, 0, 255, out=canvas).astype(np.uint8)
-    return Scene(level, image, tuple(objects), masks)
+        colour = rng.normal(COLOURS[obj.colour], COLOUR_SD)
+        canvas[:, top:bottom, left:right][:, inside] = colour[:, None]
+    canvas += _noise_table().take(rng.integers(0, 4096, canvas.shape, np.uint16), mode='wrap')
+    image = np.clip(canvas, 0, 255, out=canvas).astype(np.uint8).transpose(1, 2, 0)
+    return Scene(level, np.ascontiguousarray(image), tuple(objects), masks)
 
 
 # ---------------------------------------------------------------------------------- asking
@@ -191,7 +202,7 @@ def scene(rng: np.random.Generator, level: str | Level, held_out: bool = False) 
 # given to phrases that hold for exactly one object.
 
 Candidates = list[tuple[str, tuple[int, ...]]]
-MARGIN = 2.0  # pixels by which an extreme or a relation must hold, so that an eye can tell
+MARGIN = 4.0  # pixels by which an extreme or a relation must hold, so that an eye can tell
 DIRECTIONS = {'leftmost': ('x', -1), 'rightmost': ('x', 1), 'topmost': ('y', -1),
               'bottommost': ('y', 1)}
 RELATIONS = {'above': ('y', -1), 'below': ('y', 1), 'left of': ('x', -1), 'right of': ('x', 1)}
