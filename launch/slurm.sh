@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=argenseg
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --output=argenseg-%j.log
+# Runs one argenseg command on a Slurm GPU cluster, one process per node.
+#   sbatch launch/slurm.sh train --config configs/argenseg_8b.py --workdir /shared/run
+# Submit from the repository; the environment in .venv (or $ARGENSEG_VENV) must be visible to all
+# nodes and hold `pip install -r requirements.txt "jax[cuda12]==0.10.2"`.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?submit this file with sbatch}"
+# jax finds the coordinator and the ranks in Slurm's own variables.
+srun "${ARGENSEG_VENV:-.venv}/bin/python" -m argenseg_jax "$@" --distributed
