@@ -91,8 +91,9 @@ def encode_query(conversations: Conversations | str, tokenizer: Tokenizer,
 
 def query_turns(conversations: Conversations, name: str = "sample") -> list[Mapping[str, str]]:
     """The turns before the first answer with a mask (before the last answer where none has one)."""
-    answers = [k for k, turn in enumerate(conversations) if ROLES.get(turn["from"]) == "assistant"]
-    masked = [k for k in answers if MASK in conversations[k]["value"]]
+    roles = _roles(conversations, name)
+    answers = [k for k, (role, _) in enumerate(roles) if role == "assistant"]
+    masked = [k for k in answers if MASK in roles[k][1]]
     if not answers:
         return list(conversations)
     turns = list(conversations[:(masked or answers[-1:])[0]])
@@ -103,13 +104,7 @@ def query_turns(conversations: Conversations, name: str = "sample") -> list[Mapp
 
 def _turns(conversations, num_images, system, image_last, name) -> list[tuple[str, str]]:
     """[(role, text)] with the system turn in front and every `<image>` where it belongs."""
-    turns = []
-    for turn in conversations:
-        try:
-            turns.append((ROLES[turn["from"]], turn["value"]))
-        except (KeyError, TypeError):
-            raise SampleError(f"{name}: a turn must be {{'from': system|human|gpt, 'value': text}}, "
-                              f"not {str(turn)[:80]}") from None
+    turns = _roles(conversations, name)
     if turns and turns[0][0] == "system":
         system = turns.pop(0)[1]
     elif system is None:
@@ -123,6 +118,20 @@ def _turns(conversations, num_images, system, image_last, name) -> list[tuple[st
     if image_last:
         turns = [(role, _image_last(text) if role == "user" else text) for role, text in turns]
     return ([("system", system)] if system else []) + turns
+
+
+def _roles(conversations: Conversations, name: str) -> list[tuple[str, str]]:
+    """[(role, text)], checked."""
+    turns = []
+    for turn in conversations:
+        try:
+            turns.append((ROLES[turn["from"]], turn["value"]))
+        except (KeyError, TypeError):
+            turns.append((None, None))
+        if not isinstance(turns[-1][1], str):
+            raise SampleError(f"{name}: a turn must be {{'from': system|human|gpt, 'value': text}}, "
+                              f"not {str(turn)[:80]}")
+    return turns
 
 
 def _image_last(text: str) -> str:

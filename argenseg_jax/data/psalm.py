@@ -1,0 +1,105 @@
+"""PSALM evaluation files: expressions with polygon or RLE ground truth.
+
+    [{image_info: {file_name, height, width}, instruction: [{sent}], anns: [{segmentation}]}]
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from argenseg_jax.data import transforms
+from argenseg_jax.data.sample import Sample
+from argenseg_jax.errors import SampleError, UserError
+
+# {sents} is every expression as " s."; {sent} has them as "s. s", fit for the middle of a sentence.
+PROMPTS = {
+    "referring": "<image>\n Given the following instructions: {sents}; please perform referring "
+                 "segmentation on this image.",
+    "semantic": "<image>\n Please segment {sent} in this image.",
+    "reasoning": "<image>\n Please perform instance segmentation following the instructions below: "
+                 "{sents}.",
+}
+MAX_COORDINATE = 100_000  # pycocotools walks every pixel of an outline: keep it finite
+ANSWER = "Sure, the segmentation result: <mask>."
+
+
+def question(sents: Sequence[str], prompt: str = "referring") -> str:
+    """The text of the human turn: `prompt` is a name in PROMPTS, or a text with {sent} or {sents}."""
+    template = PROMPTS.get(prompt, prompt)
+    if not re.search(r"\{sents?\}", template):
+        raise UserError(f"eval.prompt: '{prompt}' is none of {', '.join(PROMPTS)} and has no {{sent}}")
+    whole = "".join(f" {s}." for s in sents)
+    return template.replace("{sents}", whole).replace("{sent}", ". ".join(sents))
+
+
+class PsalmSource:
+    """Random access to the entries of a PSALM file; the mask is the union of an entry's anns."""
+
+    def __init__(self, path: epath.Path, content: Sequence[Mapping[str, Any]], image_root,
+                 prompt: str = "referring"):
+        """Wraps the parsed file; image_root is the directory that file names start from."""
+        if not isinstance(content, list):
+            raise UserError(f"{path}: a PSALM file is a list of {{image_info, instruction, anns}}")
+        question([], prompt)
+        self.path, self.root, self.prompt = path, epath.Path(image_root), prompt
+        self._entries = content
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside of 0..{len(self) - 1}")
+        where = f"{self.path}: entry {index}"
+        try:
+            entry = self._entries[index]
+            info, sents = entry["image_info"], [i["sent"] for i in entry["instruction"]]
+            mask = union(entry["anns"], int(info["height"]), int(info["width"]))
+            image = transforms.read_image(self.root / info["file_name"])
+            transforms.check_sizes(image, [mask], ["(height, width of image_info)"])
+        except SampleError as error:
+            raise SampleError(f"{where}: {error}") from None
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise SampleError(f"{where}: not a PSALM entry ({type(error).__name__}: {error})") from None
+        turns = [{"from": "human", "value": question(sents, self.prompt)},
+                 {"from": "gpt", "value": ANSWER}]
+        return Sample(conversations=turns, images=(image,), masks=(mask,),
+                      meta={"source": str(self.path), "line": where, "id": index,
+                            "files": [info["file_name"]], "sents": sents})
+
+
+def union(anns: Sequence[Mapping[str, Any]], height: int, width: int) -> np.ndarray:
+    """u8[H, W] of 0 and 255: all annotations together; empty where there are none."""
+    if not 0 < height * width <= transforms.MAX_PIXELS:
+        raise SampleError(f"an image of {width}x{height} pixels")
+    mask = np.zeros((height, width), bool)
+    for ann in anns:
+        mask |= decode_segmentation(ann["segmentation"], height, width)
+    return mask.astype(np.uint8) * 255
+
+
+def decode_segmentation(segmentation: Sequence | Mapping[str, Any], height: int,
+                        width: int) -> np.ndarray:
+    """bool[H, W] of COCO polygons, of an RLE (compressed or not), or of a list of RLEs."""
+    from pycocotools import mask as coco  # compiled code that only these files need
+    parts = [segmentation] if isinstance(segmentation, Mapping) else segmentation
+    merged = np.zeros((height, width), bool)
+    for part in parts:
+        if isinstance(part, Mapping):
+            if list(part["size"]) != [height, width]:
+                raise SampleError(f"an RLE of {part['size']} for an image of {[height, width]}")
+            raw = isinstance(part["counts"], list)
+            if raw and sum(part["counts"]) != height * width:
+                raise SampleError(f"an RLE of {sum(part['counts'])} pixels, not {height * width}")
+            rle = coco.frPyObjects(part, height, width) if raw else part
+        elif len(part) >= 6 and np.abs(part).max() < MAX_COORDINATE:
+            rle = coco.frPyObjects([part], height, width)[0]
+        else:
+            raise SampleError(f"a polygon of {len(part)} numbers: 6 or more expected, each below "
+                              f"{MAX_COORDINATE}")
+        merged |= coco.decode(rle).astype(bool)
+    return merged

@@ -1,0 +1,248 @@
+"""Where samples come from: random-access sources, opened by name.
+
+    shapes:simple:train[:SIZE], shapes:full:unseen, ...  drawn scenes (data/shapes.py)
+    shapes:test, nano:test                               the level that the shipped model was trained on
+    jsonl:F  or F.jsonl                                  official JSONL, one sample a line
+    meta:F   or F.json                                   official meta JSON: a mixture of JSONL files
+    psalm:F  or F.json                                   PSALM JSON, for evaluation (data/psalm.py)
+
+A source has `__len__` and `__getitem__(i) -> Sample`, and `draw(i, rng)` where a sample leaves
+something to chance. Opening one reads an index, not the samples.
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from etils import epath
+
+from argenseg_jax.data import panoptic, shapes, transforms
+from argenseg_jax.data.psalm import PsalmSource
+from argenseg_jax.data.sample import Sample
+from argenseg_jax.errors import SampleError, UserError
+
+NANO_LEVEL = "full"  # what `shapes:SPLIT` and `nano:SPLIT` mean
+ENDLESS = 2**31 - 1  # length of a source that is drawn on the fly
+
+
+class Source(Protocol):
+    """Random access to samples. `draw` is only needed where chance takes part."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+class Part(NamedTuple):
+    """One part of a mixture: `length` samples are drawn in proportion to `weight`."""
+
+    source: Source
+    length: int
+    weight: float
+
+
+def draw(source: Source, index: int, rng: np.random.Generator) -> Sample:
+    """source[index], with the source's own chances (if it has any) decided by rng."""
+    return source.draw(index, rng) if hasattr(source, "draw") else source[index]
+
+
+def open_mixture(names: Sequence[str], root: str = "") -> list[Part]:
+    """Opens the sources of a training run.
+
+    Args:
+      names: names as above, each optionally with a trailing `*W`: W < 1 takes the first part of the
+        samples, W > 1 repeats them (`repeat_time` of the official meta JSON).
+      root: directory that relative paths start from.
+
+    Raises:
+      UserError: no source, an unknown one, an empty one, or an endless one in a mixture.
+    """
+    parts = []
+    for name in [names] if isinstance(names, str) else names:
+        found = re.fullmatch(r"(.+)\*(\d+(?:\.\d+)?)", name)
+        plain, repeat = (found[1], float(found[2])) if found else (name, 1.0)
+        source = open_source(plain, root)
+        if isinstance(source, MetaSource):
+            parts += [Part(p.source, p.length, p.weight * repeat) for p in source.parts]
+        else:
+            parts.append(_part(source, len(source), repeat, name))
+    if not parts:
+        raise UserError("data.sources is empty: name at least one source, such as shapes:simple:train")
+    if len(parts) > 1 and any(p.length >= ENDLESS for p in parts):
+        raise UserError("data.sources: an endless source in a mixture needs a size, "
+                        "such as shapes:simple:train:100000")
+    return parts
+
+
+def open_source(name: str, root: str = "", prompt: str = "referring",
+                image_root: str = "") -> Source:
+    """Opens one source for reading in order.
+
+    Args:
+      name: see the module's text.
+      root: directory that relative paths in `name` start from.
+      prompt: of PSALM files: a name in psalm.PROMPTS or a text with `{sent}`.
+      image_root: directory of the pictures; by default that of the annotation file.
+    """
+    kind, _, rest = name.partition(":")
+    if kind in ("shapes", "nano"):
+        return _open_shapes(name)
+    if kind not in ("jsonl", "meta", "psalm"):
+        kind, rest = "", name
+    path = epath.Path(root) / rest
+    if not rest or not path.exists() or path.is_dir():
+        raise UserError(f"{path}: no such source (known forms: shapes:LEVEL:SPLIT, X.jsonl, X.json)")
+    if kind == "jsonl" or (not kind and path.suffix != ".json"):
+        return JsonlSource(path, image_root or path.parent)
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: malformed JSON ({error})") from None
+    if kind == "meta" or (not kind and isinstance(content, dict)):
+        return MetaSource(path, content)
+    return PsalmSource(path, content, image_root or path.parent, prompt)
+
+
+def _open_shapes(name: str) -> shapes.ShapesSource:
+    words = name.split(":")[1:]
+    if words and words[0] in shapes.SPLITS:
+        words = [NANO_LEVEL, *words]
+    if not 2 <= len(words) <= 3 or (len(words) == 3 and not words[2].isdigit()):
+        raise UserError(f"{name}: write shapes:LEVEL:SPLIT or shapes:LEVEL:SPLIT:SIZE")
+    return shapes.ShapesSource(words[0], words[1], size=int(words[2]) if words[2:] else None)
+
+
+class JsonlSource:
+    """The official JSONL: `image`, `mask` (each a path or a list), `conversations`, `seg_info`.
+
+    Only the byte offset of every line is kept in memory.
+
+    Args:
+      path: the annotation file.
+      image_root: directory that `image` and `mask` start from.
+      extra: entries for every sample's meta (max_tiles, augment).
+    """
+
+    def __init__(self, path, image_root, extra: Mapping[str, Any] | None = None):
+        self.path, self.root = epath.Path(path), epath.Path(image_root)
+        self.extra = dict(extra or {})
+        self._offsets, self._lines = _index_lines(self.path)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.draw(index, np.random.default_rng(index))
+
+    def draw(self, index: int, rng: np.random.Generator) -> Sample:
+        """The sample; rng picks the class where the mask is a panoptic map."""
+        record, where = self.record(index), self._where(index)
+        try:
+            return self._sample(record, where, rng)
+        except SampleError as error:
+            raise SampleError(f"{where}: {error}") from None
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise SampleError(f"{where}: not a sample ({type(error).__name__}: {error})") from None
+
+    def record(self, index: int) -> dict[str, Any]:
+        """The parsed line at `index`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside of 0..{len(self) - 1}")
+        start, end = self._offsets[index]
+        with self.path.open("rb") as file:
+            file.seek(int(start))
+            line = file.read(int(end - start))
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise SampleError(f"{self._where(index)}: malformed JSON ({error})") from None
+
+    def _where(self, index: int) -> str:
+        return f"{self.path}:{self._lines[index]}"
+
+    def _sample(self, record: Mapping[str, Any], where: str, rng: np.random.Generator) -> Sample:
+        turns = record["conversations"]
+        if not isinstance(turns, list) or not turns:
+            raise ValueError("`conversations` must be a list of turns")
+        images = tuple(transforms.read_image(self.root / p) for p in _listed(record.get("image")))
+        paths = _listed(record.get("mask"))
+        meta = {"source": str(self.path), "line": where, "id": record.get("id"),
+                "kind": record.get("kind"), "files": _listed(record.get("image")), **self.extra}
+        if record.get("seg_info"):
+            ids = transforms.read_raw_mask(self.root / paths[0])
+            mask, name = panoptic.draw_class(ids, record["seg_info"], rng)
+            masks, turns = (mask,), panoptic.fill(turns, name)
+            meta["kind"] = name
+        else:
+            masks = tuple(transforms.read_mask(self.root / p) for p in paths)
+        if len(images) == 1:
+            transforms.check_sizes(images[0], masks, paths)
+        return Sample(conversations=turns, images=images, masks=masks, meta=meta)
+
+
+class MetaSource:
+    """The official meta JSON {name: {root, annotation, repeat_time, length, ...}}: a mixture.
+
+    `root` and `annotation` are relative to the meta file. Reading it in order yields the parts one
+    after the other; `parts` is for training.
+    """
+
+    def __init__(self, path: epath.Path, content: Mapping[str, Mapping[str, Any]]):
+        self.parts: list[Part] = []
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: a meta JSON is an object {{name: {{root, annotation, ...}}}}")
+        for name, entry in content.items():
+            try:
+                annotation, root = path.parent / entry["annotation"], path.parent / entry["root"]
+                repeat, length = float(entry.get("repeat_time", 1)), int(entry.get("length") or 0)
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{path}: data set '{name}': {type(error).__name__} {error}") from None
+            if not annotation.exists():
+                raise UserError(f"{path}: data set '{name}': {annotation} does not exist")
+            extra = {"data_set": name}
+            if entry.get("max_dynamic_patch"):
+                extra["max_tiles"] = int(entry["max_dynamic_patch"])
+            if entry.get("data_augment"):
+                extra["augment"] = True
+            source = JsonlSource(annotation, root, extra)
+            self.parts.append(_part(source, length or len(source), repeat, f"{path}: data set '{name}'"))
+        self._ends = np.cumsum([part.length for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self.parts else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside of 0..{len(self) - 1}")
+        k = int(np.searchsorted(self._ends, index, side="right"))
+        return self.parts[k].source[int(index - (self._ends[k - 1] if k else 0))]
+
+
+def _part(source: Source, length: int, repeat: float, name: str) -> Part:
+    """A source's share: its length counts `repeat` times; below 1 only the first part is used."""
+    if repeat <= 0:
+        raise UserError(f"{name}: the weight (repeat_time) must be above 0, not {repeat:g}")
+    used = min(len(source), max(1, int(len(source) * repeat))) if repeat < 1 else len(source)
+    if not len(source):
+        raise UserError(f"{name}: no samples")
+    return Part(source, used, length * repeat)
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    return [] if value in (None, "") else [value] if isinstance(value, str) else list(value)
+
+
+def _index_lines(path: epath.Path, block: int = 1 << 24) -> tuple[np.ndarray, np.ndarray]:
+    """(start, end) i64[n, 2] and line number i64[n] of every line that is not blank."""
+    breaks, size = [np.array([-1])], 0
+    with path.open("rb") as file:
+        while content := file.read(block):
+            breaks.append(np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n")) + size)
+            size += len(content)
+    stops = np.concatenate([*breaks, [size]])
+    spans = np.stack([stops[:-1] + 1, stops[1:]], axis=1)
+    full = spans[:, 1] - spans[:, 0] > 1  # not "" and not "\r"
+    return spans[full], np.flatnonzero(full) + 1

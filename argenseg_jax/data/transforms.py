@@ -1,0 +1,209 @@
+"""Pictures and masks: reading with guards, tiling, resizing, and the way back to a boolean mask.
+
+Pillow does every resize, as in the reference, so pixels are equal to the official ones.
+"""
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageOps
+
+from argenseg_jax.errors import SampleError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_PIXELS = 64 * 2**20  # a larger picture is taken for a decompression bomb
+FOREGROUND = 128  # grey level from which a pixel of a predicted mask counts: L / 255 > 0.5
+MASK_STEP = 512  # the reference resizes masks to this side first
+
+Size = tuple[int, int]  # (width, height), Pillow's order
+
+
+# ---------------------------------------------------------------------------------- reading
+
+
+def read_image(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """u8[H, W, 3] of a picture file, turned upright; SampleError names what cannot be read."""
+    return np.array(_open(path, max_pixels).convert("RGB"))
+
+
+def decode_image(content: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """u8[H, W, 3] of a picture file's bytes; `name` names it in messages."""
+    return np.array(_decode(content, name, max_pixels).convert("RGB"))
+
+
+def read_mask(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """u8[H, W] (u8[H, W, 3] where the channels differ) of a mask file, with `stretch` applied."""
+    return stretch(read_raw_mask(path, max_pixels))
+
+
+def read_raw_mask(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """As read_mask, but with the values in the file (class numbers, panoptic ids)."""
+    picture = _open(path, max_pixels)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture)
+        if values.max() > 255 or values.min() < 0:
+            raise SampleError(f"{path}: mask values {values.min()}..{values.max()}; 0..255 expected")
+        return values.astype(np.uint8)
+    if picture.mode in ("1", "L"):
+        return np.array(picture.convert("L"))
+    values = np.array(picture.convert("RGB"))
+    return values[..., 0].copy() if (values == values[..., :1]).all() else values
+
+
+def stretch(mask: np.ndarray) -> np.ndarray:
+    """A mask of small values (0 and 1, class numbers; all < 127) -> 0 and 255; others stay."""
+    return np.minimum(mask.astype(np.uint16) * 255, 255).astype(np.uint8) if mask.max() < 127 else mask
+
+
+def _open(path, max_pixels: int) -> Image.Image:
+    try:
+        content = epath.Path(path).read_bytes()
+    except OSError as error:
+        raise SampleError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
+    return _decode(content, str(path), max_pixels)
+
+
+def _decode(content: bytes, name: str, max_pixels: int) -> Image.Image:
+    try:
+        picture = Image.open(io.BytesIO(content))
+        width, height = picture.size  # from the header: nothing is unpacked yet
+        if width * height > max_pixels:
+            raise SampleError(f"{name}: {width}x{height} pixels are more than the {max_pixels} allowed")
+        return ImageOps.exif_transpose(picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise SampleError(f"{name}: not a readable picture ({reason})") from None
+
+
+# ---------------------------------------------------------------------------------- images
+
+
+def resize(image: np.ndarray, size: Size, resample=Image.Resampling.BICUBIC) -> np.ndarray:
+    """u8[H, W(, 3)] -> u8[h, w(, 3)] for size (w, h)."""
+    return np.array(Image.fromarray(image).resize(size, resample))
+
+
+def image_tiles(image: np.ndarray, side: int, max_tiles: int = 1, thumbnail: bool = True,
+                pad: bool = False) -> np.ndarray:
+    """Dynamic tiling (InternVL `dynamic_preprocess`): u8[H, W, 3] -> u8[P, S, S, 3].
+
+    Args:
+      image: the picture.
+      side: S, the side of a tile.
+      max_tiles: most tiles; 1 squeezes the whole picture into one, as segmentation does.
+      thumbnail: appends the whole picture as one more tile where there are several.
+      pad: first pads the picture to a square with the mean colour (`pad2square`).
+    """
+    if pad:
+        image = pad_square(image)
+    height, width = image.shape[:2]
+    cols, rows = tile_grid((width, height), side, max_tiles)
+    whole = resize(image, (side * cols, side * rows))
+    tiles = [whole[y * side:(y + 1) * side, x * side:(x + 1) * side]
+             for y in range(rows) for x in range(cols)]
+    if thumbnail and len(tiles) > 1:
+        tiles.append(resize(image, (side, side)))
+    return np.stack(tiles)
+
+
+@functools.lru_cache
+def target_ratios(max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """Every (columns, rows) of 1..max_tiles tiles, in the official order.
+
+    That order sorts a Python set by the number of tiles, so ties keep the set's own order: it is
+    part of the contract, because the first of two equally close grids wins.
+    """
+    grids = {(i, j) for n in range(1, max_tiles + 1) for i in range(1, n + 1) for j in range(1, n + 1)
+             if 1 <= i * j <= max_tiles}
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+def tile_grid(size: Size, side: int, max_tiles: int) -> tuple[int, int]:
+    """(columns, rows) of the grid whose aspect ratio is closest to that of a picture of `size`."""
+    width, height = size
+    best, best_distance = (1, 1), float("inf")
+    for cols, rows in target_ratios(max_tiles):
+        distance = abs(width / height - cols / rows)
+        large = width * height > 0.5 * side * side * cols * rows
+        if distance < best_distance or (distance == best_distance and large):
+            best, best_distance = (cols, rows), distance
+    return best
+
+
+def pad_square(image: np.ndarray) -> np.ndarray:
+    """u8[H, W, 3] -> u8[L, L, 3], L = max(H, W): centred on the mean colour (`expand2square`)."""
+    height, width = image.shape[:2]
+    side = max(height, width)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = [int(255 * mean) for mean in IMAGENET_MEAN]
+    y, x = (side - height) // 2, (side - width) // 2
+    square[y:y + height, x:x + width] = image
+    return square
+
+
+# ---------------------------------------------------------------------------------- masks
+
+
+def pad_box(size: Size, side: int) -> tuple[int, int, int, int]:
+    """(x, y, w, h) of a picture of `size` shrunk into a square of `side`, its aspect ratio kept."""
+    width, height = size
+    scale = min(side / width, side / height)
+    w, h = max(int(width * scale), 1), max(int(height * scale), 1)
+    return (side - w) // 2, (side - h) // 2, w, h
+
+
+def resize_mask(mask: np.ndarray, side: int, pad: bool = False) -> np.ndarray:
+    """Mask or picture u8[H, W(, 3)] -> what the VQ-VAE reads, u8[R, R, 3].
+
+    The official sides (256, 512) take the reference's two bicubic steps, over 512; other sides one.
+
+    Args:
+      mask: 0 and 255 (or 0 and 1, see `stretch`), or colours.
+      side: R.
+      pad: keeps the aspect ratio and pads with black, in one step (`pad2square`).
+    """
+    mask = stretch(mask)
+    height, width = mask.shape[:2]
+    if pad:
+        x, y, w, h = pad_box((width, height), side)
+        square = np.zeros((side, side, *mask.shape[2:]), np.uint8)
+        square[y:y + h, x:x + w] = resize(mask, (w, h))
+        mask = square
+    elif side in (256, MASK_STEP):
+        mask = resize(resize(mask, (MASK_STEP, MASK_STEP)), (side, side))
+    elif (height, width) != (side, side):
+        mask = resize(mask, (side, side))
+    return mask if mask.ndim == 3 else np.repeat(mask[..., None], 3, axis=-1)
+
+
+def check_sizes(image: np.ndarray, masks: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    """SampleError where a mask has another size than its image."""
+    for mask, name in zip(masks, names):
+        if mask.shape[:2] != image.shape[:2]:
+            (h, w), (mh, mw) = image.shape[:2], mask.shape[:2]
+            raise SampleError(f"mask {name} is {mw}x{mh}, its image {w}x{h}")
+
+
+def grey_at(pred: np.ndarray, size: Size, pad: bool = False) -> np.ndarray:
+    """A decoded mask u8[R, R, 3] at a picture's size (w, h): u8[h, w] (bilinear, then grey).
+
+    Args:
+      pred: the VQ-VAE's picture.
+      size: of the image that was segmented.
+      pad: cuts away the padding of `resize_mask(pad=True)` first.
+    """
+    picture = Image.fromarray(pred)
+    if pad:
+        x, y, w, h = pad_box(size, pred.shape[0])
+        picture = picture.crop((x, y, x + w, y + h))
+    return np.array(picture.resize(size, Image.Resampling.BILINEAR).convert("L"))
+
+
+def binarize(pred: np.ndarray, size: Size, pad: bool = False) -> np.ndarray:
+    """`grey_at`, thresholded: bool[h, w]."""
+    return grey_at(pred, size, pad) >= FOREGROUND
