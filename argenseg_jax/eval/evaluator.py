@@ -9,16 +9,19 @@ import collections
 import dataclasses
 import itertools
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tqdm
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from argenseg_jax.data.prompt import query_turns
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources import Source
 from argenseg_jax.decode.predictor import Request, Result
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval.metrics import Sums, iou
@@ -26,14 +29,6 @@ from argenseg_jax.eval.metrics import Sums, iou
 PredictFn = Callable[[Sequence[Request]], Sequence[Result]]
 Baseline = Callable[[str], np.ndarray]  # question -> bool[side, side]
 SCORED = ("first", "union")
-
-
-class Source(Protocol):
-    """A random-access list of samples."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,15 +104,15 @@ class Evaluator:
         pooled, blind, answered = Sums(), Sums(), 0
         kinds: dict[str, Sums] = collections.defaultdict(Sums)
         records, scales, times = [], {}, []
-        bar = tqdm.tqdm(total=n, unit=" samples", desc="evaluate", dynamic_ncols=True)
+        bar = tqdm.tqdm(total=n, unit=" samples", file=sys.stderr, dynamic_ncols=True,
+                        mininterval=0.5 if sys.stderr.isatty() else 30)
         for batch in _batched(range(n), self.batch):
             samples = [source[i] for i in batch]
-            requests = [request(s) for s in samples]
+            requests, truths = [request(s) for s in samples], [self._truth(s) for s in samples]
             start = time.perf_counter()
             results = self.predict_fn(requests)
             times.append((time.perf_counter() - start, len(batch)))
-            for i, sample, result in zip(batch, samples, results, strict=True):
-                truth = self._truth(i, sample)
+            for i, sample, truth, result in zip(batch, samples, truths, results, strict=True):
                 prediction = self._choose([np.asarray(m, bool) for m in result.masks], truth.shape)
                 one = Sums.of(prediction, truth)
                 pooled += one
@@ -151,18 +146,15 @@ class Evaluator:
             return np.zeros(shape, bool)
         return masks[0] if self.masks == "first" else np.logical_or.reduce(masks)
 
-    def _truth(self, index: int, sample: Sample) -> np.ndarray:
-        """bool[H, W] at the size of the (first) image."""
+    def _truth(self, sample: Sample) -> np.ndarray:
+        """bool[H, W], the size of the image."""
         shape = sample.images[0].shape[:2]
         if not sample.masks:
-            raise UserError(f"sample {index} of the data to evaluate has no mask to compare with "
-                            f"({dict(sample.meta)}); leave such samples out")
-        masks = [m if m.ndim == 2 else m[..., 0] for m in sample.masks]
-        for m in masks:
-            if m.shape != shape:
-                raise UserError(f"sample {index}: the mask is {m.shape[1]}x{m.shape[0]}, but its "
-                                f"image is {shape[1]}x{shape[0]}")
-        return self._choose([m >= 128 for m in masks], shape)
+            raise UserError(f"{_name(sample)}: no mask to compare with; leave such samples out")
+        if any(m.shape != shape for m in sample.masks):
+            raise UserError(f"{_name(sample)}: masks of shape {[m.shape for m in sample.masks]}, "
+                            f"where the image needs grey ones of {shape}")
+        return self._choose([m >= 128 for m in sample.masks], shape)
 
     def _baseline_mask(self, sample: Sample, shape: tuple[int, ...]) -> np.ndarray | None:
         own = sample.meta.get("all_objects_mask")
@@ -175,18 +167,24 @@ class Evaluator:
 
 
 def request(sample: Sample) -> Request:
-    """The sample's conversation up to its first answer, as a request."""
-    turns = itertools.takewhile(lambda t: t["from"] != "gpt", sample.conversations)
-    if not sample.images:
-        raise UserError(f"a sample to evaluate has no image ({dict(sample.meta)})")
-    return Request(image=sample.images[0], conversations=[dict(t) for t in turns])
+    """The sample's conversation up to its first answer with a mask, as a request."""
+    if len(sample.images) != 1:
+        raise UserError(f"{_name(sample)}: {len(sample.images)} images; evaluation takes samples "
+                        "with one")
+    return Request(image=sample.images[0], conversations=query_turns(sample.conversations))
 
 
 def question(sample: Sample) -> str:
-    """The human text before the first answer, without `<image>`."""
-    turns = itertools.takewhile(lambda t: t["from"] != "gpt", sample.conversations)
+    """The human text before the first answer with a mask, without `<image>`."""
+    turns = query_turns(sample.conversations)
     text = " ".join(t["value"] for t in turns if t["from"] == "human")
     return " ".join(text.replace("<image>", " ").split())
+
+
+def _name(sample: Sample) -> str:
+    """How messages speak of a sample: its line or file, as far as the source tells."""
+    known = {k: sample.meta[k] for k in ("line", "source", "id") if sample.meta.get(k) is not None}
+    return str(known.get("line") or known or "a sample")
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from argenseg_jax.data.sources import Source
 from argenseg_jax.eval import evaluator, pictures
 
 # Columns of the score table: key of scores.json -> heading.
@@ -24,13 +25,13 @@ COLUMNS = {"n": "samples", "gIoU": "gIoU", "baseline_gIoU": "(baseline)", "cIoU"
            "Pr@0.9": "Pr@0.9", "N-acc": "N-acc", "T-acc": "T-acc",
            "seconds_per_image": "s / image"}
 CURVES = ("loss", "text_loss", "gen_loss")  # drawn first; other logged numbers follow
-NOT_CURVES = {"step", "seconds", "phase", "time", "samples"}
+NOT_CURVES = {"step", "phase", "skipped", "seconds_per_step", "rows_per_second"}
 
 
 # ---------------------------------------------------------------------- pictures of an evaluation
 
 
-def save_pictures(folder: epath.Path, source: evaluator.Source, result: evaluator.Evaluation,
+def save_pictures(folder: epath.Path, source: Source, result: evaluator.Evaluation,
                   each: int = 4, seed: int = 0) -> list[dict[str, Any]]:
     """Draws the best, the worst and some random answers into `folder`.
 

@@ -1,0 +1,108 @@
+"""The evaluator on predictors whose answers are known, its baselines, and its records."""
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+
+from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.shapes import ShapesSource
+from argenseg_jax.errors import UserError
+from argenseg_jax.eval import evaluator
+from argenseg_jax.eval.evaluator import Evaluator, constant_baseline
+from argenseg_jax.eval.metrics import iou
+
+SIDE = 8
+
+
+def box(top: int, left: int, bottom: int, right: int) -> np.ndarray:
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[top:bottom, left:right] = 255
+    return mask
+
+
+def sample(value: int, *masks: np.ndarray, text: str = "Segment it.", **meta) -> Sample:
+    """A sample whose image is one grey value, by which a fake predictor knows it."""
+    image = np.full((SIDE, SIDE, 3), value, np.uint8)
+    turns = [{"from": "human", "value": f"<image>\n{text}"},
+             {"from": "gpt", "value": "Sure: " + "<mask>" * len(masks)}]
+    return Sample(conversations=turns, images=(image,), masks=masks, meta=meta)
+
+
+def answers(by_value):
+    """A predict_fn that answers an image of grey value v with the masks by_value[v]."""
+    def predict(requests):
+        return [types.SimpleNamespace(masks=[m > 0 for m in by_value[int(r.image[0, 0, 0])]],
+                                      text="Sure.", scales=[]) for r in requests]
+    return predict
+
+
+LEFT, RIGHT, ALL, NONE = box(0, 0, 8, 4), box(0, 4, 8, 8), box(0, 0, 8, 8), box(0, 0, 0, 0)
+
+
+def test_first_mask_counts_and_no_mask_is_empty():
+    source = [sample(0, LEFT), sample(1, LEFT), sample(2, NONE)]
+    got = Evaluator(answers({0: [LEFT, RIGHT], 1: [], 2: []}), batch=2).run(source)
+    assert [r.iou for r in got.records] == [1.0, 0.0, 1.0]
+    assert [r.masks for r in got.records] == [2, 0, 0]
+    assert got.scores["gIoU"] == pytest.approx(2 / 3)
+    assert got.scores["cIoU"] == pytest.approx(32 / 64)
+    assert got.scores["N-acc"] == 1.0 and got.scores["T-acc"] == 0.5
+
+
+def test_union_of_masks():
+    source = [sample(0, LEFT, RIGHT)]
+    predict = answers({0: [LEFT, RIGHT]})
+    assert Evaluator(predict, masks="union").run(source).scores["gIoU"] == 1.0
+    assert Evaluator(predict, masks="first").run(source).scores["gIoU"] == 1.0
+    assert Evaluator(answers({0: [ALL]}), masks="first").run(source).scores["gIoU"] == 0.5
+    with pytest.raises(UserError, match="eval.masks"):
+        Evaluator(predict, masks="second")
+
+
+def test_limit_kinds_and_question():
+    source = [sample(v, LEFT, kind="ab"[v % 2], text=f"Segment {v}.") for v in range(5)]
+    got = Evaluator(answers({v: [LEFT if v % 2 else RIGHT] for v in range(5)})).run(source, limit=3)
+    assert got.scores["n"] == 3
+    assert got.scores["by_kind"] == {"a": {"n": 2, "gIoU": 0.0}, "b": {"n": 1, "gIoU": 1.0}}
+    assert [r.question for r in got.records] == ["Segment 0.", "Segment 1.", "Segment 2."]
+
+
+def test_baseline_of_shapes_is_the_mask_of_all_objects():
+    source = ShapesSource("full", "test", size=30)
+    got = Evaluator(lambda rs: [types.SimpleNamespace(masks=[], text="", scales=[]) for _ in rs]
+                    ).run(source)
+    want = [iou(np.asarray(s.meta["all_objects_mask"]) > 0, s.masks[0] > 0)
+            for s in map(source.__getitem__, range(30))]
+    assert got.scores["baseline_gIoU"] == pytest.approx(np.mean(want))
+    assert got.scores["gIoU"] < got.scores["baseline_gIoU"]
+
+
+def test_constant_baseline_per_class():
+    train = ([sample(0, LEFT, text="Segment the sky in the image.")] * 3
+             + [sample(0, RIGHT, text="Segment the road in the image.")] * 3
+             + [sample(0, ALL, text="Segment the road sign in the image.")])
+    constant = constant_baseline(train, side=SIDE)
+    assert np.array_equal(constant("<image> instructions: sky.; please segment"), LEFT > 0)
+    assert np.array_equal(constant("Segment the road in the image."), RIGHT > 0)
+    assert np.array_equal(constant("Segment the road sign, please."), ALL > 0)
+    assert np.array_equal(constant("Segment the cat."), ALL > 0)  # mean of all: 4/7 and 4/7 > 0.2
+    got = Evaluator(answers({0: []}), baseline=constant).run(train[:4])
+    assert got.scores["baseline_gIoU"] == 1.0 and got.scores["gIoU"] == 0.0
+
+
+def test_rle_round_trip_and_resize():
+    mask = np.random.default_rng(0).random((5, 7)) < 0.5
+    assert np.array_equal(evaluator.decode_rle(evaluator.encode_rle(mask)), mask)
+    assert evaluator.resize(LEFT > 0, (16, 32)).sum() == 16 * 16
+
+
+def test_faulty_samples_are_named():
+    run = Evaluator(answers({0: []})).run
+    with pytest.raises(UserError, match="f.jsonl:7.*no mask"):
+        run([sample(0, line="f.jsonl:7")])
+    with pytest.raises(UserError, match="f.jsonl:8.*shape"):
+        run([dataclasses.replace(sample(0, LEFT, line="f.jsonl:8"),
+                                 images=(np.zeros((4, 4, 3), np.uint8),))])
+    with pytest.raises(UserError, match="no sample"):
+        run([])
