@@ -302,7 +302,7 @@ class BatchIterator(Iterator[Batch]):
         self._iterator = dataset.__iter__()
         self.broken: dict[str, int] = {}
         # Also at exit: grain's threads must not outlive the modules that they use.
-        self.close = weakref.finalize(self, self._iterator.close)
+        self.close = weakref.finalize(self, _close, self._iterator)
 
     def __next__(self) -> Batch:
         batch, self.broken = next(self._iterator)
@@ -315,6 +315,11 @@ class BatchIterator(Iterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues where get_state was called."""
         self._iterator.set_state(state)
+
+
+def _close(iterator: grain.DatasetIterator) -> None:
+    iterator.close()
+    iterator.close = lambda: None  # grain's __del__ closes again, which fails while Python exits
 
 
 # ---------------------------------------------------------------------------------- evaluation

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,12 @@ class Level:
     max_objects: int
     held_out: frozenset[tuple[str, str]]
     kinds: Mapping[str, float]
+
+    @functools.cached_property
+    def seen(self) -> list[tuple[str, str]]:
+        """The colour-shape pairs that are not held out."""
+        return [pair for pair in itertools.product(self.colours, self.shapes)
+                if pair not in self.held_out]
 
 
 LEVELS = {
@@ -155,17 +162,17 @@ def _noise_table() -> np.ndarray:
 
 def _place(rng: np.random.Generator, level: Level, held_out: bool) -> list[Object]:
     """Draws 2.. objects that lie inside the canvas, apart; the first is a held-out pair if asked."""
-    pairs = [(c, s) for c in level.colours for s in level.shapes]
-    seen = [pair for pair in pairs if pair not in level.held_out]
-    names = [pair for pair in pairs if pair in level.held_out] if held_out else seen
     count = int(rng.integers(2, level.max_objects + 1))
     objects: list[Object] = []
     while len(objects) < 2:  # a crowded draw may find no room for the second: start again
         objects = []
         for i in range(count):
-            colour, shape = (names if i == 0 else seen)[rng.integers(len(names if i == 0 else seen))]
-            size = ('small', 'large')[rng.integers(2)]
-            r, angle = rng.uniform(*SIZES[size]), rng.uniform(-MAX_ROTATION, MAX_ROTATION)
+            pairs = sorted(level.held_out) if held_out and i == 0 else level.seen
+            pair, big, extra, turn = rng.random(4).tolist()  # one call: numpy's cost is per call
+            colour, shape = pairs[int(pair * len(pairs))]
+            size = 'large' if big < 0.5 else 'small'
+            low, high = SIZES[size]
+            r, angle = low + extra * (high - low), (2 * turn - 1) * MAX_ROTATION
             for x, y in rng.uniform(r, CANVAS - 1 - r, (20, 2)).tolist():
                 if all(math.hypot(x - o.x, y - o.y) >= MIN_DISTANCE * (r + o.r) for o in objects):
                     objects.append(Object(colour, shape, size, x, y, r, angle))
@@ -190,7 +197,7 @@ def scene(rng: np.random.Generator, level: str | Level, held_out: bool = False) 
         inside = _inside(obj, x, y)
         masks[:i, top:bottom, left:right] &= ~inside  # later objects cover earlier ones
         masks[i, top:bottom, left:right] = inside
-        colour = rng.normal(COLOURS[obj.colour], COLOUR_SD)
+        colour = COLOURS[obj.colour] + COLOUR_SD * rng.standard_normal(3)
         canvas[:, top:bottom, left:right][:, inside] = colour[:, None]
     canvas += _noise_table().take(rng.integers(0, 4096, canvas.shape, np.uint16), mode='wrap')
     image = np.clip(canvas, 0, 255, out=canvas).astype(np.uint8).transpose(1, 2, 0)

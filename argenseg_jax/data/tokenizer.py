@@ -275,6 +275,7 @@ def nano_tokenizer(num_codes: int, corpus: Sequence[str], vocab_size: int = 512)
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, min_frequency=1,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    texts = [_GLUE_CORPUS, *[_CLASS_CORPUS] * 20, *[*_TEMPLATE_CORPUS, *corpus] * 100]
+    phrases = [*_TEMPLATE_CORPUS, *(" " + text for text in corpus)]  # merges see leading spaces
+    texts = [_GLUE_CORPUS, *[_CLASS_CORPUS] * 20, *phrases * 100]
     model.train_from_iterator(texts, trainer=trainer)
     return Tokenizer(_Fast(model), num_codes)
