@@ -1,13 +1,15 @@
-"""What the loop, the step and the tasks pass to each other: TrainState, Task, Aux, Phase."""
+"""What the loop and the step pass to each other: TrainState, and Phase, one stretch of a run."""
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
 import numpy as np
+
+from argenseg_jax.train.losses import Task
 
 Params = dict[str, Any]
 Batch = Mapping[str, Any]  # every array has the rows of the batch first
@@ -23,6 +25,7 @@ class TrainState:
       params: nested dict, f32; trained and frozen ones.
       opt_state: of the trained params only.
       ema: moving average of the trained params; empty where optim.ema is 0.
+      extra: the task's own state, or None.
     """
 
     step: jax.Array
@@ -30,54 +33,21 @@ class TrainState:
     params: Params
     opt_state: Any
     ema: Params
-
-
-class Aux(NamedTuple):
-    """What a loss returns beside its value.
-
-    Attributes:
-      metrics: {name: f32[]}. Like the loss, each is this microbatch's part of a mean over the whole
-        batch: the parts add up to it.
-      overrides: {'a/b/c': array}, parameters set directly after the update, such as a codebook that
-        is a moving average. They must be among the task's `held` ones.
-    """
-
-    metrics: dict[str, jax.Array]
-    overrides: dict[str, jax.Array] = {}
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A thing to train: initial parameters and a loss.
-
-    Attributes:
-      name: of the phase, in logs and checkpoints.
-      init: rng -> params; parameters that are there already (from an earlier phase or
-        `init_from`) are not drawn again.
-      loss: (params, microbatch, rng, norm) -> (f32[], Aux); a part of the whole batch's loss.
-      normalizer: batch -> {name: array}, the counts over the whole batch that `loss` divides by.
-      held: regexes of params that get no gradient in this task.
-      samples: (params, batch) -> {name: u8[H, W, 3]}, pictures for people, or None.
-    """
-
-    name: str
-    init: Callable[[jax.Array], Params]
-    loss: Callable[[Params, Batch, jax.Array, dict[str, jax.Array]], tuple[jax.Array, Aux]]
-    normalizer: Callable[[Batch], dict[str, jax.Array]]
-    held: tuple[str, ...] = ()
-    samples: Callable[[Params, Batch], dict[str, np.ndarray]] | None = None
+    extra: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A task with its length, batches and optimizer section.
+    """One task of a run, with its length, batches and optimizer section.
 
     Attributes:
       steps: number of updates.
-      global_batch, microbatch: rows per update and per forward pass, over all devices.
+      global_batch, microbatch: rows per update and per forward pass, over all devices (microbatch
+        0 = global_batch).
       optim: keys of configs/common.py `optimizer`.
-      data: () -> endless iterator of this process's batches (numpy trees), with get_state() ->
-        JSON-able or bytes, and set_state().
+      data: () -> endless iterator of this process's batches (dicts of numpy arrays), with
+        get_state() -> JSON-able or bytes, and set_state().
+      samples: params -> {name: u8[H, W, 3]}, pictures for people; None draws nothing.
     """
 
     task: Task
@@ -86,3 +56,4 @@ class Phase:
     microbatch: int
     optim: Mapping[str, Any]
     data: Callable[[], Iterator[Batch]]
+    samples: Callable[[Params], dict[str, np.ndarray]] | None = None

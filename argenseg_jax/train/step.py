@@ -12,18 +12,19 @@ import jax.numpy as jnp
 import optax
 
 from argenseg_jax import sharding, trees
-from argenseg_jax.train.state import Batch, Params, Task, TrainState
+from argenseg_jax.train.losses import Task
+from argenseg_jax.train.state import Batch, Params, TrainState
 
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def init_state(params: Params, tx: optax.GradientTransformation, trainable: Callable[[str], bool],
-               step: jax.Array | int = 0, ema: float = 0.0) -> TrainState:
+               step: jax.Array | int = 0, *, ema: float = 0.0, extra: Any = None) -> TrainState:
     """State at the start of a phase; also under `jax.eval_shape`."""
     trained, _ = trees.split(params, trainable)
     return TrainState(step=jnp.asarray(step, jnp.int32), skipped=jnp.zeros((), jnp.int32),
                       params=params, opt_state=tx.init(trained),
-                      ema=jax.tree.map(jnp.copy, trained) if ema else {})
+                      ema=jax.tree.map(jnp.copy, trained) if ema else {}, extra=extra)
 
 
 def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh,
@@ -46,54 +47,62 @@ def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh,
 
 
 def make_train_step(task: Task, tx: optax.GradientTransformation, trainable: Callable[[str], bool],
-                    *, seed: int, microbatches: int = 1, ema: float = 0.0) -> StepFn:
+                    *, seed: int, microbatches: int = 1, ema: float = 0.0, begin: int = 0) -> StepFn:
     """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     Gradients are those of the whole batch, whatever the number of microbatches: the loss parts are
     divided by counts over the whole batch, then summed. Where the loss or the gradient is not
     finite, parameters and optimizer stay as they were and `skipped` counts one. Frozen parameters
     are neither differentiated nor touched. The rng depends on seed, step and microbatch only.
+    `begin` is the phase's first step: the decay of `ema` grows from there, (1 + t) / (10 + t), so
+    that the initial weights are soon forgotten.
     """
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         trained, rest = trees.split(state.params, trainable)
         norm = task.normalizer(batch)
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
 
-        def loss_fn(trained: Params, overrides: Params, rows: Batch, key: jax.Array):
+        def loss_fn(trained: Params, carry: tuple, rows: Batch, key: jax.Array):
+            overrides, extra = carry
             params = trees.merge(trained, trees.replace(rest, overrides))
-            return task.loss(params, rows, key, norm)
+            return task.loss(params, extra, rows, key, norm)
 
-        def part(overrides: Params, rows: Batch, index: jax.Array):
-            """One microbatch: ({loss, metrics, grads} to be summed, overrides for the next)."""
+        def part(carry: tuple, rows: Batch, index: jax.Array):
+            """One microbatch: ({loss, metrics, grads} to be summed, carry for the next one)."""
             (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                trained, overrides, rows, jax.random.fold_in(key, index))
-            return {"loss": loss, "metrics": aux.metrics, "grads": grads}, aux.overrides
+                trained, carry, rows, jax.random.fold_in(key, index))
+            return {"loss": loss, "metrics": aux.metrics, "grads": grads}, (aux.overrides, aux.extra)
 
+        carry = ({}, state.extra)
         if microbatches == 1:
-            total, overrides = part({}, batch, jnp.zeros((), jnp.int32))
+            total, (overrides, extra) = part(carry, batch, jnp.zeros((), jnp.int32))
         else:
-            total, overrides = _accumulate(part, rest, batch, microbatches)
+            total, (overrides, extra) = _accumulate(part, carry, rest, batch, microbatches)
 
-        grads, norm_of_grads = total["grads"], optax.global_norm(total["grads"])
-        ok = jnp.isfinite(total["loss"]) & jnp.isfinite(norm_of_grads)
+        grads, grad_norm = total["grads"], optax.tree.norm(total["grads"])
+        ok = jnp.isfinite(total["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, trained)
-        new = optax.apply_updates(trained, updates)
-        keep = lambda after, before: jax.tree.map(lambda a, b: jnp.where(ok, a, b), after, before)
-        overridden = {n: trees.flatten(rest)[n] for n in overrides}
-        new = keep(new, trained)
+        after = (optax.apply_updates(trained, updates), opt_state, overrides, extra)
+        before = (trained, state.opt_state, {n: trees.flatten(rest)[n] for n in overrides}, state.extra)
+        new, opt_state, overrides, extra = jax.tree.map(
+            lambda a, b: jnp.where(ok, a, b), after, before)
+        t = state.step - begin
+        share = 1 - jnp.minimum(ema, (1 + t) / (10 + t))
         state = TrainState(
             step=state.step + 1,
             skipped=state.skipped + (1 - ok.astype(jnp.int32)),
-            params=trees.merge(new, trees.replace(rest, keep(overrides, overridden))),
-            opt_state=keep(opt_state, state.opt_state),
-            ema=jax.tree.map(lambda m, p: m + (1 - ema) * (p - m), state.ema, new) if ema else {})
-        return state, {"loss": total["loss"], "grad_norm": norm_of_grads, **total["metrics"]}
+            params=trees.merge(new, trees.replace(rest, overrides)),
+            opt_state=opt_state,
+            ema=jax.tree.map(lambda m, p: m + share * (p - m), state.ema, new) if ema else {},
+            extra=extra)
+        return state, {**total["metrics"], "loss": total["loss"], "grad_norm": grad_norm}
 
     return step
 
 
-def _accumulate(part: Callable, rest: Params, batch: Batch, count: int) -> tuple[Any, Params]:
-    """Sum of `part` over `count` microbatches; overrides pass from each one to the next."""
+def _accumulate(part: Callable, carry: tuple, rest: Params, batch: Batch, count: int
+                ) -> tuple[Any, tuple]:
+    """Sum of `part` over `count` microbatches; overrides and extra pass from each to the next."""
     def rows(x: jax.Array) -> jax.Array:
         # Strided, so that every device keeps its own rows: [B, ...] -> [b, A, ...] -> [A, b, ...].
         x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
@@ -101,14 +110,15 @@ def _accumulate(part: Callable, rest: Params, batch: Batch, count: int) -> tuple
 
     split = jax.tree.map(rows, batch)
     first = jax.tree.map(lambda x: x[0], split)
-    shapes, names = jax.eval_shape(part, {}, first, jnp.zeros((), jnp.int32))
+    shapes, (names, _) = jax.eval_shape(part, carry, first, jnp.zeros((), jnp.int32))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    held = {name: trees.flatten(rest)[name] for name in names}
+    _, extra = carry
+    carry = {name: trees.flatten(rest)[name] for name in names}, extra
 
-    def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-        total, overrides = carry
-        more, overrides = part(overrides, *xs)
-        return (jax.tree.map(jnp.add, total, more), overrides), None
+    def body(sums: tuple, xs: tuple) -> tuple[tuple, None]:
+        total, carry = sums
+        more, carry = part(carry, *xs)
+        return (jax.tree.map(jnp.add, total, more), carry), None
 
-    (total, overrides), _ = jax.lax.scan(body, (zeros, held), (split, jnp.arange(count)))
-    return total, overrides
+    (total, carry), _ = jax.lax.scan(body, (zeros, carry), (split, jnp.arange(count)))
+    return total, carry

@@ -1,0 +1,181 @@
+"""Checkpoints through Orbax: whole training states to go on from, or parameters alone to use.
+
+Layout: W/checkpoints/STEP/{params, ema, train, meta}. A step appears under its name only when it is
+complete, so a kill at any time leaves the last whole one. `ema` is absent where nothing is averaged.
+"""
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from argenseg_jax import trees
+from argenseg_jax.errors import UserError
+
+DIRECTORY = "checkpoints"  # within a workdir
+CONFIG = "config.json"
+
+
+class Checkpointer:
+    """The checkpoints of one run. `params`, `ema` are nested dicts, `train` any pytree of arrays."""
+
+    def __init__(self, workdir: str, keep: int | None = None, *, read_only: bool = False):
+        """Opens W/checkpoints; with `keep`, only the newest so many are kept."""
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=not read_only, read_only=read_only,
+            cleanup_tmp_directories=not read_only, enable_async_checkpointing=not read_only)
+        self._dir = epath.Path(workdir).resolve() / DIRECTORY
+        self._manager = ocp.CheckpointManager(
+            self._dir, options=options, item_names=("params", "ema", "train", "meta"))
+
+    def latest(self) -> int | None:
+        """Number of the newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, params: Any, ema: Any, train: Any, meta: Mapping[str, Any],
+             data_state: Any) -> None:
+        """Starts writing; the arrays are copied before it returns, the files come later.
+
+        Args:
+          meta: JSON-able facts about the run, the same on every process.
+          data_state: this process's place in the data: bytes or JSON-able.
+        """
+        items = {"params": ocp.args.StandardSave(params), "train": ocp.args.StandardSave(train),
+                 "meta": ocp.args.JsonSave({**meta, "data": _all_processes(_encode(data_state))})}
+        if ema:
+            items["ema"] = ocp.args.StandardSave(ema)
+        self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The facts saved with a step."""
+        return dict(self._manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+
+    def restore(self, step: int, params: Any, ema: Any, train: Any) -> tuple[Any, Any, Any, Any]:
+        """(params, ema, train, data_state) into the shapes and shardings of the arguments' leaves.
+
+        Raises UserError if the checkpoint is of another model or another number of processes.
+        """
+        check_shapes(self._dir / str(step), params)
+        items = {"params": ocp.args.StandardRestore(params), "train": ocp.args.StandardRestore(train),
+                 "meta": ocp.args.JsonRestore()}
+        if ema:
+            items["ema"] = ocp.args.StandardRestore(ema)
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{self._dir / str(step)} was written with another optimizer or task: "
+                            f"{str(error)[:300]}") from error
+        states = found["meta"]["data"]
+        if len(states) != jax.process_count():
+            raise UserError(f"{self._dir / str(step)} was written by {len(states)} processes; it "
+                            f"cannot go on with {jax.process_count()}: their data shards differ")
+        return (found["params"], found["ema"] if ema else {}, found["train"],
+                _decode(states[jax.process_index()]))
+
+    def close(self) -> None:
+        """Waits for the files."""
+        self._manager.close()
+
+
+def find_step(path: str) -> epath.Path:
+    """Directory of one checkpoint from a workdir (its newest), W/checkpoints, or the step itself."""
+    root = epath.Path(path)
+    if (root / "params").exists():
+        return root
+    for folder in (root / DIRECTORY, root):
+        if folder.is_dir():
+            steps = [int(p.name) for p in folder.iterdir()
+                     if p.name.isdigit() and (p / "params").exists()]
+            if steps:
+                return folder / str(max(steps))
+    raise UserError(f"{path}: no checkpoint there (no step in {root / DIRECTORY})")
+
+
+def find_config(path: str) -> dict[str, Any]:
+    """The resolved configuration saved beside a checkpoint, as a nested dict."""
+    for folder in [epath.Path(path), *find_step(path).parents][:4]:
+        if (folder / CONFIG).exists():
+            return json.loads((folder / CONFIG).read_text())
+    raise UserError(f"{path}: there is no {CONFIG} beside the checkpoint")
+
+
+def check_shapes(step_dir: epath.Path, want: Any) -> None:
+    """UserError that lists the leaves whose names or shapes differ from `want`."""
+    trees.check_same(_saved_shapes(step_dir, "params"), want, str(step_dir))
+
+
+def restore_params(path: str, want: Any | None = None, *, ema: bool = True) -> Any:
+    """Parameters for use: the averaged weights where the run kept an average.
+
+    Args:
+      path: as for find_step.
+      want: tree of jax.ShapeDtypeStruct, with shardings to restore into; None gives numpy arrays.
+      ema: False takes the raw weights.
+
+    Raises:
+      UserError: nothing there, or names or shapes of another model.
+    """
+    step = find_step(path)
+    if want is None:
+        want = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype),
+                            _saved_shapes(step, "params"))
+    else:
+        check_shapes(step, want)
+    flat = trees.flatten(want)
+    averaged = {}
+    if ema and (step / "ema").exists():
+        names = trees.flatten(_saved_shapes(step, "ema"))
+        averaged = _restore_item(step, "ema", trees.unflatten({n: flat[n] for n in names}))
+    raw = _restore_item(step, "params", want)
+    return trees.replace(raw, trees.flatten(averaged))
+
+
+def save_params(path: str, params: Any) -> None:
+    """Writes parameters alone, as a step that find_step and restore_params understand."""
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(epath.Path(path).resolve() / "params", params)
+
+
+def _restore_item(step: epath.Path, item: str, want: Any) -> Any:
+    numpy = any(getattr(leaf, "sharding", None) is None for leaf in jax.tree.leaves(want))
+    with ocp.PyTreeCheckpointer() as reader:
+        kind = np.ndarray if numpy else jax.Array
+        args = jax.tree.map(
+            lambda s: ocp.RestoreArgs(restore_type=np.ndarray, dtype=s.dtype) if kind is np.ndarray
+            else ocp.ArrayRestoreArgs(sharding=s.sharding, global_shape=s.shape, dtype=s.dtype), want)
+        return reader.restore(step.resolve() / item, item=want, restore_args=args)
+
+
+def _saved_shapes(step: epath.Path, item: str) -> dict[str, Any]:
+    with ocp.PyTreeCheckpointer() as reader:
+        return reader.metadata(step.resolve() / item).item_metadata.tree
+
+
+def _encode(state: Any) -> str:
+    return json.dumps({"bytes": base64.b64encode(state).decode()} if isinstance(state, bytes)
+                      else {"json": state})
+
+
+def _decode(text: str) -> Any:
+    state = json.loads(text)
+    return base64.b64decode(state["bytes"]) if "bytes" in state else state["json"]
+
+
+def _all_processes(text: str) -> list[str]:
+    """The texts of all processes, in their order."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(data.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[:data.size] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes)]

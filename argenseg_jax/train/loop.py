@@ -1,0 +1,242 @@
+"""The only training loop: a run is a list of phases (mask tokenizer, then language model).
+
+What it starts from: a checkpoint in the workdir (resume), else `init_from`, else fresh weights.
+A resumed run repeats, bit for bit, what an uninterrupted one does: the state, the place in the data
+and every random number follow from the checkpoint, the seed and the step.
+"""
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from argenseg_jax import sharding, trees
+from argenseg_jax.ckpt.orbax_io import CONFIG, Checkpointer
+from argenseg_jax.errors import UserError
+from argenseg_jax.train import metrics_log, optim
+from argenseg_jax.train import step as step_lib
+from argenseg_jax.train.state import Params, Phase, TrainState
+
+# Config keys that may differ from those of the run that is resumed.
+FREE_KEYS = (r"train/steps", r"train/(log|sample|checkpoint)_every", r"train/keep", r"eval/.*")
+# (path prefix of shapes) -> known weights: fills what fresh weights would, see `run`.
+Loader = Callable[[Params], Params]
+
+
+class Preempted(Exception):
+    """SIGTERM came; everything is saved. The same command goes on from there."""
+
+
+def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
+        init: Callable[[jax.Array], Params], *, load: Loader | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        rules: Sequence[sharding.Rule] = sharding.PARAM_RULES) -> dict[str, Any]:
+    """Trains all phases, or goes on with them.
+
+    Args:
+      cfg: the resolved config as nested dicts; `seed`, `mesh` and `train` are read here.
+      workdir: gets config.json, metrics.jsonl, tensorboard/, samples/ and checkpoints/.
+      phases: in order; one step counter runs over all of them.
+      init: rng -> the parameters of the whole model.
+      load: shapes -> a tree of known weights (numpy) for some or all of them; the rest is drawn.
+      devices: for the mesh; None = all.
+      rules: parameter layouts.
+
+    Returns:
+      {step, loss, text_loss, gen_loss, seconds}: the last logged losses, None where there are none.
+
+    Raises:
+      UserError: the workdir holds another run, or the config does not fit the mesh or the model.
+      Preempted: after SIGTERM.
+    """
+    # ------------------------------------------------------------------ setup
+    begin_time = time.perf_counter()
+    root = epath.Path(workdir)
+    root.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpointer(workdir, cfg["train"]["keep"])
+    saved = checkpoints.latest()
+    check_config(root / CONFIG, cfg, resumed=saved is not None)
+    if jax.process_index() == 0:
+        metrics_log.write_text(root / CONFIG, json.dumps(cfg, indent=1) + "\n")
+    mesh = sharding.make_mesh(cfg["mesh"], devices)
+    total = sum(phase.steps for phase in phases)
+    log = metrics_log.MetricsLog(root, saved or 0, total)
+    stop = _listen_for_sigterm()
+
+    # ------------------------------------------------------------------ phases
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        done = checkpoints.meta(saved)["phase"] if saved is not None else None
+        names = [phase.task.name for phase in phases]
+        first = 0 if done is None else _index(names, done, workdir)
+        params = None
+        if saved is None:
+            params = initial_params(init, cfg["seed"], shapes, mesh, rules, load)
+        for i in range(first, len(phases)):
+            begin = sum(phase.steps for phase in phases[:i])
+            runner = _PhaseRunner(cfg, phases[i], begin, shapes, mesh, rules, checkpoints, log, root,
+                                  stop)
+            if i == first and saved is not None:
+                state, data = runner.restore(saved)
+            else:
+                state, data = runner.start(params)
+            params = averaged(runner.train(state, data))
+    checkpoints.close()
+
+    # ------------------------------------------------------------------ result
+    last = log.last()
+    log.close()
+    return {"step": max(total, saved or 0), **{k: last.get(k) for k in ("loss", "text_loss", "gen_loss")},
+            "seconds": round(time.perf_counter() - begin_time, 2)}
+
+
+class _PhaseRunner:
+    """One phase: its compiled step, its start or restore, and the loop over its steps."""
+
+    def __init__(self, cfg: Mapping[str, Any], phase: Phase, begin: int, shapes: Params, mesh: Mesh,
+                 rules: Sequence[sharding.Rule], checkpoints: Checkpointer,
+                 log: metrics_log.MetricsLog, root: epath.Path, stop: Callable[[int], bool]):
+        self.cfg, self.phase, self.begin, self.mesh = cfg["train"], phase, begin, mesh
+        self.checkpoints, self.log, self.root, self.stop = checkpoints, log, root, stop
+        self.end = begin + phase.steps
+        micro = phase.microbatch or phase.global_batch
+        if phase.global_batch % micro:
+            raise UserError(f"{phase.task.name}: the microbatch {micro} does not divide the global "
+                            f"batch {phase.global_batch}")
+        sharding.check_rows(micro, mesh, f"{phase.task.name}: rows per forward pass")
+        task, ema = phase.task, phase.optim["ema"]
+        trainable = optim.trainable(shapes, phase.optim["freeze"], task.frozen)
+        trained, _ = trees.split(shapes, trainable)
+        self.schedule = optim.schedule(phase.optim, phase.steps)
+        tx = optim.build(phase.optim, phase.steps, trained)
+
+        def new_state(params: Params) -> TrainState:
+            return step_lib.init_state(params, tx, trainable, begin, ema=ema,
+                                       extra=task.init_extra(params))
+
+        self.shapes = jax.eval_shape(new_state, shapes)
+        self.layout = step_lib.state_shardings(self.shapes, mesh, rules)
+        self.new_state = jax.jit(new_state, out_shardings=self.layout, donate_argnums=0)
+        self.step = jax.jit(
+            step_lib.make_train_step(task, tx, trainable, seed=cfg["seed"], ema=ema, begin=begin,
+                                     microbatches=phase.global_batch // micro),
+            donate_argnums=0, out_shardings=(self.layout, None))
+
+    def start(self, params: Params) -> tuple[TrainState, Iterator]:
+        """The first state of the phase."""
+        return self.new_state(params), self.phase.data()
+
+    def restore(self, step: int) -> tuple[TrainState, Iterator]:
+        """The state and the data as they were when `step` was saved."""
+        want = jax.tree.map(lambda s, l: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=l),
+                            self.shapes, self.layout)
+        params, ema, rest, data_state = self.checkpoints.restore(step, *_parts(want))
+        data = self.phase.data()
+        data.set_state(data_state)
+        self.log.say(f"resumed at step {step} ({self.phase.task.name})")
+        return want.replace(params=params, ema=ema, **rest), data
+
+    def save(self, step: int, state: TrainState, data: Iterator) -> None:
+        if self.checkpoints.latest() != step:
+            self.checkpoints.save(step, *_parts(state), {"phase": self.phase.task.name, "step": step},
+                                  data.get_state())
+
+    def train(self, state: TrainState, data: Iterator) -> TrainState:
+        """Steps until the end of the phase; saves on the way, at the end, and on SIGTERM."""
+        interval = metrics_log.Interval()
+        for step in range(int(state.step) + 1, self.end + 1):
+            state, metrics = self.step(state, sharding.global_batch(self.mesh, next(data)))
+            interval.add(metrics)
+            self.log.advance()
+            last = step == self.end
+            if last or step % self.cfg["log_every"] == 0:
+                self._log(step, state, interval)
+            if self.phase.samples and self.cfg["sample_every"] and (
+                    last or step % self.cfg["sample_every"] == 0):
+                self._draw(step, state)
+            stopped = self.stop(step)
+            if last or stopped or step % self.cfg["checkpoint_every"] == 0:
+                self.save(step, state, data)
+            if stopped and not last:
+                self.checkpoints.close()
+                self.log.close()
+                raise Preempted(f"stopped at step {step}, all saved; the same command goes on")
+        return state
+
+    def _log(self, step: int, state: TrainState, interval: metrics_log.Interval) -> None:
+        numbers = interval.mean(jax.device_get)
+        numbers |= {"skipped": int(state.skipped), "lr": float(self.schedule(step - 1 - self.begin)),
+                    "rows_per_second": self.phase.global_batch / numbers["seconds_per_step"]}
+        if jax.process_index() == 0:
+            self.log.write(step, {"phase": self.phase.task.name, **numbers})
+
+    def _draw(self, step: int, state: TrainState) -> None:
+        pictures = self.phase.samples(averaged(state))
+        if jax.process_index() == 0:
+            metrics_log.save_pictures(self.root / "samples", pictures, step)
+
+
+def averaged(state: TrainState) -> Params:
+    """The parameters to use: moving averages where there are some."""
+    return trees.replace(state.params, trees.flatten(state.ema))
+
+
+def _parts(state: TrainState) -> tuple[Any, Any, dict[str, Any]]:
+    """A state as the items of a checkpoint: (params, ema, the rest)."""
+    return state.params, state.ema, {"step": state.step, "skipped": state.skipped,
+                                     "opt_state": state.opt_state, "extra": state.extra}
+
+
+def initial_params(init: Callable[[jax.Array], Params], seed: int, shapes: Params, mesh: Mesh,
+                   rules: Sequence[sharding.Rule], load: Loader | None) -> Params:
+    """Parameters on the mesh: those that `load` knows, the others drawn straight into their shards."""
+    layout = trees.flatten(sharding.shardings(shapes, mesh, rules))
+    known = trees.flatten(load(shapes)) if load else {}
+    if strange := sorted(set(known) - set(layout)):
+        raise UserError(f"init_from has parameters that the model lacks: {', '.join(strange[:5])}")
+    drawn = {name: place for name, place in layout.items() if name not in known}
+    fresh = jax.jit(lambda key: {n: x for n, x in trees.flatten(init(key)).items() if n in drawn},
+                    out_shardings=drawn)(jax.random.fold_in(jax.random.key(seed), 0))
+    placed = {n: jax.device_put(x, layout[n]) for n, x in known.items()}
+    return trees.unflatten({n: fresh[n] if n in fresh else placed[n] for n in layout})
+
+
+def check_config(path: epath.Path, cfg: Mapping[str, Any], *, resumed: bool) -> None:
+    """UserError naming the keys in which a resumed run's config differs from the saved one."""
+    if not resumed or not path.exists():
+        return
+    old = trees.flatten(json.loads(path.read_text()))
+    new = trees.flatten(json.loads(json.dumps(cfg)))  # tuples become lists, as in the file
+    missing = object()
+    changed = [key for key in sorted({*old, *new})
+               if old.get(key, missing) != new.get(key, missing) and not trees.match(FREE_KEYS, key)]
+    if changed:
+        shown = "; ".join(f"{key.replace('/', '.')}: {old.get(key)!r} -> {new.get(key)!r}"
+                          for key in changed)
+        raise UserError(f"{path} is of another run ({shown}); a resumed run may change train.steps, "
+                        "eval.* and logging only: take these back, or another --workdir")
+
+
+def _index(names: Sequence[str], name: str, workdir: str) -> int:
+    if name not in names:
+        raise UserError(f"{workdir}: its checkpoint is of phase '{name}', but the config has {names}")
+    return names.index(name)
+
+
+def _listen_for_sigterm() -> Callable[[int], bool]:
+    """A function step -> whether to stop now; on several hosts they all agree on the step."""
+    asked = []
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    except ValueError:  # not in the main thread: whoever called handles signals
+        pass
+    return lambda step: bool(asked)

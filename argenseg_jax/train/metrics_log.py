@@ -1,0 +1,116 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, a progress bar on stderr, sample pictures."""
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes under a temporary name, then renames: readers see the old or the new file, whole."""
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+class MetricsLog:
+    """One line of JSON per logging interval, and the same numbers in TensorBoard."""
+
+    def __init__(self, workdir: epath.Path, step: int, total: int):
+        """Opens the run's files at `step`: lines of later steps, from before a crash, are dropped."""
+        self._path = workdir / METRICS
+        self._lines = [line for line in _whole_lines(self._path) if line["step"] <= step]
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        self._remote = "://" in os.fspath(workdir)  # object stores cannot append
+        self._board = None if self._remote else SummaryWriter(os.fspath(workdir / "tensorboard"),
+                                                              purge_step=step + 1)
+        self._bar = tqdm(total=total, initial=step, file=sys.stderr, dynamic_ncols=True,
+                         mininterval=0.5 if sys.stderr.isatty() else 30, unit="step")
+
+    def write(self, step: int, numbers: Mapping[str, Any]) -> None:
+        """Adds a line; numbers that are not finite become null."""
+        line = {"step": step, **{k: _finite(v) for k, v in numbers.items()}}
+        self._lines.append(line)
+        if self._remote:
+            write_text(self._path, "".join(json.dumps(x) + "\n" for x in self._lines))
+        else:
+            with open(self._path, "a") as f:
+                f.write(json.dumps(line) + "\n")
+            for name, value in line.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._board.add_scalar(name, value, step)
+        shown = {k: v for k, v in line.items() if k.endswith("loss") and v is not None}
+        self._bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()}, refresh=False)
+
+    def advance(self) -> None:
+        """One step is done."""
+        self._bar.update()
+
+    def say(self, text: str) -> None:
+        """A line for people, above the bar."""
+        self._bar.write(text, file=sys.stderr)
+
+    def last(self) -> dict[str, Any]:
+        """The newest line, or {}."""
+        return self._lines[-1] if self._lines else {}
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class Interval:
+    """Means of the steps since the last line; the devices are asked only when it ends."""
+
+    def __init__(self):
+        self._steps: list[Mapping[str, Any]] = []
+        self._begin = time.perf_counter()
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        self._steps.append(metrics)
+
+    def mean(self, get: Any) -> dict[str, float]:
+        """Means over the finite values, and seconds_per_step; `get` brings arrays to the host."""
+        steps = get(self._steps)
+        seconds = (time.perf_counter() - self._begin) / len(steps)
+        values = {k: np.asarray([s[k] for s in steps], np.float64) for k in steps[-1]}
+        means = {k: float(v[np.isfinite(v)].mean()) if np.isfinite(v).any() else math.nan
+                 for k, v in values.items()}
+        self.__init__()
+        return {**means, "seconds_per_step": seconds}
+
+
+def save_pictures(folder: epath.Path, pictures: Mapping[str, np.ndarray], step: int) -> None:
+    """Writes u8[H, W, 3] pictures as STEP_NAME.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        path = folder / f"{step:07d}_{name}.png"
+        temporary = folder / f"{path.name}.tmp"
+        with temporary.open("wb") as f:
+            Image.fromarray(picture).save(f, format="PNG")
+        temporary.replace(path)
+
+
+def _whole_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The lines of an earlier run; a last one that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True)
+            if line.endswith("}\n")]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

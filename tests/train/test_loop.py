@@ -1,0 +1,108 @@
+"""The loop: files it leaves, phases, starting points, what a resumed run may change."""
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from argenseg_jax import trees
+from argenseg_jax.ckpt import orbax_io
+from argenseg_jax.errors import UserError
+from argenseg_jax.train import loop
+from tests.train import toy
+
+ONE = jax.devices()[:1]
+
+
+def run(cfg, workdir, first=0, data=toy.Data, **kwargs):
+    return loop.run(cfg, str(workdir), toy.phases(cfg, first, data), toy.init, devices=ONE, **kwargs)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_files_and_numbers(tmp_path):
+    cfg = toy.config()
+    result = run(cfg, tmp_path)
+    assert result["step"] == 6 and result["text_loss"] is None
+    assert result["loss"] == result["gen_loss"] == lines(tmp_path)[-1]["loss"]
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6]
+    assert lines(tmp_path)[0]["loss"] > lines(tmp_path)[-1]["loss"]
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved == json.loads(json.dumps(cfg))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6"]
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_phases_share_one_counter_and_pass_their_weights_on(tmp_path):
+    cfg = toy.config()
+    result = run(cfg, tmp_path, first=3)
+    assert result["step"] == 9
+    assert [(line["step"], line["phase"]) for line in lines(tmp_path)] == [
+        (2, "vqvae"), (3, "vqvae"), (4, "lm"), (6, "lm"), (8, "lm"), (9, "lm")]
+    fresh = trees.flatten(toy.init(jax.random.fold_in(jax.random.key(cfg["seed"]), 0)))
+    final = trees.flatten(orbax_io.restore_params(str(tmp_path)))
+    np.testing.assert_array_equal(final["visual/lvl_embed"], fresh["visual/lvl_embed"])
+    assert np.any(final["connector/fc1/kernel"] != fresh["connector/fc1/kernel"])
+
+
+def test_weights_that_are_known_replace_fresh_ones(tmp_path):
+    known = {"visual": {"lvl_embed": np.full((2, toy.WIDTH), 7.0, np.float32)}}
+    run(toy.config(), tmp_path, load=lambda shapes: known)
+    np.testing.assert_array_equal(
+        orbax_io.restore_params(str(tmp_path))["visual"]["lvl_embed"], known["visual"]["lvl_embed"])
+    with pytest.raises(UserError, match="other/leaf"):
+        run(toy.config(), tmp_path / "b", load=lambda shapes: {"other": {"leaf": np.zeros(1)}})
+
+
+def test_resume_refuses_another_config_and_names_the_key(tmp_path):
+    run(toy.config(), tmp_path)
+    cfg = toy.config()
+    cfg["optim"]["lr"] = 1.0
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.01 -> 1\.0"):
+        run(cfg, tmp_path)
+    cfg = toy.config()
+    cfg["train"]["steps"], cfg["train"]["log_every"], cfg["eval"]["masks"] = 8, 1, "union"
+    assert run(cfg, tmp_path)["step"] == 8
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 7, 8]
+
+
+def test_a_finished_run_answers_at_once(tmp_path):
+    first = run(toy.config(), tmp_path)
+    again = run(toy.config(), tmp_path)
+    assert {k: again[k] for k in ("step", "loss")} == {k: first[k] for k in ("step", "loss")}
+
+
+def test_sigterm_saves_and_the_run_goes_on(tmp_path):
+    class Interrupted(toy.Data):
+        def __next__(self):
+            if self.index == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
+
+    with pytest.raises(loop.Preempted, match="step 4"):
+        run(toy.config(checkpoint_every=100), tmp_path, data=Interrupted)
+    result = run(toy.config(checkpoint_every=100), tmp_path)
+    whole = run(toy.config(checkpoint_every=100), tmp_path / "whole")
+    assert result["loss"] == whole["loss"]
+
+
+def test_samples_are_drawn(tmp_path):
+    cfg = toy.config(sample_every=4)
+    phase = toy.phases(cfg)[0]
+    draw = lambda params: {"grey": np.full((2, 2, 3), 9, np.uint8)}
+    loop.run(cfg, str(tmp_path), [type(phase)(**{**vars(phase), "samples": draw})], toy.init, devices=ONE)
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
+        "0000004_grey.png", "0000006_grey.png"]
+
+
+def test_batches_that_do_not_split_are_named(tmp_path):
+    with pytest.raises(UserError, match="microbatch 3 does not divide"):
+        run(toy.config(microbatch=3), tmp_path)
+    cfg = toy.config(microbatch=2)
+    cfg["mesh"]["data"] = 4
+    with pytest.raises(UserError, match="not a multiple of the 4"):
+        loop.run(cfg, str(tmp_path), toy.phases(cfg), toy.init, devices=jax.devices()[:4])
