@@ -168,8 +168,7 @@ class Stage(nn.Module):
             x = nn.Conv(self.width, (3, 3), strides=2, padding="VALID", dtype=self.dtype,
                         name="downsample")(x)
         elif self.resize == "upsample":
-            x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-            x = _conv(self.width, self.dtype, name="upsample")(x)
+            x = _conv(self.width, self.dtype, name="upsample")(nearest2x(x))
         return x
 
 
@@ -219,6 +218,11 @@ class AttnBlock(nn.Module):
         weights = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", q, k).astype(jnp.float32) * d**-0.5)
         h = jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v).reshape(x.shape)
         return x + nn.Conv(d, (1, 1), dtype=self.dtype, name="proj_out")(h)
+
+
+def nearest2x(x: jax.Array) -> jax.Array:
+    """[B,H,W,c] -> [B,2H,2W,c], each pixel four times."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
 def _conv(width: int, dtype: Dtype, local: bool = False, name: str | None = None) -> nn.Conv:
