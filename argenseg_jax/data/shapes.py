@@ -71,7 +71,7 @@ LEVELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One shape: names, centre (x, y) and radius r in pixels (y grows downwards), angle in radians."""
+    """One shape: names, centre (x, y; y grows downwards) and r in pixels, angle in radians."""
 
     colour: str
     shape: str
@@ -124,7 +124,7 @@ def _inside(obj: Object, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         sides = [math.cos(a) * x + math.sin(a) * y for a in angles]
         return np.minimum(np.minimum(sides[0], sides[1]), sides[2]) >= -TRIANGLE_TIP * obj.r / 2
     # A star folds onto half a point: `along` the nearest tip's axis and `aside` of it.
-    along = (math.cos(angles[0]) * x + math.sin(angles[0]) * y)
+    along = math.cos(angles[0]) * x + math.sin(angles[0]) * y
     for a in angles[1:]:
         along = np.maximum(along, math.cos(a) * x + math.sin(a) * y)
     aside = np.sqrt(np.maximum(x * x + y * y - along * along, 0))
@@ -147,21 +147,21 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     amplitude, phase, angle = rng.uniform(0, 14), rng.uniform(0, 2 * np.pi), rng.uniform(0, np.pi)
     wave = 2 * np.pi * rng.uniform(0.02, 0.08)  # radians a pixel
     t = np.arange(CANVAS, dtype=np.float32)
-    grating = np.sin(wave * math.cos(angle) * t[None] + (wave * math.sin(angle) * t[:, None] + phase))
-    bright = np.float32(amplitude) * grating
+    across, down = wave * math.cos(angle) * t[None], wave * math.sin(angle) * t[:, None]
+    bright = np.float32(amplitude) * np.sin(across + (down + phase))
     bright.reshape(8, 8, 8, 8)[:] += blocks[:, None, :, None]
     return bright + colour.astype(np.float32)[:, None, None]
 
 
 @functools.cache
 def _noise_table() -> np.ndarray:
-    """f32[4096]: the quantiles of the pixel noise; a look-up is thrice as fast as drawing normals."""
+    """f32[4096]: quantiles of the pixel noise; looking up is thrice as fast as drawing normals."""
     normal = statistics.NormalDist(0, NOISE_SD)
     return np.array([normal.inv_cdf((i + 0.5) / 4096) for i in range(4096)], np.float32)
 
 
 def _place(rng: np.random.Generator, level: Level, held_out: bool) -> list[Object]:
-    """Draws 2.. objects that lie inside the canvas, apart; the first is a held-out pair if asked."""
+    """Draws 2 or more objects, inside and apart; the first is a held-out pair if asked."""
     count = int(rng.integers(2, level.max_objects + 1))
     objects: list[Object] = []
     while len(objects) < 2:  # a crowded draw may find no room for the second: start again
