@@ -112,10 +112,11 @@ class Recording:
             self.rows.append(Row(name, want.shape, math.nan, tolerance, False,
                                  f"the model gives {got.shape}"))
             return
+        shape = want.shape
         if where is not None:
             got, want = got[where], want[where]
         error = _error(got.astype(np.float64), want.astype(np.float64), tolerance.measure)
-        self.rows.append(Row(name, want.shape, error, tolerance, error <= tolerance.limit))
+        self.rows.append(Row(name, shape, error, tolerance, error <= tolerance.limit))
 
     def finish(self) -> None:
         """Notes every array that nothing looked at as a miss."""

@@ -8,7 +8,7 @@ import jax
 from etils import epath
 
 from argenseg_jax.errors import UserError
-from argenseg_jax.eval.parity import vit, vq
+from argenseg_jax.eval.parity import lm, vit, vq
 from argenseg_jax.eval.parity.recording import Recording, Row
 
 # Kind (the part of `case` before the first underscore) -> comparer.
@@ -17,6 +17,7 @@ KINDS = {
     "B": vq.compare_vqvae,
     "C": vq.compare_operators,
     "D": vit.compare_vit,
+    "E": lm.compare_lm,
 }
 
 
