@@ -18,7 +18,7 @@ flags.DEFINE_string("case", None, "Folder of the recording.")
 
 def run() -> dict[str, Any]:
     """Prints the table on stderr; returns {case, ok, arrays, misses, worst, errors, seconds}."""
-    from argenseg_jax.eval.parity import recording, verify
+    from argenseg_jax.parity import recording, verify
 
     common.require("case")
     result, rows = verify.verify(FLAGS.case)

@@ -8,8 +8,8 @@ import jax
 from etils import epath
 
 from argenseg_jax.errors import UserError
-from argenseg_jax.eval.parity import lm, vit, vq
-from argenseg_jax.eval.parity.recording import Recording, Row
+from argenseg_jax.parity import lm, vit, vq
+from argenseg_jax.parity.recording import Recording, Row
 
 # Kind (the part of `case` before the first underscore) -> comparer.
 KINDS = {

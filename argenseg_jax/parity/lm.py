@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from argenseg_jax.eval.parity.recording import EQUAL, Recording
+from argenseg_jax.parity.recording import EQUAL, Recording
 from argenseg_jax.interop import hf_config, weight_map
 from argenseg_jax.interop import torch as torch_convert
 from argenseg_jax.models import layers
