@@ -37,5 +37,5 @@ class Connector(nn.Module):
         """[P, 1 + n, Dv] -> [P, n * ratio^2, D]."""
         x = pixel_shuffle(x[:, 1:], self.ratio, self.version)
         x = layers.LayerNorm(1e-5, name="norm")(x)
-        x = jax.nn.gelu(nn.Dense(self.width, dtype=self.dtype, name="fc1")(x), approximate=False)
-        return nn.Dense(self.width, dtype=self.dtype, name="fc2")(x)
+        x = jax.nn.gelu(layers.dense(self.width, self.dtype, name="fc1")(x), approximate=False)
+        return layers.dense(self.width, self.dtype, name="fc2")(x)

@@ -31,8 +31,7 @@ class Attention(nn.Module):
     def __call__(self, x: Array, angles: Array, mask: Array, layer: Array,
                  cache: KVCache | None) -> tuple[Array, KVCache | None]:
         def project(heads: int, name: str) -> Array:
-            return nn.DenseGeneral((heads, self.head_dim), use_bias=self.qkv_bias,
-                                   dtype=self.dtype, name=name)(x)
+            return layers.dense((heads, self.head_dim), self.dtype, bias=self.qkv_bias, name=name)(x)
 
         q, k, v = project(self.heads, "q"), project(self.kv_heads, "k"), project(self.kv_heads, "v")
         if self.qk_norm:
@@ -45,8 +44,7 @@ class Attention(nn.Module):
                                   v=kv_cache.append(cache.v, layer, v, cache.length))
             k, v = cache.k[layer].astype(k.dtype), cache.v[layer].astype(v.dtype)
         y = layers.attention(q, k, v, mask)
-        y = nn.DenseGeneral(x.shape[-1], axis=(-2, -1), use_bias=False, dtype=self.dtype, name="o")(y)
-        return y, cache
+        return layers.dense(x.shape[-1], self.dtype, inputs=2, bias=False, name="o")(y), cache
 
 
 class Mlp(nn.Module):
@@ -58,7 +56,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         def dense(width: int, name: str):
-            return nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
+            return layers.dense(width, self.dtype, bias=False, name=name)
 
         y = jax.nn.silu(dense(self.hidden, "gate")(x)) * dense(self.hidden, "up")(x)
         return dense(x.shape[-1], "down")(sharding.constrain(y, "act_batch", "act_len", "act_ffw"))

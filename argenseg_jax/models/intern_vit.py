@@ -64,15 +64,14 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (self.heads, self.width // self.heads)
-        q, k, v = (nn.DenseGeneral(shape, use_bias=self.qkv_bias, dtype=self.dtype, name=n)(x)
-                   for n in "qkv")
+        q, k, v = (layers.dense(shape, self.dtype, bias=self.qkv_bias, name=n)(x) for n in "qkv")
         if self.qk_norm:
             flat = (*x.shape[:-1], self.width)
             q = layers.RMSNorm(self.eps, name="q_norm")(q.reshape(flat)).reshape(q.shape)
             k = layers.RMSNorm(self.eps, name="k_norm")(k.reshape(flat)).reshape(k.shape)
         q, k, v = (sharding.constrain(a, "act_batch", None, "act_heads", None) for a in (q, k, v))
         y = layers.attention(q, k, v, None)
-        return nn.DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype, name="o")(y)
+        return layers.dense(self.width, self.dtype, inputs=2, name="o")(y)
 
 
 class Mlp(nn.Module):
@@ -83,9 +82,9 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
+        y = layers.dense(self.hidden, self.dtype, name="fc1")(x)
         y = sharding.constrain(jax.nn.gelu(y, approximate=False), "act_batch", None, "act_ffw")
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(y)
+        return layers.dense(x.shape[-1], self.dtype, name="fc2")(y)
 
 
 class PatchEmbed(nn.Module):

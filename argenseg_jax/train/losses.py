@@ -1,0 +1,220 @@
+"""What is trained: the LM task (text CE + code CE) and the VQ-VAE task, as the loop sees them.
+
+Axes: B rows, T places, M masks a row, N codes a mask, V padded vocabulary.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from argenseg_jax.models.argenseg import ARGenSeg
+from argenseg_jax.train import vqvae_loss
+
+from argenseg_jax.vocab import IGNORE
+
+Array = jax.Array
+Batch = Mapping[str, Array]
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Aux:
+    """What a loss returns beside its value.
+
+    Attributes:
+      metrics: scalars that add up over microbatches to the figures of the whole batch.
+      overrides: {leaf path: array} parameters set after the update (EMA codebook, restarted codes).
+      extra: the task's own state after this step (EMA sums), or None.
+    """
+
+    metrics: dict[str, Array]
+    overrides: dict[str, Array] = dataclasses.field(default_factory=dict)
+    extra: Any = None
+
+
+jax.tree_util.register_dataclass(Aux, ["metrics", "overrides", "extra"], [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One phase of training.
+
+    Attributes:
+      name: 'vqvae' or 'lm'; also the kind of batch it eats.
+      frozen: regexes of parameter paths that this task never changes.
+      init_extra: params -> the task's own state (None if it has none).
+      normalizer: whole batch -> denominators, so that accumulated microbatches give exact means.
+      loss: (params, extra, microbatch, rng, norm) -> (loss, Aux).
+    """
+
+    name: str
+    frozen: tuple[str, ...]
+    init_extra: Callable[[Params], Any]
+    normalizer: Callable[[Batch], dict[str, Array]]
+    loss: Callable[[Params, Any, Batch, Array, dict[str, Array]], tuple[Array, Aux]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LMOptions:
+    """Departures from the plain loss of the paper; all off by default.
+
+    Attributes:
+      soft_targets: temperature of a softmax over distances between codes; the targets then give
+        near codes a share, since many codes draw almost the same patch. 0 = one-hot.
+      scale_power: the weight of a code goes with (codes of its scale) ** -power. 0 = all equal.
+      foreground: weight of codes other than code 0 (nano's code of nothing). 1 = all equal.
+      corrupt: up to this share of the input codes is replaced by random ones, so that decoding
+        learns to go on from its own mistakes. 0 = never.
+      chunk: number of places whose logits are in memory at a time; 0 = all.
+    """
+
+    soft_targets: float = 0.0
+    scale_power: float = 0.0
+    foreground: float = 1.0
+    corrupt: float = 0.0
+    chunk: int = 0
+
+
+def targets(model: ARGenSeg, labels: Array, codes: Array | None) -> tuple[Array, Array, Array]:
+    """What the logits at each place have to say (SPEC: official labels, shifted by one).
+
+    Args:
+      labels: int32[B, T] in the official form (IGNORE, a text id, or <MASK_CONTEXT> for a code).
+      codes: int32[B, M, N] or None.
+
+    Returns:
+      ids int32[B, T] (IGNORE where there is no target), is_code bool[B, T], and the index
+      int32[B, T] of the code within the row's M * N codes.
+    """
+    ids = jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORE)], axis=1)
+    is_code = ids == model.vocab.mask_context
+    index = jnp.cumsum(is_code, axis=1) - 1
+    if codes is not None:
+        flat = codes.reshape(codes.shape[0], -1)
+        at = jnp.clip(index, 0, flat.shape[1] - 1)
+        ids = jnp.where(is_code, model.vocab.first_code + jnp.take_along_axis(flat, at, axis=1), ids)
+    return ids, is_code, index
+
+
+def token_nll(model: ARGenSeg, params: Params, hidden: Array, ids: Array, is_code: Array,
+              opts: LMOptions) -> tuple[Array, Array]:
+    """Negative log likelihood f32[B, T] of the targets, and bool[B, T] whether the argmax is right.
+
+    Both softmaxes run over the full vocabulary. With soft targets the likelihood of a code is
+    spread over codes by their distance.
+    """
+    first, size = model.vocab.first_code, model.vocab.num_codes
+    spread = None
+    if opts.soft_targets:
+        spread = code_neighbours(params["vqvae"]["quantizer"]["codebook"], opts.soft_targets,
+                                 zero_first=bool(model.vqvae.dead_zone))
+
+    def chunk_nll(hidden: Array, ids: Array, is_code: Array) -> tuple[Array, Array]:
+        logits = model.apply({"params": params}, hidden, method="logits")
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        at = jnp.maximum(ids, 0)
+        picked = jnp.take_along_axis(logits, at[..., None], axis=-1)[..., 0]
+        if spread is not None:
+            share = spread[jnp.clip(ids - first, 0, size - 1)]
+            soft = jnp.sum(share * logits[..., first:first + size], axis=-1)
+            picked = jnp.where(is_code, soft, picked)
+        return log_z - picked, jnp.argmax(logits, axis=-1) == ids
+
+    t = hidden.shape[1]
+    if not opts.chunk or t <= opts.chunk:
+        return chunk_nll(hidden, ids, is_code)
+    if t % opts.chunk:
+        raise ValueError(f"train.loss.chunk={opts.chunk} does not divide the {t} places of a row")
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, opts.chunk, *x.shape[2:]), 1, 0)
+
+    nll, right = jax.lax.map(jax.checkpoint(lambda args: chunk_nll(*args)),
+                             (split(hidden), split(ids), split(is_code)))
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(ids.shape) for x in (nll, right))
+
+
+def code_neighbours(codebook: Array, temperature: float, zero_first: bool) -> Array:
+    """f32[V, V]: row v is a softmax over -distance^2 / temperature from code v, in units of the
+    mean squared distance of a code to its nearest other code."""
+    e = codebook.astype(jnp.float32)
+    if zero_first:
+        e = e.at[0].set(0.0)
+    sq = jnp.sum(e * e, axis=-1)
+    distance = jnp.maximum(sq[:, None] + sq[None] - 2 * jnp.dot(e, e.T, precision="highest"), 0.0)
+    nearest = jnp.min(distance + 1e9 * jnp.eye(len(e)), axis=-1)
+    return jax.nn.softmax(-distance / (temperature * jnp.mean(nearest) + 1e-12), axis=-1)
+
+
+def code_weights(model: ARGenSeg, opts: LMOptions, ids: Array, index: Array) -> Array:
+    """f32[B, T]: the weight of each code target; mean 1 over a mask for equal foregrounds."""
+    per_scale = np.asarray([pn * pn for pn in model.scales.patch_nums], np.float32) ** -opts.scale_power
+    weight = per_scale[model.scales.levels]
+    weight = jnp.asarray(weight / weight.mean())[jnp.maximum(index, 0) % len(weight)]
+    return jnp.where(ids == model.vocab.first_code, 1.0, opts.foreground) * weight
+
+
+def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Mapping[str, Array],
+            opts: LMOptions, *, deterministic: bool = False) -> tuple[Array, Aux]:
+    """CE(text) + CE(codes), each a mean over its own targets in the whole batch (SPEC 3.5)."""
+    drop, noise, amount = jax.random.split(rng, 3)
+
+    def run(method: str, *args, **kwargs):
+        return model.apply({"params": params}, *args, method=method, rngs={"dropout": drop}, **kwargs)
+
+    codes = features = None
+    if batch["masks"].shape[1]:
+        codes = jax.lax.stop_gradient(run("tokenize", batch["masks"]))
+    if batch["tiles"].shape[1]:
+        features = run("encode_images", batch["tiles"], deterministic=deterministic)
+    inputs = codes
+    if codes is not None and opts.corrupt and not deterministic:
+        share = opts.corrupt * jax.random.uniform(amount, (codes.shape[0], codes.shape[1], 1))
+        hit = jax.random.uniform(noise, codes.shape) < share
+        random_codes = jax.random.randint(amount, codes.shape, 0, model.vocab.num_codes)
+        inputs = jnp.where(hit, random_codes, codes)
+    hidden = run("hidden", batch["tokens"], batch["positions"], batch["segment_ids"], features, inputs)
+    ids, is_code, index = targets(model, batch["labels"], codes)
+    nll, right = token_nll(model, params, hidden, ids, is_code, opts)
+
+    is_text = (ids != IGNORE) & ~is_code
+    weight = code_weights(model, opts, ids, index)
+    text_loss = jnp.sum(jnp.where(is_text, nll, 0.0)) / norm["text"]
+    gen_loss = jnp.sum(jnp.where(is_code, nll * weight, 0.0)) / norm["codes"]
+    accuracy = jnp.sum(is_code & right) / norm["codes"]
+    loss = text_loss + gen_loss
+    return loss, Aux({"loss": loss, "text_loss": text_loss, "gen_loss": gen_loss,
+                      "code_accuracy": accuracy})
+
+
+def lm_task(model: ARGenSeg, opts: LMOptions, frozen: tuple[str, ...] = ()) -> Task:
+    """Fine-tunes everything but the VQ-VAE and what `frozen` names."""
+
+    def normalizer(batch: Batch) -> dict[str, Array]:
+        ids, is_code, _ = targets(model, batch["labels"], None)
+        text = jnp.sum((ids != IGNORE) & ~is_code)
+        return {"text": jnp.maximum(text, 1).astype(jnp.float32),
+                "codes": jnp.maximum(jnp.sum(is_code), 1).astype(jnp.float32)}
+
+    return Task("lm", ("vqvae/.*", *frozen), lambda params: None, normalizer,
+                lambda params, extra, batch, rng, norm: lm_loss(model, params, batch, rng, norm, opts))
+
+
+def vqvae_task(model: ARGenSeg) -> Task:
+    """Trains the VQ-VAE alone, on masks u8[B, R, R, 3]."""
+    def loss(params: Params, extra: Any, batch: Batch, rng: Array, norm: Any) -> tuple[Array, Aux]:
+        masks = batch["masks"].astype(jnp.float32) / 255 * 2 - 1
+        value, metrics, overrides, state = vqvae_loss.vqvae_loss(
+            model.vqvae, params["vqvae"], masks, rng, extra)
+        share = len(masks) / norm["rows"]
+        return value * share, Aux({k: v * share for k, v in {"loss": value, **metrics}.items()},
+                                  {f"vqvae/{k}": v for k, v in overrides.items()}, state)
+
+    return Task("vqvae", ("(vision|connector|llm|visual)/.*", f"vqvae/{vqvae_loss.CODEBOOK}"),
+                lambda params: vqvae_loss.init_state(model.vqvae),
+                lambda batch: {"rows": jnp.float32(batch["masks"].shape[0])}, loss)
