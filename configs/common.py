@@ -78,6 +78,12 @@ def base() -> ConfigDict:
             "system": None,     # system message; None = the official one, '' = none
             "workers": 0,       # grain worker processes; 0 reads in the training process
             "root": "",         # directory that relative paths of the sources start from
+            "max_tiles": 1,     # P, tiles per row
+            "max_masks": 1,     # M, masks per row
+            "pad_to_square": False,  # keep the aspect ratio of images and masks, and pad them
+            "augment": False,   # disturb photographs: data/augment.py
+            "prompt_drop": 0.0,  # share of text-to-image prompts that ask for nothing (guidance)
+            "max_broken": 0.01,  # largest share of broken samples; more of them end the run
         },
         "optim": optimizer(freeze=(r"vision/.*",)),
         "mesh": {               # devices along each axis; -1 = all that are left
@@ -96,6 +102,13 @@ def base() -> ConfigDict:
             "keep": 2,          # checkpoints kept, the newest ones
             "log_every": 50,    # steps per line of metrics.jsonl
             "sample_every": 0,  # steps per picture in samples/; 0 = none
+            "loss": {           # departures from the paper's plain loss; see train/losses.LMOptions
+                "soft_targets": 0.0,  # temperature that spreads a code's target over near codes
+                "scale_power": 0.0,  # weight of a code ~ (codes of its scale) ** -power
+                "foreground": 1.0,  # weight of codes other than code 0
+                "corrupt": 0.0,  # up to this share of the input codes is replaced by random ones
+                "chunk": 0,     # places whose logits are in memory at a time; 0 = all
+            },
         },
         "decode": {
             "max_text_tokens": 64,  # per answer, codes not counted

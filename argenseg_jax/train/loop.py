@@ -168,6 +168,7 @@ class _PhaseRunner:
                 self.checkpoints.close()
                 self.log.close()
                 raise Preempted(f"stopped at step {step}, all saved; the same command goes on")
+        getattr(data, "close", lambda: None)()  # of grain: its threads and processes
         return state
 
     def _log(self, step: int, state: TrainState, interval: metrics_log.Interval) -> None:
