@@ -13,6 +13,7 @@ from typing import Any
 
 import grain.python as grain
 import numpy as np
+from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
 from argenseg_jax.data import prompt, sources, transforms
@@ -226,6 +227,8 @@ def train_iterator(config: Mapping[str, Any] | DataConfig, tokenizer: Tokenizer 
                                 prefetch_buffer_size=0 if config.workers else 2 * batch_size)
     dataset = dataset.to_iter_dataset(reading)
     if config.workers:
+        if not flags.FLAGS.is_parsed():  # grain's workers read flags; a notebook has parsed none
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
     return BatchIterator(ThreadPrefetchIterDataset(_Batches(dataset, batch_size, config.max_broken),
                                                    prefetch_buffer_size=2))

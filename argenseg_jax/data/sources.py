@@ -5,6 +5,7 @@
     jsonl:F  or F.jsonl                                  official JSONL, one sample a line
     meta:F   or F.json                                   official meta JSON: a mixture of JSONL files
     psalm:F  or F.json                                   PSALM JSON, for evaluation (data/psalm.py)
+    tfds:FOLDER[:SPLIT]  or FOLDER                       shards that `prepare` wrote (split: train)
 
 A source has `__len__` and `__getitem__(i) -> Sample`, and `draw(i, rng)` where a sample leaves
 something to chance. Opening one reads an index, not the samples.
@@ -90,9 +91,11 @@ def open_source(name: str, root: str = "", prompt: str = "referring",
     kind, _, rest = name.partition(":")
     if kind in ("shapes", "nano"):
         return _open_shapes(name)
-    if kind not in ("jsonl", "meta", "psalm"):
+    if kind not in ("jsonl", "meta", "psalm", "tfds"):
         kind, rest = "", name
     path = epath.Path(root) / rest
+    if kind == "tfds" or (not kind and path.is_dir()):
+        return _open_tfds(path)
     if not rest or not path.exists() or path.is_dir():
         raise UserError(f"{path}: no such source (known forms: shapes:LEVEL:SPLIT, X.jsonl, X.json)")
     if kind == "jsonl" or (not kind and path.suffix != ".json"):
@@ -113,6 +116,14 @@ def _open_shapes(name: str) -> shapes.ShapesSource:
     if not 2 <= len(words) <= 3 or (len(words) == 3 and not words[2].isdigit()):
         raise UserError(f"{name}: write shapes:LEVEL:SPLIT or shapes:LEVEL:SPLIT:SIZE")
     return shapes.ShapesSource(words[0], words[1], size=int(words[2]) if words[2:] else None)
+
+
+def _open_tfds(path: epath.Path) -> Source:
+    from argenseg_jax.data.shapes_tfds import TfdsSource  # slow to import, seldom needed
+    folder, colon, split = str(path).rpartition(":")
+    if colon and not epath.Path(path).exists():
+        return TfdsSource(folder, split)
+    return TfdsSource(path)
 
 
 class JsonlSource:

@@ -262,7 +262,7 @@ _GLUE_CORPUS = (" a an and are at be by can do find for from has have here how i
                 "0 1 2 3 4 5 6 7 8 9")
 
 
-def nano_tokenizer(num_codes: int, corpus: Sequence[str], vocab_size: int = 512) -> Tokenizer:
+def nano_tokenizer(num_codes: int, corpus: Sequence[str], vocab_size: int = 496) -> Tokenizer:
     """A deterministic byte-level BPE: 256 bytes, merges of a fixed corpus, control tokens, codes.
 
     Args:
