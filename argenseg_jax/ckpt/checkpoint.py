@@ -1,0 +1,76 @@
+"""Any checkpoint seen alike: an Orbax step, a workdir, an HF folder, or the shipped `nano`."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from argenseg_jax.ckpt import orbax_io
+from argenseg_jax.data.shapes import corpus
+from argenseg_jax.data.tokenizer import Tokenizer, nano_tokenizer
+from argenseg_jax.errors import UserError
+from argenseg_jax.interop import hf_folder
+from argenseg_jax.models import variants
+from argenseg_jax.models.argenseg import ARGenSeg
+
+NANO = pathlib.Path(__file__).parent.parent / "assets" / "nano"
+RUN_CONFIG = "run_config.json"  # in an HF folder: the config of the run that trained it
+TOKENIZER = "tokenizer"  # folder within a workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Where weights are, and the config to use them with.
+
+    Attributes:
+      path: the folder.
+      is_hf: official key names in safetensors, otherwise Orbax.
+      config: the resolved config of the run that wrote it; `model` is always there.
+    """
+
+    path: epath.Path
+    is_hf: bool
+    config: Mapping[str, Any]
+
+    def model(self, **overrides: Any) -> ARGenSeg:
+        """The module that the weights belong to; overrides such as dtype='bfloat16'."""
+        return variants.build({**self.config["model"], **overrides})
+
+    def load_params(self) -> dict[str, Any]:
+        """The whole parameter tree as numpy arrays (averaged weights where the run kept some)."""
+        if self.is_hf:
+            return hf_folder.load_params(self.path, self.model())
+        return orbax_io.restore_params(str(self.path))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer saved beside the weights."""
+        for folder in (self.path, *list(self.path.parents)[:2]):
+            if (folder / TOKENIZER).is_dir():
+                return Tokenizer.load(folder / TOKENIZER)
+        return Tokenizer.load(self.path, self.model().vocab.num_codes)
+
+
+def open_checkpoint(path: str) -> Checkpoint:
+    """Finds out what `path` is by its content; UserError if it is no checkpoint."""
+    root = epath.Path(NANO if path == "nano" else path)
+    if not root.exists():
+        raise UserError(f"{root}: no such checkpoint")
+    if root.is_dir() and hf_folder.is_hf(root):
+        run = root / RUN_CONFIG
+        config = json.loads(run.read_text()) if run.exists() else {}
+        return Checkpoint(root, True, {**config, "model": hf_folder.model_cfg(root)})
+    return Checkpoint(root, False, orbax_io.find_config(str(root)))
+
+
+def tokenizer_for(model: ARGenSeg, source: Checkpoint | None) -> Tokenizer:
+    """The tokenizer to train with: that of the source, or nano's own; it must fit the model."""
+    tokenizer = source.tokenizer() if source else nano_tokenizer(model.vocab.num_codes, corpus())
+    if tokenizer.vocab != model.vocab:
+        raise UserError(f"the tokenizer's vocabulary {tokenizer.vocab} is not the model's "
+                        f"{model.vocab}: set model.vocab to it, or init_from to a folder that holds "
+                        "the model's own tokenizer")
+    return tokenizer

@@ -1,0 +1,77 @@
+"""From a config to a run: builds model, tokenizer, tasks and data, and hands them to the loop."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from argenseg_jax import trees
+from argenseg_jax.ckpt import checkpoint
+from argenseg_jax.data import pipeline
+from argenseg_jax.errors import UserError
+from argenseg_jax.models import variants
+from argenseg_jax.models.argenseg import ARGenSeg
+from argenseg_jax.train import loop, losses
+from argenseg_jax.train.state import Params, Phase
+
+
+def train(cfg: Mapping[str, Any], workdir: str) -> dict[str, Any]:
+    """Trains the config's phases in the workdir, or goes on with them; returns the loop's result."""
+    model = variants.build({**cfg["model"], "dtype": cfg["train"]["dtype"],
+                            "remat": cfg["train"]["remat"]})
+    source = checkpoint.open_checkpoint(cfg["init_from"]) if cfg["init_from"] else None
+    tokenizer = checkpoint.tokenizer_for(model, source)
+    tokenizer.save(epath.Path(workdir) / checkpoint.TOKENIZER)
+    return loop.run(cfg, workdir, phases(cfg, model, tokenizer), init_fn(model),
+                    load=source and (lambda shapes: known_weights(source, shapes)))
+
+
+def init_fn(model: ARGenSeg) -> Callable[[jax.Array], Params]:
+    """rng -> fresh parameters of the whole model."""
+    line = np.zeros((1, 8), np.int32)
+    tiles = np.zeros((1, 1, model.image_size, model.image_size, 3), np.uint8)
+    masks = np.zeros((1, 1, model.mask_size, model.mask_size, 3), np.uint8)
+    return lambda rng: model.init(rng, line, line, line, tiles, masks)["params"]
+
+
+def known_weights(source: checkpoint.Checkpoint, shapes: Params) -> Params:
+    """Weights of another model for those parameters that have the same path and shape here."""
+    flat, want = trees.flatten(source.load_params()), trees.flatten(shapes)
+    known = {n: x for n, x in flat.items() if n in want and x.shape == want[n].shape}
+    if not known:
+        raise UserError(f"init_from={source.path}: none of its parameters fits this model")
+    return trees.unflatten(known)
+
+
+def geometry(model: ARGenSeg) -> pipeline.Geometry:
+    """What the data pipeline has to know of the model."""
+    return pipeline.Geometry(model.image_size, model.image_tokens, model.mask_size,
+                             model.scales.num_codes)
+
+
+def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Any) -> list[Phase]:
+    """First the VQ-VAE (vqvae.steps > 0), then the language model (train.steps > 0)."""
+    processes = jax.process_count()
+
+    def batches(task: str, rows: int, seed: int) -> Callable[[], pipeline.BatchIterator]:
+        if rows % processes:
+            raise UserError(f"{task}: a batch of {rows} rows is not a multiple of {processes} processes")
+        return lambda: pipeline.train_iterator(
+            cfg["data"], tokenizer, geometry(model), seed=seed, batch_size=rows // processes,
+            process_index=jax.process_index(), process_count=processes, task=task)
+
+    vq, lm = cfg["vqvae"], cfg["train"]
+    listed = []
+    if vq["steps"]:
+        listed.append(Phase(losses.vqvae_task(model), vq["steps"], vq["batch"], 0, vq,
+                            batches("vqvae", vq["batch"], cfg["seed"] + 1)))
+    if lm["steps"]:
+        task = losses.lm_task(model, losses.LMOptions(**lm["loss"]))
+        listed.append(Phase(task, lm["steps"], lm["global_batch"], lm["microbatch"], cfg["optim"],
+                            batches("lm", lm["global_batch"], cfg["seed"])))
+    if not listed:
+        raise UserError("nothing to train: both vqvae.steps and train.steps are 0")
+    return listed
