@@ -8,7 +8,7 @@ import jax
 from etils import epath
 
 from argenseg_jax.errors import UserError
-from argenseg_jax.parity import lm, vit, vq
+from argenseg_jax.parity import lm, vit, vq, whole
 from argenseg_jax.parity.recording import Recording, Row
 
 # Kind (the part of `case` before the first underscore) -> comparer.
@@ -18,6 +18,7 @@ KINDS = {
     "C": vq.compare_operators,
     "D": vit.compare_vit,
     "E": lm.compare_lm,
+    "F": whole.compare_model,
 }
 
 
