@@ -1,4 +1,4 @@
-"""Augmentation of photographs: flip, random resized crop, colour jitter; masks move with the image."""
+"""Augmentation of photographs: flip, random crop, colour jitter; masks move with the image."""
 from __future__ import annotations
 
 import dataclasses

@@ -9,10 +9,10 @@ import numpy as np
 from argenseg_jax.errors import SampleError
 
 _THINGS = (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,stop sign,"
-    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,backpack,umbrella,,,"
-    "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,"
-    "skateboard,surfboard,tennis racket,bottle,,wine glass,cup,fork,knife,spoon,bowl,banana,apple,"
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,"
+    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,"
+    "backpack,umbrella,,,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
+    "baseball glove,skateboard,surfboard,tennis racket,bottle,,wine glass,cup,fork,knife,spoon,bowl,banana,apple,"
     "sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,,"
     "dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
     "refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,toothbrush").split(",")
@@ -22,9 +22,9 @@ _STUFF = {
     130: "light", 133: "mirror", 138: "net", 141: "pillow", 144: "platform", 145: "playing field",
     147: "railroad", 148: "river", 149: "road", 151: "roof", 154: "sand", 155: "sea", 156: "shelf",
     159: "snow", 161: "stairs", 166: "tent", 168: "towel", 171: "brick wall", 175: "stone wall",
-    176: "tile wall", 177: "wood wall", 178: "water", 180: "window blind", 181: "window", 184: "tree",
-    185: "fence", 186: "ceiling", 187: "sky", 188: "cabinet", 189: "table", 190: "floor",
-    191: "pavement", 192: "mountain", 193: "grass", 194: "dirt", 195: "paper", 196: "food",
+    176: "tile wall", 177: "wood wall", 178: "water", 180: "window blind", 181: "window",
+    184: "tree", 185: "fence", 186: "ceiling", 187: "sky", 188: "cabinet", 189: "table",
+    190: "floor", 191: "pavement", 192: "mountain", 193: "grass", 194: "dirt", 195: "paper", 196: "food",
     197: "building", 198: "rock", 199: "wall", 200: "rug",
 }
 COCO_NAMES = {k: name for k, name in enumerate(_THINGS, start=1) if name} | _STUFF

@@ -78,7 +78,7 @@ class DataConfig:
 
     @classmethod
     def of(cls, config: Mapping[str, Any] | DataConfig) -> DataConfig:
-        """From a ConfigDict or dict; missing keys take their defaults, an unknown key is an error."""
+        """From a ConfigDict or dict; missing keys take defaults, an unknown key is an error."""
         if isinstance(config, cls):
             return config
         unknown = sorted(set(config) - {f.name for f in dataclasses.fields(cls)})
@@ -105,16 +105,19 @@ class Encoder:
         sample = self._augmented(sample, rng)
         if config.prompt_drop and sample.masks and not sample.images:
             if rng.random() < config.prompt_drop:
-                turns = [{**t, "value": prompt.NOTHING} if t["from"] == "human" else t for t in turns]
+                turns = [{**turn, "value": prompt.NOTHING} if turn["from"] == "human" else turn
+                         for turn in turns]
         tiles, per_image = self._tiles(sample, name)
         tokens, labels = prompt.encode_training(
             turns, self.tokenizer, per_image, num_masks=len(sample.masks), name=name,
             image_tokens=self.geometry.image_tokens, code_tokens=self.geometry.code_tokens,
             system=config.system, image_last=config.image_last)
         if len(tokens) > config.max_tokens:
-            raise SampleError(f"{name}: {len(tokens)} tokens, data.max_tokens is {config.max_tokens}")
+            raise SampleError(f"{name}: {len(tokens)} tokens, "
+                              f"data.max_tokens is {config.max_tokens}")
         if len(sample.masks) > config.max_masks:
-            raise SampleError(f"{name}: {len(sample.masks)} masks, data.max_masks is {config.max_masks}")
+            raise SampleError(f"{name}: {len(sample.masks)} masks, "
+                              f"data.max_masks is {config.max_masks}")
         masks = self._masks(sample)
         width, side = config.max_tokens, self.geometry.mask_size
         return {"tokens": _padded(tokens, width, self.tokenizer.vocab.pad),
@@ -201,12 +204,12 @@ def train_iterator(config: Mapping[str, Any] | DataConfig, tokenizer: Tokenizer 
       geometry: the model's sizes.
       seed: of the order and of everything random in the samples.
       batch_size: B, rows per batch of this process.
-      process_index: this process reads the samples process_index, process_index + process_count, ...
+      process_index: this process reads samples process_index, process_index + process_count, ...
       process_count: number of processes.
       task: 'lm' or 'vqvae'.
 
     Returns:
-      An iterator with `get_state()`, `set_state(state)` (JSON-able), `broken` and `close()`. Batches:
+      An iterator with `get_state()`, `set_state(state)`, `broken` and `close()`. Batches:
         lm     tokens, labels, positions, segment_ids i32[B, T] (right padded; segment 0 = padding),
                tiles u8[B, P, S, S, 3] and masks u8[B, M, R, R, 3], zero beyond a row's own ones.
         vqvae  masks u8[B, R, R, 3].
@@ -282,11 +285,12 @@ class _BatchesIterator(grain.DatasetIterator):
     def _judge(self) -> None:
         count = self._broken.total()
         if count > self._max_broken * max(self._seen, self.SMALL):
-            raise UserError(f"{count} of {self._seen} samples are broken, more than data.max_broken = "
-                            f"{self._max_broken:g}; the last one: {next(reversed(self._broken))}")
+            raise UserError(f"{count} of {self._seen} samples are broken, more than data.max_broken"
+                            f" = {self._max_broken:g}; the last: {next(reversed(self._broken))}")
 
     def get_state(self) -> dict[str, Any]:
-        return {"parent": self._parent.get_state(), "seen": self._seen, "broken": dict(self._broken)}
+        return {"parent": self._parent.get_state(), "seen": self._seen,
+                "broken": dict(self._broken)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state["parent"])
@@ -359,10 +363,10 @@ def eval_batches(source: sources.Source, config: Mapping[str, Any] | DataConfig,
       tokenizer: the vocabulary.
       geometry: the model's sizes.
       batch_size: B, rows per batch of this process.
-      process_index: this process takes the samples process_index, process_index + process_count, ...
+      process_index: this process takes samples process_index, process_index + process_count, ...
       process_count: number of processes.
       limit: only the first so many samples.
-      query_tokens: L; None fits every batch (needed for several processes, whose shapes must agree).
+      query_tokens: L; None fits every batch. Several processes need it: their shapes must agree.
 
     Raises:
       SampleError: a broken sample; a score over the others would not be the data set's.

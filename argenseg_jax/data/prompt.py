@@ -1,7 +1,7 @@
 """Conversations -> token ids and labels: the `internvl2_5` template and the official label rules.
 
-A turn is one piece: `<|im_start|>role\\n` text `<|im_end|>\\n`. Pieces are tokenised apart from each
-other, within a piece the texts between control tokens likewise (official preprocess_internvl2_5).
+A turn is one piece: `<|im_start|>role\\n` text `<|im_end|>\\n`. Pieces are tokenised one by one,
+and so are the texts between control tokens in a piece (official preprocess_internvl2_5).
 """
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ Conversations = Sequence[Mapping[str, str]]
 def encode_training(conversations: Conversations, tokenizer: Tokenizer,
                     tiles_per_image: Sequence[int] = (), *, image_tokens: int, code_tokens: int,
                     num_masks: int | None = None, system: str | None = None,
-                    image_last: bool = False, name: str = "sample") -> tuple[np.ndarray, np.ndarray]:
+                    image_last: bool = False,
+                    name: str = "sample") -> tuple[np.ndarray, np.ndarray]:
     """Ids and labels of one training sample.
 
     Args:
@@ -66,7 +67,8 @@ def encode_training(conversations: Conversations, tokenizer: Tokenizer,
         else:
             labels += [IGNORE] * len(ids)
     labels = np.asarray(labels, np.int32)
-    return np.asarray(tokens, np.int32), np.where(labels == vocab.ge_end, vocab.mask_context, labels)
+    labels[labels == vocab.ge_end] = vocab.mask_context
+    return np.asarray(tokens, np.int32), labels
 
 
 def encode_query(conversations: Conversations | str, tokenizer: Tokenizer,
@@ -75,7 +77,7 @@ def encode_query(conversations: Conversations | str, tokenizer: Tokenizer,
                  name: str = "query") -> np.ndarray:
     """Ids i32[T] of a question, up to and including `<|im_start|>assistant\\n`.
 
-    A text is a single human turn. Of earlier answers only the text remains, as in the official chat.
+    A text is a single human turn. Of earlier answers only the text remains, as officially.
     """
     if isinstance(conversations, str):
         conversations = [{"from": "human", "value": conversations}]
@@ -114,7 +116,8 @@ def _turns(conversations, num_images, system, image_last, name) -> list[tuple[st
     if users and num_images and not places:
         turns[users[0]] = ("user", f"{IMAGE}\n" * num_images + turns[users[0]][1])
     elif places != num_images:
-        raise SampleError(f"{name}: {places} {IMAGE} places in the questions for {num_images} images")
+        raise SampleError(f"{name}: {places} {IMAGE} places in the questions "
+                          f"for {num_images} images")
     if image_last:
         turns = [(role, _image_last(text) if role == "user" else text) for role, text in turns]
     return ([("system", system)] if system else []) + turns
@@ -129,8 +132,8 @@ def _roles(conversations: Conversations, name: str) -> list[tuple[str, str]]:
         except (KeyError, TypeError):
             turns.append((None, None))
         if not isinstance(turns[-1][1], str):
-            raise SampleError(f"{name}: a turn must be {{'from': system|human|gpt, 'value': text}}, "
-                              f"not {str(turn)[:80]}")
+            raise SampleError(f"{name}: a turn must be {{'from': system|human|gpt, 'value': text}},"
+                              f" not {str(turn)[:80]}")
     return turns
 
 

@@ -28,10 +28,11 @@ ANSWER = "Sure, the segmentation result: <mask>."
 
 
 def question(sents: Sequence[str], prompt: str = "referring") -> str:
-    """The text of the human turn: `prompt` is a name in PROMPTS, or a text with {sent} or {sents}."""
+    """The human turn: `prompt` is a name in PROMPTS, or a text with {sent} or {sents}."""
     template = PROMPTS.get(prompt, prompt)
     if not re.search(r"\{sents?\}", template):
-        raise UserError(f"eval.prompt: '{prompt}' is none of {', '.join(PROMPTS)} and has no {{sent}}")
+        raise UserError(f"eval.prompt: '{prompt}' is none of {', '.join(PROMPTS)} "
+                        "and has no {sent}")
     whole = "".join(f" {s}." for s in sents)
     return template.replace("{sents}", whole).replace("{sent}", ". ".join(sents))
 
@@ -64,7 +65,8 @@ class PsalmSource:
         except SampleError as error:
             raise SampleError(f"{where}: {error}") from None
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise SampleError(f"{where}: not a PSALM entry ({type(error).__name__}: {error})") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise SampleError(f"{where}: not a PSALM entry ({reason})") from None
         turns = [{"from": "human", "value": question(sents, self.prompt)},
                  {"from": "gpt", "value": ANSWER}]
         return Sample(conversations=turns, images=(image,), masks=(mask,),

@@ -1,11 +1,11 @@
 """Where samples come from: random-access sources, opened by name.
 
-    shapes:simple:train[:SIZE], shapes:full:unseen, ...  drawn scenes (data/shapes.py)
-    shapes:test, nano:test                               the level that the shipped model was trained on
-    jsonl:F  or F.jsonl                                  official JSONL, one sample a line
-    meta:F   or F.json                                   official meta JSON: a mixture of JSONL files
-    psalm:F  or F.json                                   PSALM JSON, for evaluation (data/psalm.py)
-    tfds:FOLDER[:SPLIT]  or FOLDER                       shards that `prepare` wrote (split: train)
+    shapes:LEVEL:SPLIT[:SIZE]     drawn scenes, such as shapes:simple:train (data/shapes.py)
+    shapes:SPLIT, nano:SPLIT      the level that the shipped model was trained on
+    jsonl:F  or F.jsonl           official JSONL, one sample a line
+    meta:F   or F.json            official meta JSON: a mixture of JSONL files
+    psalm:F  or F.json            PSALM JSON, for evaluation (data/psalm.py)
+    tfds:FOLDER[:SPLIT] or FOLDER shards that `prepare` wrote (split: train)
 
 A source has `__len__` and `__getitem__(i) -> Sample`, and `draw(i, rng)` where a sample leaves
 something to chance. Opening one reads an index, not the samples.
@@ -71,7 +71,7 @@ def open_mixture(names: Sequence[str], root: str = "") -> list[Part]:
         else:
             parts.append(_part(source, len(source), repeat, name))
     if not parts:
-        raise UserError("data.sources is empty: name at least one source, such as shapes:simple:train")
+        raise UserError("data.sources is empty: name a source, such as shapes:simple:train")
     if len(parts) > 1 and any(p.length >= ENDLESS for p in parts):
         raise UserError("data.sources: an endless source in a mixture needs a size, "
                         "such as shapes:simple:train:100000")
@@ -97,7 +97,7 @@ def open_source(name: str, root: str = "", prompt: str = "referring",
     if kind == "tfds" or (not kind and path.is_dir()):
         return _open_tfds(path)
     if not rest or not path.exists() or path.is_dir():
-        raise UserError(f"{path}: no such source (known forms: shapes:LEVEL:SPLIT, X.jsonl, X.json)")
+        raise UserError(f"{path}: no such source (known: shapes:LEVEL:SPLIT, X.jsonl, X.json)")
     if kind == "jsonl" or (not kind and path.suffix != ".json"):
         return JsonlSource(path, image_root or path.parent)
     try:
@@ -206,20 +206,21 @@ class MetaSource:
         if not isinstance(content, dict):
             raise UserError(f"{path}: a meta JSON is an object {{name: {{root, annotation, ...}}}}")
         for name, entry in content.items():
+            where = f"{path}: data set '{name}'"
             try:
                 annotation, root = path.parent / entry["annotation"], path.parent / entry["root"]
                 repeat, length = float(entry.get("repeat_time", 1)), int(entry.get("length") or 0)
             except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{path}: data set '{name}': {type(error).__name__} {error}") from None
+                raise UserError(f"{where}: {type(error).__name__} {error}") from None
             if not annotation.exists():
-                raise UserError(f"{path}: data set '{name}': {annotation} does not exist")
+                raise UserError(f"{where}: {annotation} does not exist")
             extra = {"data_set": name}
             if entry.get("max_dynamic_patch"):
                 extra["max_tiles"] = int(entry["max_dynamic_patch"])
             if entry.get("data_augment"):
                 extra["augment"] = True
             source = JsonlSource(annotation, root, extra)
-            self.parts.append(_part(source, length or len(source), repeat, f"{path}: data set '{name}'"))
+            self.parts.append(_part(source, length or len(source), repeat, where))
         self._ends = np.cumsum([part.length for part in self.parts])
 
     def __len__(self) -> int:

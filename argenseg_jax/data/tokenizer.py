@@ -1,7 +1,7 @@
 """Text <-> ids for sentencepiece (InternLM2) and `tokenizers` (Qwen2.5, nano) vocabularies.
 
-Control tokens are ids, never spellings: a control token that somebody writes out in a text is encoded
-as the characters it consists of, so no text can open a turn, an image or a mask.
+Control tokens are ids, never spellings: one that somebody writes out in a text is encoded as the
+characters it consists of, so no text can open a turn, an image or a mask.
 """
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Part = str | int  # a text to be encoded, or the id of a control token
 # Harmless markup that may be written in a text: it neither opens nor closes anything by itself.
 MARKUP = tuple(t for t in vocab_lib.SPECIAL_TOKENS if re.fullmatch(r"</?(quad|ref|box|mask)>", t))
 _CODE_WORD = r"<visual token \d{6}>"
-_QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+_QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 class _SentencePiece:
@@ -42,7 +42,7 @@ class _SentencePiece:
         self.added.update({word: start + k for k, word in enumerate(words)})
 
     def control(self) -> dict[str, int]:
-        # An added word may share its id with a piece that has another spelling ([UNUSED_TOKEN_145]).
+        # An added word may share its id with a piece of another spelling ([UNUSED_TOKEN_145]).
         aliases = {self.model.id_to_piece(i): i for i in self.added.values()
                    if i < self.model.get_piece_size()}
         ends = {self.model.id_to_piece(i): i for i in (self.bos, self.pad) if i is not None}
@@ -105,7 +105,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: _SentencePiece | _Fast, num_codes: int | None = None):
-        """Adds what the vocabulary lacks, in the official order (turn marks, special tokens, codes).
+        """Adds what the vocabulary lacks, in the official order: turn marks, specials, codes.
 
         Args:
           backend: the wrapped vocabulary; it is extended in place.
@@ -116,7 +116,8 @@ class Tokenizer:
         """
         known = sum(re.fullmatch(_CODE_WORD, word) is not None for word in backend.control())
         if num_codes is None and not known:
-            raise UserError("the tokenizer has no <visual token ...> words: say how many codes to add")
+            raise UserError("the tokenizer has no <visual token ...> words: "
+                            "say how many codes to add")
         if known and num_codes not in (None, known):
             raise UserError(f"the tokenizer has {known} code words, the model needs {num_codes}")
         num_codes = num_codes or known
@@ -127,8 +128,9 @@ class Tokenizer:
             backend.add(missing)
         ids = [backend.id(word) for word in words[2:]]
         if ids != list(range(ids[0], ids[0] + len(ids))):
+            order = " ".join(vocab_lib.SPECIAL_TOKENS)
             raise UserError("the tokenizer's special tokens and codes are not consecutive in the "
-                            f"official order {' '.join(vocab_lib.SPECIAL_TOKENS)} <visual token ...>")
+                            f"official order {order} <visual token ...>")
         eos = backend.id(vocab_lib.IM_END)
         self.vocab = vocab_lib.Vocab(base=ids[0], num_codes=num_codes, eos=eos,
                                      pad=eos if backend.pad is None else backend.pad)
@@ -142,14 +144,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path, num_codes: int | None = None) -> Tokenizer:
-        """Reads a HF folder, a `tokenizer.model` or a `tokenizer.json`; see __init__ for num_codes."""
+        """Reads a HF folder, `tokenizer.model` or `tokenizer.json`; num_codes as in __init__."""
         path = epath.Path(path)
         folder = path if path.is_dir() else path.parent
         if path.is_dir():
             found = [n for n in ("tokenizer.model", "tokenizer.json", "vocab.json")
                      if (folder / n).exists()]
             if not found:
-                raise UserError(f"{path}: no tokenizer.model, tokenizer.json or vocab.json in this folder")
+                raise UserError(f"{path}: no tokenizer.model, tokenizer.json or vocab.json in it")
             path = folder / found[0]
         elif not path.exists():
             raise UserError(f"{path}: no such tokenizer file")
@@ -158,7 +160,8 @@ class Tokenizer:
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except Exception as error:  # the two libraries raise bare Exception and RuntimeError
-            raise UserError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:120]})") from error
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{path}: not a tokenizer ({reason})") from error
 
     def save(self, folder) -> None:
         """Writes the files that `load` reads, each in one step."""
@@ -174,10 +177,10 @@ class Tokenizer:
         return [i for chunk in self._harmless(text) for i in self._backend.encode(chunk)]
 
     def encode(self, parts: Iterable[Part]) -> list[int]:
-        """Ids of a piece: control ids pass, and the texts between them are each encoded as one text.
+        """Ids of a piece: control ids pass, each text between them is encoded as one.
 
-        `<ref>`, `<box>`, `<quad>` and `<mask>` written in a text become their own (inert) tokens, as
-        in the official tokenizer.
+        `<ref>`, `<box>`, `<quad>` and `<mask>` written in a text become their own (inert) tokens,
+        as in the official tokenizer.
         """
         ids: list[int] = []
         text = ""
@@ -219,14 +222,16 @@ def _open(path: epath.Path, folder: epath.Path) -> _SentencePiece | _Fast:
         return json.loads(file.read_text()) if file.exists() else {}
 
     if path.name == "vocab.json":
-        return _qwen(read("vocab.json"), (folder / "merges.txt").read_text(), read("added_tokens.json"))
+        merges = (folder / "merges.txt").read_text()
+        return _qwen(read("vocab.json"), merges, read("added_tokens.json"))
     if path.suffix == ".json":
         return _Fast(tokenizers.Tokenizer.from_str(path.read_text()))
     listed = read("tokenizer_config.json").get("added_tokens_decoder", {})
     added = {word["content"]: int(i) for i, word in listed.items()} | read("added_tokens.json")
     proto = path.read_bytes()
     plain = sentencepiece.SentencePieceProcessor(model_proto=proto)
-    ends = {plain.id_to_piece(i) for i in (plain.unk_id(), plain.bos_id(), plain.eos_id()) if i >= 0}
+    own = (plain.unk_id(), plain.bos_id(), plain.eos_id())
+    ends = {plain.id_to_piece(i) for i in own if i >= 0}
     return _SentencePiece(proto, {word: i for word, i in added.items() if word not in ends})
 
 
@@ -243,7 +248,7 @@ def _qwen(words: dict[str, int], merges: str, added: dict[str, int]) -> _Fast:
     backend.add(sorted(added, key=added.get))
     wrong = [word for word, i in added.items() if backend.id(word) != i]
     if wrong:
-        raise UserError(f"added_tokens.json leaves gaps: {wrong[0]} cannot get id {added[wrong[0]]}")
+        raise UserError(f"added_tokens.json leaves gaps: {wrong[0]} cannot be {added[wrong[0]]}")
     backend.pad = model.token_to_id("<|endoftext|>")
     return backend
 
@@ -256,10 +261,14 @@ _TEMPLATE_CORPUS = (
     "user\n", "assistant\n", "system\n", "Segment the", "Sure, the segmentation result: .",
     "Please segment the in this image.", "Please perform referring segmentation on this image.",
     "results are: .", "Given the following instructions: ;", "Segment the in the image.")
-_CLASS_CORPUS = " sky building pole road pavement tree sign fence car pedestrian bicyclist"  # CamVid
-_GLUE_CORPUS = (" a an and are at be by can do find for from has have here how i in is it me not of on or "
-                "please show that their there these they this to was what where which who with you your "
-                "0 1 2 3 4 5 6 7 8 9")
+# The classes of CamVid.
+_CLASS_CORPUS = " sky building pole road pavement tree sign fence car pedestrian bicyclist"
+# Rare enough to be merged last, and so many that the vocabulary is always filled.
+_GLUE_CORPUS = (
+    " a about an and are at be by can colour describe do find for from has have here how i image in "
+    "is it mask me next no not of on or other person please picture show side smaller that their them "
+    "there these they thing this to two under was what where which white who with you your "
+    "0 1 2 3 4 5 6 7 8 9")
 
 
 def nano_tokenizer(num_codes: int, corpus: Sequence[str], vocab_size: int = 496) -> Tokenizer:
@@ -268,7 +277,8 @@ def nano_tokenizer(num_codes: int, corpus: Sequence[str], vocab_size: int = 496)
     Args:
       num_codes: size of the codebook.
       corpus: phrases whose words shall be single tokens (those of the shapes grammar).
-      vocab_size: text entries; rare words are split once they run out.
+      vocab_size: text entries; rare words are split once they run out. With 496 of them, 15 control
+        tokens and 256 codes still fit into three times PAD_MULTIPLE rows.
     """
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

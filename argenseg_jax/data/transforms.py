@@ -47,7 +47,8 @@ def read_raw_mask(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture)
         if values.max() > 255 or values.min() < 0:
-            raise SampleError(f"{path}: mask values {values.min()}..{values.max()}; 0..255 expected")
+            raise SampleError(f"{path}: mask values {values.min()}..{values.max()}, "
+                              "0..255 expected")
         return values.astype(np.uint8)
     if picture.mode in ("1", "L"):
         return np.array(picture.convert("L"))
@@ -57,14 +58,15 @@ def read_raw_mask(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 def stretch(mask: np.ndarray) -> np.ndarray:
     """A mask of small values (0 and 1, class numbers; all < 127) -> 0 and 255; others stay."""
-    return np.minimum(mask.astype(np.uint16) * 255, 255).astype(np.uint8) if mask.max() < 127 else mask
+    return np.where(mask > 0, 255, 0).astype(np.uint8) if mask.max() < 127 else mask
 
 
 def _open(path, max_pixels: int) -> Image.Image:
     try:
         content = epath.Path(path).read_bytes()
     except OSError as error:
-        raise SampleError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
+        reason = error.strerror or type(error).__name__
+        raise SampleError(f"{path}: cannot be read ({reason})") from None
     return _decode(content, str(path), max_pixels)
 
 
@@ -73,7 +75,7 @@ def _decode(content: bytes, name: str, max_pixels: int) -> Image.Image:
         picture = Image.open(io.BytesIO(content))
         width, height = picture.size  # from the header: nothing is unpacked yet
         if width * height > max_pixels:
-            raise SampleError(f"{name}: {width}x{height} pixels are more than the {max_pixels} allowed")
+            raise SampleError(f"{name}: {width}x{height} pixels, only {max_pixels} are allowed")
         return ImageOps.exif_transpose(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())[:100]
@@ -118,8 +120,8 @@ def target_ratios(max_tiles: int) -> tuple[tuple[int, int], ...]:
     That order sorts a Python set by the number of tiles, so ties keep the set's own order: it is
     part of the contract, because the first of two equally close grids wins.
     """
-    grids = {(i, j) for n in range(1, max_tiles + 1) for i in range(1, n + 1) for j in range(1, n + 1)
-             if 1 <= i * j <= max_tiles}
+    grids = {(i, j) for n in range(1, max_tiles + 1)
+             for i in range(1, n + 1) for j in range(1, n + 1) if 1 <= i * j <= max_tiles}
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 

@@ -15,7 +15,8 @@ from argenseg_jax.errors import SampleError, UserError
 from argenseg_jax.vocab import IGNORE
 
 GEOMETRY = Geometry(image_size=32, image_tokens=16, mask_size=64, code_tokens=21)
-SHAPES = {"sources": ("shapes:simple:train:500",), "max_tokens": 96, "system": "", "image_last": True}
+SHAPES = {"sources": ("shapes:simple:train:500",), "max_tokens": 96, "system": "",
+          "image_last": True}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,8 @@ def numbered(tmp_path, counts, broken=()):
     for k, count in enumerate(counts):
         records = [{"conversations": [{"from": "human", "value": "?"},
                                       {"from": "gpt", "value": f"{k} {i}"}]} for i in range(count)]
-        text = [("oops" if (k, i) in broken else json.dumps(r)) + "\n" for i, r in enumerate(records)]
+        text = [("oops" if (k, i) in broken else json.dumps(r)) + "\n"
+                for i, r in enumerate(records)]
         (tmp_path / f"{k}.jsonl").write_text("".join(text))
         names.append(str(tmp_path / f"{k}.jsonl"))
     return names
@@ -64,7 +66,8 @@ def test_lm_batch(tokenizer):
     layout = {k: (v.shape, v.dtype) for k, v in batch.items()}
     text = ((4, 96), np.int32)
     assert layout == {"tokens": text, "labels": text, "positions": text, "segment_ids": text,
-                      "tiles": ((4, 1, 32, 32, 3), np.uint8), "masks": ((4, 1, 64, 64, 3), np.uint8)}
+                      "tiles": ((4, 1, 32, 32, 3), np.uint8),
+                      "masks": ((4, 1, 64, 64, 3), np.uint8)}
     vocab, used = tokenizer.vocab, batch["segment_ids"] == 1
     assert (np.diff(used.astype(int)) <= 0).all() and (batch["segment_ids"][~used] == 0).all()
     assert (batch["tokens"][~used] == vocab.pad).all() and (batch["labels"][~used] == IGNORE).all()
@@ -88,7 +91,8 @@ def test_rows_with_several_images_and_masks(tokenizer):
     masks = [np.full((40, 80), v, np.uint8) for v in (255, 0)]
     sample = Sample([{"from": "human", "value": "<image> and <image>: segment."},
                      {"from": "gpt", "value": "<mask><mask>"}], images, masks, {"line": "f:1"})
-    config = DataConfig(max_tokens=300, max_tiles=6, max_masks=3, system="")
+    room = {"max_tokens": 300, "max_tiles": 6, "max_masks": 3, "system": ""}
+    config = DataConfig(**room)
     row = Encoder(config, GEOMETRY, tokenizer).training_row(sample, rng)
     assert row["tiles"].shape == (6, 32, 32, 3) and row["masks"].shape == (3, 64, 64, 3)
     np.testing.assert_array_equal(row["tiles"][:3], transforms.image_tiles(images[0], 32, 2))
@@ -98,13 +102,14 @@ def test_rows_with_several_images_and_masks(tokenizer):
     for change, fault in (({"max_tokens": 100}, "f:1: 1.. tokens, data.max_tokens is 100"),
                           ({"max_masks": 1}, "f:1: 2 masks, data.max_masks is 1"),
                           ({"max_tiles": 1}, "f:1: 2 images, data.max_tiles is 1")):
-        config = DataConfig(**{"max_tokens": 300, "max_tiles": 6, "max_masks": 3, "system": "", **change})
+        config = DataConfig(**{**room, **change})
         with pytest.raises(SampleError, match=fault):
             Encoder(config, GEOMETRY, tokenizer).training_row(sample, rng)
 
 
 def test_unconditional_prompts(tokenizer):
-    sample = Sample([{"from": "human", "value": "A red circle."}, {"from": "gpt", "value": "<mask>"}],
+    sample = Sample([{"from": "human", "value": "A red circle."},
+                     {"from": "gpt", "value": "<mask>"}],
                     masks=[np.zeros((64, 64), np.uint8)])
     encoder = Encoder(DataConfig(max_tokens=96, system="", prompt_drop=0.2), GEOMETRY, tokenizer)
     rng = np.random.default_rng(0)
@@ -136,8 +141,9 @@ def test_order_follows_the_seed(tokenizer):
     assert not any(map(equal, batches["one"], batches["other"]))
 
 
-@pytest.mark.parametrize("config", [SHAPES, {**SHAPES, "augment": True}], ids=["plain", "augmented"])
-def test_resume(tokenizer, config):
+@pytest.mark.parametrize("augment", [False, True])
+def test_resume(tokenizer, augment):
+    config = {**SHAPES, "augment": augment}
     straight = iterate(config, tokenizer)
     first = [next(straight) for _ in range(3)]
     state = json.loads(json.dumps(straight.get_state()))
@@ -201,7 +207,8 @@ def test_worker_processes_change_nothing(tokenizer, tmp_path):
 
 def test_broken_samples_are_skipped_and_counted(tokenizer, tmp_path):
     bad = {(0, 3), (0, 11)}
-    config = {"sources": numbered(tmp_path, [24], bad), "max_tokens": 64, "system": "", "max_broken": 0.1}
+    config = {"sources": numbered(tmp_path, [24], bad), "max_tokens": 64, "system": "",
+              "max_broken": 0.1}
     iterator = iterate(config, tokenizer, batch_size=11)
     rows = [row for _ in range(2) for row in answers(next(iterator), tokenizer)]
     assert sorted(rows) == sorted(f"0 {i}" for i in range(24) if (0, i) not in bad)
@@ -220,7 +227,7 @@ def test_too_many_broken_samples_end_the_run(tokenizer, tmp_path):
     bad = {(0, i) for i in range(12)}
     config = {"sources": numbered(tmp_path, [24], bad), "max_tokens": 64, "system": ""}
     iterator = iterate(config, tokenizer)
-    with pytest.raises(UserError, match=r"samples are broken, more than data.max_broken = 0.01.*0.jsonl:"):
+    with pytest.raises(UserError, match=r"broken, more than data.max_broken = 0.01.*0.jsonl:"):
         for _ in range(6):
             next(iterator)
     iterator.close()
@@ -256,7 +263,8 @@ def test_eval_counts_every_sample_once(tokenizer, processes):
             assert not batch.tiles[~batch.valid].any() and (batch.lengths[~batch.valid] == 1).all()
             seen += [s.meta["id"] for s in batch.samples if s is not None]
     assert sorted(seen) == list(range(10))
-    assert all(s == shapes_seen[0] for s in shapes_seen)  # or the processes would wait for each other
+    # Otherwise the processes would wait for each other.
+    assert all(s == shapes_seen[0] for s in shapes_seen)
 
 
 def test_eval_queries(tokenizer):
@@ -271,11 +279,12 @@ def test_eval_queries(tokenizer):
 
 def test_eval_stops_at_a_broken_sample(tokenizer, tmp_path):
     (name,) = numbered(tmp_path, [5], {(0, 4)})
-    batches = eval_batches(sources.open_source(name), {"system": ""}, tokenizer, GEOMETRY, batch_size=4)
+    source = sources.open_source(name)
+    batches = eval_batches(source, {"system": ""}, tokenizer, GEOMETRY, batch_size=4)
     assert next(batches).valid.all()
     with pytest.raises(SampleError, match="0.jsonl:5: malformed JSON"):
         next(batches)
-    long = eval_batches(sources.open_source(name), {}, tokenizer, GEOMETRY, batch_size=2, query_tokens=8)
+    long = eval_batches(source, {}, tokenizer, GEOMETRY, batch_size=2, query_tokens=8)
     with pytest.raises(SampleError, match="does not fit into 8"):
         next(long)
 

@@ -122,7 +122,7 @@ def test_sources_that_cannot_be_opened(folder):
     cases = {
         "{": "bad.json: malformed JSON",
         '{"x": {"root": "."}}': "bad.json: data set 'x': KeyError 'annotation'",
-        '{"x": {"root": ".", "annotation": "none.jsonl"}}': "data set 'x': .*none.jsonl does not exist",
+        '{"x": {"root": ".", "annotation": "none.jsonl"}}': "'x': .*none.jsonl does not exist",
         '{"x": 3}': "data set 'x'",
     }
     for content, fault in cases.items():
@@ -130,9 +130,12 @@ def test_sources_that_cannot_be_opened(folder):
         with pytest.raises(UserError, match=fault):
             open_source(str(bad))
     (folder / "empty.jsonl").write_text("\n")
-    for names, fault in (((), "data.sources is empty"), (("none.jsonl",), "none.jsonl: no such source"),
-                         (("empty.jsonl",), "empty.jsonl: no samples"), (("jsonl:",), "no such source"),
-                         (("shapes:huge:train",), "no level 'huge'"), (("shapes:simple",), "write shapes"),
+    for names, fault in (((), "data.sources is empty"),
+                         (("none.jsonl",), "none.jsonl: no such source"),
+                         (("empty.jsonl",), "empty.jsonl: no samples"),
+                         (("jsonl:",), "no such source"),
+                         (("shapes:huge:train",), "no level 'huge'"),
+                         (("shapes:simple",), "write shapes"),
                          (("shapes:simple:train", "shapes:simple:test"), "needs a size"),
                          (("shapes:simple:test*0",), "above 0")):
         with pytest.raises(UserError, match=fault):
@@ -149,8 +152,8 @@ def test_panoptic(folder):
     ids = np.zeros((8, 12, 3), np.uint8)
     ids[:4, :, 0], ids[4:, :6, 1], ids[4:, 6:, 2] = 7, 1, 1  # ids 7, 256, 65536
     Image.fromarray(ids).save(folder / "p.png")
-    info = [{"id": 7, "category_id": 1}, {"id": 256, "category_id": 1}, {"id": 65536, "category_id": 187},
-            {"id": 9, "category_id": 3}]
+    info = [{"id": 7, "category_id": 1}, {"id": 256, "category_id": 1},
+            {"id": 65536, "category_id": 187}, {"id": 9, "category_id": 3}]
     path = lines(folder / "d.jsonl", [
         {"image": "a.png", "mask": "p.png", "seg_info": info, "conversations": TURNS}])
     source = open_source(str(path))
@@ -183,7 +186,8 @@ def test_psalm(folder):
     forms = {"polygon": [[0, 0, 6, 0, 6, 8, 0, 8]], "packed": packed,
              "plain": {"size": [8, 12], "counts": [0, 48, 48]}, "several": [packed, packed]}
     path = folder / "p.json"
-    path.write_text(json.dumps([entry([{"segmentation": s}]) for s in forms.values()] + [entry([])]))
+    entries = [entry([{"segmentation": s}]) for s in forms.values()]
+    path.write_text(json.dumps([*entries, entry([])]))
     source = open_source(str(path))
     assert len(source) == 5
     for k in range(4):
@@ -195,8 +199,8 @@ def test_psalm(folder):
     half[:, 9:] = 1
     np.testing.assert_array_equal(sample.masks[0], half * 255)
     assert sample.conversations[0]["value"] == (
-        "<image>\n Given the following instructions:  a. b c.; please perform referring segmentation "
-        "on this image.")
+        "<image>\n Given the following instructions:  a. b c.; please perform referring "
+        "segmentation on this image.")
     other = open_source(f"psalm:{path}", prompt="Segment the {sent} in the image.")
     assert other[0].conversations[0]["value"] == "Segment the a. b c in the image."
     assert psalm.question(["sky"], "semantic") == "<image>\n Please segment sky in this image."

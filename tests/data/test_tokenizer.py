@@ -1,4 +1,4 @@
-"""Tokenizers: official ids and texts in both sentencepiece variants; nobody can spell a control token."""
+"""Tokenizers: official ids and texts; nobody can spell a control token."""
 import json
 import pathlib
 
@@ -57,7 +57,8 @@ WRITTEN = [*vocab_lib.SPECIAL_TOKENS, "<|im_start|>", "<|im_end|>", "<s>", "</s>
 def test_written_control_tokens_stay_text(every, kind, text):
     tokenizer = every[kind]
     vocab = tokenizer.vocab
-    control = {tokenizer.bos, tokenizer.im_start, vocab.eos, vocab.pad, *range(vocab.base, vocab.size)}
+    control = {tokenizer.bos, tokenizer.im_start, vocab.eos, vocab.pad,
+               *range(vocab.base, vocab.size)}
     ids = tokenizer.encode_text(text)
     assert ids and not control & set(ids)
     if kind == "nano":  # byte-level: nothing is lost either
@@ -114,8 +115,10 @@ def test_nano_words_are_single_tokens(every):
              "bicyclist", "segmentation", "result", "in", "image"]
     split = [word for word in words if len(tokenizer.encode_text(" " + word)) != 1]
     assert not split
-    assert all(len(tokenizer.encode_text(word)) == 1 for word in ("Segment", "user", "assistant", "Sure"))
-    assert tokenizer.vocab.base == 512 + 2
+    first = ("Segment", "user", "assistant", "Sure")
+    assert all(len(tokenizer.encode_text(word)) == 1 for word in first)
+    assert tokenizer.vocab.base == 496 + 2
+    assert nano_tokenizer(256, shapes.corpus()).vocab.padded_size == 768
 
 
 def test_nano_is_deterministic(every):
@@ -130,7 +133,8 @@ def test_qwen_files(tmp_path):
     added = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *vocab_lib.SPECIAL_TOKENS[:9]]
     (tmp_path / "vocab.json").write_text(json.dumps(words))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ t\nh e\nĠt he\nĊ Ċ\n")
-    (tmp_path / "added_tokens.json").write_text(json.dumps({w: 260 + i for i, w in enumerate(added)}))
+    added = {word: 260 + i for i, word in enumerate(added)}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     tokenizer = Tokenizer.load(tmp_path, num_codes=8)
     vocab = tokenizer.vocab
     assert (vocab.base, vocab.pad, vocab.eos, tokenizer.im_start) == (263, 260, 262, 261)

@@ -31,7 +31,7 @@ def test_grids_come_in_the_official_order(most):
     assert [list(g) for g in transforms.target_ratios(most)] == CONFIG[f"target_ratios_max{most}"]
 
 
-@pytest.mark.parametrize("case", CONFIG["tiling_cols_rows"], ids=lambda c: "x".join(map(str, c["size"])))
+@pytest.mark.parametrize("case", CONFIG["tiling_cols_rows"], ids=lambda c: str(c["size"]))
 def test_tile_grid(case):
     for most in (6, 12):
         cols, rows = transforms.tile_grid(tuple(case["size"]), 448, most)
@@ -52,7 +52,8 @@ def test_single_tile_pixels(recorded):
 
     large = tile("tf/input_u8", 448)
     np.testing.assert_allclose(large[:, ::4, ::4], recorded["tf/out448_s4"], atol=1e-6)
-    np.testing.assert_allclose([large.mean(), large.std()], recorded["tf/out448_mean_std"], rtol=1e-6)
+    moments = [large.mean(), large.std()]
+    np.testing.assert_allclose(moments, recorded["tf/out448_mean_std"], rtol=1e-6)
     np.testing.assert_allclose(tile("tf/input_u8", 112), recorded["tf/out112"], atol=1e-6)
     np.testing.assert_allclose(tile("tf/input2_u8", 56), recorded["tf/out2_56"], atol=1e-6)
     np.testing.assert_allclose(tile("tf/input_u8", 112, pad=True), recorded["tf/out112_pad2square"],
@@ -74,7 +75,8 @@ def test_mask_pixels(recorded):
         plain = transforms.resize_mask(mask, 256)
         assert plain.shape == (256, 256, 3)
         for channel in range(3):
-            np.testing.assert_array_equal(plain[..., channel], recorded["mask/train_path_512_then_256"])
+            np.testing.assert_array_equal(plain[..., channel],
+                                          recorded["mask/train_path_512_then_256"])
         np.testing.assert_allclose(plain[128, :, 0] / 255 * 2 - 1,
                                    recorded["mask/train_path_float_row128"], atol=1e-6)
         padded = transforms.resize_mask(mask, 256, pad=True)
@@ -112,7 +114,8 @@ def test_mask_files_of_every_kind(tmp_path):
     grey = Image.fromarray(want)
     files = {"one.png": grey.convert("1"), "grey.png": grey, "rgb.png": grey.convert("RGB"),
              "rgba.png": grey.convert("RGBA"), "palette.png": grey.convert("P"),
-             "ones.png": Image.fromarray(want // 255), "i16.png": Image.fromarray(want.astype(np.uint16))}
+             "ones.png": Image.fromarray(want // 255),
+             "i16.png": Image.fromarray(want.astype(np.uint16))}
     for name, picture in files.items():
         picture.save(tmp_path / name)
         np.testing.assert_array_equal(transforms.read_mask(tmp_path / name), want, err_msg=name)
@@ -128,7 +131,8 @@ def png_header(width, height):
 
 def test_bad_files_are_named(tmp_path):
     whole = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole, "PNG")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(whole, "PNG")
     bad = {"bomb.png": png_header(60000, 60000), "empty.png": b"", "text.jpg": b"hello",
            "cut.png": whole.getvalue()[:5000]}
     for name, content in bad.items():
