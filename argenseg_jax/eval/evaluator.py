@@ -61,13 +61,12 @@ class Record:
 class Evaluation:
     """Scores by name (see `Evaluator.run`), the records behind them, and a few answers by scale.
 
-    `scales` maps the index of a sample to the images f32[R, R, 3] or u8 that its first mask passed
-    through, coarse to fine.
+    `scales` maps the index of a sample to u8[K, R, R, 3]: its first mask, coarse to fine.
     """
 
     scores: dict[str, Any]
     records: list[Record]
-    scales: dict[int, Sequence[np.ndarray]]
+    scales: dict[int, np.ndarray]
 
 
 class Evaluator:
@@ -80,15 +79,17 @@ class Evaluator:
         same choice is applied to the truth. No mask in the answer is the empty mask.
       baseline: question -> bool[side, side], used where a sample brings no text-blind mask of its
         own (`meta['all_objects_mask']`); None gives such data no baseline.
-      keep_scales: of how many samples, evenly spaced, the images by scale are kept.
+      preview_fn: as predict_fn, with the images by scale in its results; None shows no scales.
+      previews: of how many samples the images by scale are kept.
     """
 
     def __init__(self, predict_fn: PredictFn, *, batch: int = 8, masks: str = "first",
-                 baseline: Baseline | None = None, keep_scales: int = 3):
+                 baseline: Baseline | None = None, preview_fn: PredictFn | None = None,
+                 previews: int = 3):
         if masks not in SCORED:
             raise UserError(f"eval.masks is '{masks}'; it must be one of {', '.join(SCORED)}")
         self.predict_fn, self.batch, self.masks = predict_fn, batch, masks
-        self.baseline, self.keep_scales = baseline, keep_scales
+        self.baseline, self.preview_fn, self.previews = baseline, preview_fn, previews
 
     def run(self, source: Source, limit: int = 0) -> Evaluation:
         """Evaluates the first `limit` samples (0: all).
@@ -100,10 +101,9 @@ class Evaluator:
         n = min(len(source), limit) if limit else len(source)
         if not n:
             raise UserError("the data to evaluate holds no sample")
-        shown = set(np.linspace(0, n - 1, min(self.keep_scales, n)).astype(int).tolist())
         pooled, blind, answered = Sums(), Sums(), 0
         kinds: dict[str, Sums] = collections.defaultdict(Sums)
-        records, scales, times = [], {}, []
+        records, times = [], []
         bar = tqdm.tqdm(total=n, unit=" samples", file=sys.stderr, dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 30)
         for batch in _batched(range(n), self.batch):
@@ -125,8 +125,6 @@ class Evaluator:
                     masks=len(result.masks), iou=iou(prediction, truth), kind=kind,
                     prediction=encode_rle(prediction), truth=encode_rle(truth),
                     id=sample.meta.get("id")))
-                if i in shown and result.scales:
-                    scales[i] = result.scales[0]
             bar.update(len(batch))
             bar.set_postfix(gIoU=f"{pooled.scores()['gIoU']:.3f}", refresh=False)
         bar.close()
@@ -138,7 +136,17 @@ class Evaluator:
                     "seconds_per_image": sum(t for t, _ in timed) / sum(k for _, k in timed),
                     **({"by_kind": {k: {"n": s.n, "gIoU": s.scores()["gIoU"]}
                                     for k, s in sorted(kinds.items())}} if kinds else {})},
-            records=records, scales=scales)
+            records=records, scales=self._previews(source, n) if self.preview_fn else {})
+
+    def _previews(self, source: Source, n: int) -> dict[int, np.ndarray]:
+        """Images by scale of a few samples, out of one batch as large as the others.
+
+        A smaller batch would have to be compiled first.
+        """
+        chosen = np.linspace(0, n - 1, min(self.batch, n)).astype(int).tolist()
+        results = self.preview_fn([request(source[i]) for i in chosen])
+        drawn = {i: r.scales[0] for i, r in zip(chosen, results, strict=True) if r.scales}
+        return dict(itertools.islice(drawn.items(), self.previews))
 
     def _choose(self, masks: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
         """The bool[H, W] that counts among several."""
@@ -213,7 +221,7 @@ def _batched(items: Iterable[int], size: int) -> Iterator[list[int]]:
 # ------------------------------------------------------------------------------------- baselines
 
 
-def constant_baseline(train: Source, side: int = 64, threshold: float = 0.2,
+def constant_baseline(train: Sequence[Source], side: int = 64, threshold: float = 0.2,
                       limit: int = 2000) -> Baseline:
     """The best constant answer per class: the mean training mask, cut at `threshold`.
 
@@ -222,14 +230,15 @@ def constant_baseline(train: Source, side: int = 64, threshold: float = 0.2,
     however it is worded around them, and the mean over all classes when there is none.
 
     Args:
-      train: the training source; at most `limit` of its samples, evenly spaced, are read.
+      train: the training sources; of each at most `limit` samples, evenly spaced, are read.
       side: side of the constant masks.
     """
     totals: dict[frozenset[str], np.ndarray] = collections.defaultdict(
         lambda: np.zeros((side, side), np.float64))
     counts: dict[frozenset[str], int] = collections.Counter()
-    for i in np.linspace(0, len(train) - 1, min(limit, len(train))).astype(int):
-        sample = train[int(i)]
+    samples = (source[int(i)] for source in train
+               for i in np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int))
+    for sample in samples:
         if not sample.masks or sample.masks[0].ndim != 2:
             continue
         words = _words(question(sample))

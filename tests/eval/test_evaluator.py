@@ -82,7 +82,7 @@ def test_constant_baseline_per_class():
     train = ([sample(0, LEFT, text="Segment the sky in the image.")] * 3
              + [sample(0, RIGHT, text="Segment the road in the image.")] * 3
              + [sample(0, ALL, text="Segment the road sign in the image.")])
-    constant = constant_baseline(train, side=SIDE)
+    constant = constant_baseline([train], side=SIDE)
     assert np.array_equal(constant("<image> instructions: sky.; please segment"), LEFT > 0)
     assert np.array_equal(constant("Segment the road in the image."), RIGHT > 0)
     assert np.array_equal(constant("Segment the road sign, please."), ALL > 0)

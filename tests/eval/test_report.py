@@ -14,13 +14,13 @@ from argenseg_jax.eval.evaluator import Evaluator
 def predict(requests):
     """Answers everything with the upper half, and four scales."""
     masks = [np.arange(64)[:, None].repeat(64, 1) < 32 for _ in requests]
-    scales = [[np.full((s, s), 255, np.uint8) for s in (1, 2, 4, 8)]]
+    scales = [np.full((4, 16, 16, 3), 255, np.uint8)]
     return [types.SimpleNamespace(masks=[m], text="Sure.", scales=scales) for m in masks]
 
 
 def test_report_is_complete_and_self_contained(tmp_path):
     source = ShapesSource("full", "test", size=12)
-    result = Evaluator(predict, keep_scales=2).run(source)
+    result = Evaluator(predict, preview_fn=predict, previews=2).run(source)
     folder = tmp_path / "eval" / "shapes_test"
     rows = report.save_pictures(folder / "pictures", source, result, each=3)
     assert [r["group"] for r in rows] == (["random"] * 3 + ["best"] * 3 + ["worst"] * 3
