@@ -1,4 +1,4 @@
-"""Recordings of kind F, the whole model: teacher-forced training; decoding is in parity/decoding."""
+"""Recordings of kind F, the whole model: teacher-forced training here, decoding in parity/decoding."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from argenseg_jax.interop import hf_config, hf_folder
 from argenseg_jax.interop import torch as torch_convert
 from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import ARGenSeg
+from argenseg_jax.parity.decoding import compare_decoding, per_row
 from argenseg_jax.parity.recording import LOSS, Recording, check_gradients
 from argenseg_jax.parity.vq import nhwc
 from argenseg_jax.train import losses
@@ -83,18 +84,8 @@ def _batch(record: Recording, model: ARGenSeg) -> dict[str, np.ndarray]:
     return {
         "tokens": tokens, "labels": arrays["labels"], "positions": arrays["position_ids"],
         "segment_ids": arrays["attention_mask"].astype(np.int32),
-        "tiles": _per_row(tiles, (tokens == model.vocab.img_context).sum(1) // model.image_tokens),
-        "masks": _per_row(masks, (tokens == model.vocab.ge_start).sum(1))}
-
-
-def _per_row(items: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[sum(counts), ...] -> [B, max(counts), ...], filled up with zeros."""
-    out = np.zeros((len(counts), counts.max(), *items.shape[1:]), items.dtype)
-    at = 0
-    for row, n in zip(out, counts):
-        row[:n] = items[at:at + n]
-        at += n
-    return out
+        "tiles": per_row(tiles, (tokens == model.vocab.img_context).sum(1) // model.image_tokens),
+        "masks": per_row(masks, (tokens == model.vocab.ge_start).sum(1))}
 
 
 def _compare_targets(record: Recording, model: ARGenSeg, params: Params, batch) -> None:
@@ -149,3 +140,4 @@ def compare_model(record: Recording) -> None:
     model, params = load_model(record)
     if any(record.names(r"train/.*")):
         compare_training(record, model, params)
+    compare_decoding(record, model, params)
