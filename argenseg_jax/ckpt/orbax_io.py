@@ -80,12 +80,15 @@ class Checkpointer:
         return (found["params"], found["ema"] if ema else {}, found["train"],
                 _decode(states[jax.process_index()]))
 
-    def close(self) -> None:
-        """Waits for the files."""
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Waits for the files, also when the run ends by an error."""
         self._manager.close()
 
 
-def find_step(path: str) -> epath.Path:
+def find_step(path: epath.PathLike) -> epath.Path:
     """Directory of one checkpoint from a workdir (its newest), W/checkpoints, or the step itself."""
     root = epath.Path(path)
     if (root / "params").exists():
@@ -99,9 +102,9 @@ def find_step(path: str) -> epath.Path:
     raise UserError(f"{path}: no checkpoint there (no step in {root / DIRECTORY})")
 
 
-def find_config(path: str) -> dict[str, Any]:
+def find_config(path: epath.PathLike) -> dict[str, Any]:
     """The resolved configuration saved beside a checkpoint, as a nested dict."""
-    for folder in [epath.Path(path), *find_step(path).parents][:4]:
+    for folder in [epath.Path(path), *list(find_step(path).parents)[:2]]:
         if (folder / CONFIG).exists():
             return json.loads((folder / CONFIG).read_text())
     raise UserError(f"{path}: there is no {CONFIG} beside the checkpoint")
@@ -112,7 +115,7 @@ def check_shapes(step_dir: epath.Path, want: Any) -> None:
     trees.check_same(_saved_shapes(step_dir, "params"), want, str(step_dir))
 
 
-def restore_params(path: str, want: Any | None = None, *, ema: bool = True) -> Any:
+def restore_params(path: epath.PathLike, want: Any | None = None, *, ema: bool = True) -> Any:
     """Parameters for use: the averaged weights where the run kept an average.
 
     Args:
@@ -125,8 +128,7 @@ def restore_params(path: str, want: Any | None = None, *, ema: bool = True) -> A
     """
     step = find_step(path)
     if want is None:
-        want = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype),
-                            _saved_shapes(step, "params"))
+        want = _abstract(_saved_shapes(step, "params"))
     else:
         check_shapes(step, want)
     flat = trees.flatten(want)
@@ -136,6 +138,12 @@ def restore_params(path: str, want: Any | None = None, *, ema: bool = True) -> A
         averaged = _restore_item(step, "ema", trees.unflatten({n: flat[n] for n in names}))
     raw = _restore_item(step, "params", want)
     return trees.replace(raw, trees.flatten(averaged))
+
+
+def read_train(path: epath.PathLike) -> dict[str, Any]:
+    """What a step holds beside parameters: step, skipped, opt_state, extra, as numpy arrays."""
+    step = find_step(path)
+    return _restore_item(step, "train", _abstract(_saved_shapes(step, "train")))
 
 
 def save_params(path: str, params: Any) -> None:
@@ -157,6 +165,10 @@ def _restore_item(step: epath.Path, item: str, want: Any) -> Any:
 def _saved_shapes(step: epath.Path, item: str) -> dict[str, Any]:
     with ocp.PyTreeCheckpointer() as reader:
         return reader.metadata(step.resolve() / item).item_metadata.tree
+
+
+def _abstract(saved: Any) -> Any:
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), saved)
 
 
 def _encode(state: Any) -> str:

@@ -26,7 +26,6 @@ from argenseg_jax.train.state import Params, Phase, TrainState
 
 # Config keys that may differ from those of the run that is resumed.
 FREE_KEYS = (r"train/steps", r"train/(log|sample|checkpoint)_every", r"train/keep", r"eval/.*")
-# (path prefix of shapes) -> known weights: fills what fresh weights would, see `run`.
 Loader = Callable[[Params], Params]
 
 
@@ -71,29 +70,28 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
     stop = _listen_for_sigterm()
 
     # ------------------------------------------------------------------ phases
-    with jax.set_mesh(mesh):
+    with checkpoints, log, jax.set_mesh(mesh):
         shapes = jax.eval_shape(init, jax.random.key(0))
-        done = checkpoints.meta(saved)["phase"] if saved is not None else None
         names = [phase.task.name for phase in phases]
-        first = 0 if done is None else _index(names, done, workdir)
-        params = None
+        params, first = None, 0
         if saved is None:
             params = initial_params(init, cfg["seed"], shapes, mesh, rules, load)
+        else:
+            first = _index(names, checkpoints.meta(saved)["phase"], workdir)
         for i in range(first, len(phases)):
             begin = sum(phase.steps for phase in phases[:i])
             runner = _PhaseRunner(cfg, phases[i], begin, shapes, mesh, rules, checkpoints, log, root,
                                   stop)
-            if i == first and saved is not None:
+            if params is None:
                 state, data = runner.restore(saved)
             else:
                 state, data = runner.start(params)
             params = averaged(runner.train(state, data))
-    checkpoints.close()
 
     # ------------------------------------------------------------------ result
     last = log.last()
-    log.close()
-    return {"step": max(total, saved or 0), **{k: last.get(k) for k in ("loss", "text_loss", "gen_loss")},
+    return {"step": max(total, saved or 0),
+            **{k: last.get(k) for k in ("loss", "text_loss", "gen_loss")},
             "seconds": round(time.perf_counter() - begin_time, 2)}
 
 
@@ -165,8 +163,6 @@ class _PhaseRunner:
             if last or stopped or step % self.cfg["checkpoint_every"] == 0:
                 self.save(step, state, data)
             if stopped and not last:
-                self.checkpoints.close()
-                self.log.close()
                 raise Preempted(f"stopped at step {step}, all saved; the same command goes on")
         getattr(data, "close", lambda: None)()  # of grain: its threads and processes
         return state

@@ -66,7 +66,10 @@ class MetricsLog:
         """The newest line, or {}."""
         return self._lines[-1] if self._lines else {}
 
-    def close(self) -> None:
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         self._bar.close()
         if self._board is not None:
             self._board.close()

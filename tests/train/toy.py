@@ -32,7 +32,7 @@ def init(rng: jax.Array) -> dict[str, Any]:
 def loss(params, extra, batch, rng, norm):
     """Squared error over the rows with weight; the codebook counts what it has seen."""
     x = batch["x"] * params["connector"]["norm"]["scale"] + params["connector"]["norm"]["bias"]
-    x = x + x @ params["visual"]["word_embed"]["kernel"] * 0.1
+    x = x + x @ params["visual"]["word_embed"]["kernel"] * 0.1 + params["visual"]["lvl_embed"][0]
     h = jnp.tanh(x @ params["connector"]["fc1"]["kernel"] + params["connector"]["fc1"]["bias"])
     keep = jax.random.bernoulli(rng, 0.9, h.shape[-1:])
     y = (h * keep) @ params["connector"]["fc2"]["kernel"] + params["connector"]["fc2"]["bias"]

@@ -1,0 +1,60 @@
+"""Resumed == uninterrupted, bit for bit, after kill -9 in either phase."""
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from argenseg_jax import trees
+from argenseg_jax.ckpt import orbax_io
+from argenseg_jax.train import loop
+from tests.train import toy
+
+TIMES = ("seconds_per_step", "rows_per_second")
+
+
+def train(workdir):
+    cfg = toy.config(steps=10, checkpoint_every=2, microbatch=4)
+    return loop.run(cfg, str(workdir), toy.phases(cfg, 3), toy.init, devices=jax.devices()[:1])
+
+
+def everything(workdir):
+    """All arrays of the last checkpoint, and the place in the data."""
+    with orbax_io.Checkpointer(str(workdir), read_only=True) as checkpoints:
+        step = checkpoints.latest()
+        data = checkpoints.meta(step)["data"]
+    flat = {"params": orbax_io.restore_params(str(workdir), ema=False),
+            "ema": orbax_io.restore_params(str(workdir))}
+    return step, data, trees.flatten(flat), orbax_io.read_train(str(workdir))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    return train(workdir), workdir
+
+
+@pytest.mark.parametrize("kill", [2, 7])
+def test_resume_after_kill_is_bit_exact(kill, whole, tmp_path):
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+                        "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    child = subprocess.run([sys.executable, "-m", "tests.train.resume_child", str(tmp_path), str(kill)],
+                           env=env, capture_output=True, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
+    result = train(tmp_path)
+    assert result["step"] == 13
+    step, data, params, rest = everything(tmp_path)
+    want_step, want_data, want_params, want_rest = everything(whole[1])
+    assert (step, data) == (want_step, want_data)
+    for path in want_params:
+        assert np.asarray(params[path]).tobytes() == np.asarray(want_params[path]).tobytes(), path
+    jax.tree.map(np.testing.assert_array_equal, rest, want_rest)
+
+
+def test_the_metrics_file_has_no_gap_and_no_double(whole, tmp_path):
+    steps = [json.loads(x)["step"] for x in (whole[1] / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 3, 4, 6, 8, 10, 12, 13]
