@@ -114,7 +114,7 @@ def base() -> ConfigDict:
             "max_text_tokens": 64,  # per answer, codes not counted
         },
         "eval": {
-            "prompt": "semantic",  # name of the prompt template
+            "prompt": "referring",  # PSALM: referring | semantic | reasoning, or a text with {sent}
             "masks": "first",   # first | union: which masks of an answer are scored
         },
     })
