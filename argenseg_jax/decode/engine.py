@@ -1,0 +1,120 @@
+"""The compiled phases of decoding, and the order in which they run for a batch.
+
+prefill -> write_text -> (mask -> write_text)*: one jit each, shapes in buckets, nothing recompiled
+for another prompt, picture, answer length or number of masks. Axes as in text_decode, scale_decode.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from argenseg_jax.decode import scale_decode, text_decode
+from argenseg_jax.errors import UserError
+from argenseg_jax.models.argenseg import ARGenSeg
+
+CAPACITY_MULTIPLE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """Answers of a batch, on the host.
+
+    Attributes:
+      ids: int32[B, A] with <ge_start> for each mask;  counts: int32[B], tokens of each answer.
+      images: u8[B, M, R, R, 3];  num_masks: int32[B], how many of the M are a row's own.
+      codes: int32[B, M, N];  confidence: f32[B, M], mean probability of the codes.
+      scales: u8[B, M, K, R, R, 3] coarse to fine, or None if not asked for.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+    images: np.ndarray
+    num_masks: np.ndarray
+    codes: np.ndarray
+    confidence: np.ndarray
+    scales: np.ndarray | None
+
+
+class Engine:
+    """Greedy decoding with fixed weights."""
+
+    def __init__(self, model: ARGenSeg, params: Mapping[str, Any]):
+        self.model, self.variables = model, {"params": params}
+        self._prefill = functools.partial(
+            jax.jit(nn.apply(text_decode.prefill, model), static_argnums=(4, 5)), self.variables)
+        self._text = functools.partial(
+            jax.jit(nn.apply(text_decode.write_text, model), donate_argnums=1), self.variables)
+        self._mask = functools.partial(
+            jax.jit(nn.apply(_mask_phase, model), donate_argnums=1, static_argnums=2), self.variables)
+
+    def generate(self, tokens: np.ndarray, lengths: np.ndarray, tiles: np.ndarray | None, *,
+                 max_text: int, max_masks: int, previews: bool = False) -> Generated:
+        """Answers a batch of prompts.
+
+        Args:
+          tokens: int32[B, L], right padded;  lengths: int32[B];  tiles: u8[B, P, S, S, 3] or None.
+          max_text: A, tokens of an answer, each mask counted as one.
+          max_masks: M; an answer stops behind so many.
+          previews: also decode the picture after every scale.
+
+        Raises:
+          UserError: the prompt leaves no room (model.llm.max_positions).
+        """
+        n = self.model.scales.num_codes
+        need = tokens.shape[1] + max_text + max_masks * (n + 1)
+        room = self.model.llm.max_positions
+        if need > room:
+            raise UserError(f"a prompt of {tokens.shape[1]} tokens with up to {max_masks} masks needs "
+                            f"{need} places, the model has {room}; shorten the prompt")
+        capacity = -(-need // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+        answer = self._text(self._prefill(tokens, lengths, tiles, capacity, max_text))
+        found: list[tuple[np.ndarray, Any]] = []
+        while len(found) < max_masks:
+            at_mask = np.asarray(answer.at_mask)
+            if not at_mask.any():
+                break
+            answer, mask = self._mask(answer, previews)
+            found.append((at_mask, mask))
+            if len(found) < max_masks:
+                answer = self._text(answer)
+        return self._collect(answer, found, previews)
+
+    def _collect(self, answer: text_decode.Answer, found: list, previews: bool) -> Generated:
+        """Sorts the masks of each round to their rows."""
+        b, k = answer.token.shape[0], len(self.model.scales)
+        side, n = self.model.mask_size, self.model.scales.num_codes
+        num = sum((at for at, _ in found), np.zeros(b, np.int32))
+        m = max(int(num.max(initial=0)), 1)
+        out = {"images": np.zeros((b, m, side, side, 3), np.uint8), "codes": np.zeros((b, m, n), np.int32),
+               "confidence": np.zeros((b, m), np.float32)}
+        if previews:
+            out["scales"] = np.zeros((b, m, k, side, side, 3), np.uint8)
+        seen = np.zeros(b, np.int32)
+        for at_mask, mask in found:
+            mask = jax.device_get(mask)
+            for row in np.flatnonzero(at_mask):
+                for key, array in out.items():
+                    array[row, seen[row]] = mask[key][row]
+            seen += at_mask
+        return Generated(ids=np.asarray(answer.ids), counts=np.asarray(answer.count), num_masks=num,
+                         **{"scales": None, **out})
+
+
+def _mask_phase(m: ARGenSeg, answer: text_decode.Answer, previews: bool
+                ) -> tuple[text_decode.Answer, dict[str, jax.Array]]:
+    """All scales, <ge_end>, and the VQ-VAE's pictures."""
+    mask, cache = scale_decode.decode_codes(m, answer.cache, answer.at_mask)
+    out = {"images": scale_decode.to_image(m, mask.f_hats[:, -1]), "codes": mask.codes,
+           "confidence": mask.confidence}
+    if previews:
+        b, k = mask.f_hats.shape[:2]
+        images = scale_decode.to_image(m, mask.f_hats.reshape(b * k, *mask.f_hats.shape[2:]))
+        out["scales"] = images.reshape(b, k, *images.shape[1:])
+    return text_decode.after_mask(m, answer, cache), out
