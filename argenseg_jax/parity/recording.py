@@ -118,6 +118,12 @@ class Recording:
         error = _error(got.astype(np.float64), want.astype(np.float64), tolerance.measure)
         self.rows.append(Row(name, shape, error, tolerance, error <= tolerance.limit))
 
+    def same(self, name: str, got: Any, want: Any) -> None:
+        """Notes whether two things of any kind are equal."""
+        equal = got == want
+        self.rows.append(Row(name, (), 0.0 if equal else 1.0, EQUAL, equal,
+                             "" if equal else f"{got!r} instead of {want!r}"[:300]))
+
     def finish(self) -> None:
         """Notes every array that nothing looked at as a miss."""
         for name in self._arrays:

@@ -8,7 +8,7 @@ import jax
 from etils import epath
 
 from argenseg_jax.errors import UserError
-from argenseg_jax.parity import lm, vit, vq, whole
+from argenseg_jax.parity import lm, preprocess, vit, vq, whole
 from argenseg_jax.parity.recording import Recording, Row
 
 # Kind (the part of `case` before the first underscore) -> comparer.
@@ -19,6 +19,7 @@ KINDS = {
     "D": vit.compare_vit,
     "E": lm.compare_lm,
     "F": whole.compare_model,
+    "G": preprocess.compare_preprocessing,
 }
 
 

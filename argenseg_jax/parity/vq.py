@@ -38,6 +38,7 @@ def compare_vqvae(record: Recording) -> None:
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
     params = torch_convert.to_jax(record.weights(), {"vqvae": shapes["params"]},
                                   source=str(record.folder))["vqvae"]
+    params = jax.tree.map(jnp.asarray, params)
 
     codes = _encoder(record, model, params, image)
     f_hats = model.apply({"params": params}, codes, method=lambda m, c: m.quantizer.f_hats(c))
