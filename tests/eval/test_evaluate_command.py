@@ -1,0 +1,77 @@
+"""The evaluate command on random weights: what it prints, what it writes, its exit codes."""
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from configs import nano
+
+from argenseg_jax.ckpt import checkpoint, orbax_io
+from argenseg_jax.data.shapes import ShapesSource
+from argenseg_jax.eval.pictures import encode_png, write_bytes
+from argenseg_jax.models import variants
+from argenseg_jax.train.run import init_fn
+
+KEYS = {"n", "cIoU", "gIoU", "Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9", "gIoU_target",
+        "N-acc", "T-acc", "baseline_gIoU", "baseline_cIoU", "seconds_per_image", "seconds"}
+
+
+def evaluate(*args):
+    """(exit code, last line of stdout, stderr)."""
+    done = subprocess.run([sys.executable, "-m", "argenseg_jax", "evaluate", *map(str, args)],
+                          capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout.strip().split("\n")[-1], done.stderr
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = nano.get_config().to_dict()
+    config["decode"]["max_text_tokens"] = 8
+    model = variants.build(config["model"])
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(init_fn(model), jax.random.key(0))
+    params = jax.tree.map(lambda s: 0.1 * rng.standard_normal(s.shape, np.float32), shapes)
+    orbax_io.save_params(str(folder / "checkpoints" / "1"), params)
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint.tokenizer_for(model, None).save(folder / "tokenizer")
+    return folder
+
+
+def test_scores_files_and_report(workdir, tmp_path):
+    """An official JSONL with its own image root; the baseline comes from the training data."""
+    source = ShapesSource("simple", "test")
+    with (tmp_path / "val.jsonl").open("w") as file:
+        for i in range(3):
+            write_bytes(tmp_path / "root" / f"{i}.png", encode_png(source[i].images[0]))
+            write_bytes(tmp_path / "root" / f"m{i}.png", encode_png(source[i].masks[0]))
+            file.write(json.dumps({"id": i, "image": f"{i}.png", "mask": f"m{i}.png", "kind": "a",
+                                   "conversations": source[i].conversations}) + "\n")
+    code, line, errors = evaluate("--workdir", workdir, "--data", tmp_path / "val.jsonl",
+                                  "--image-root", tmp_path / "root", "--batch", 2, "--limit", 3)
+    assert code == 0, errors
+    got = json.loads(line)
+    assert KEYS <= set(got) and got["n"] == 3 and got["by_kind"]["a"]["n"] == 3
+    assert got["baseline_gIoU"] > 0
+    folder = workdir / "eval" / "val"
+    records = [json.loads(text) for text in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in records] == [0, 1, 2]
+    assert records[0]["prediction"]["size"] == [64, 64]
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["gIoU"] == got["gIoU"]
+    assert all((folder / "pictures" / row["file"]).exists() for row in scores["pictures"])
+    assert "val" in (workdir / "report.html").read_text()
+
+
+@pytest.mark.parametrize("args, says", [
+    ((), "--data"),
+    (("--data", "shapes:simple:test"), "--workdir"),
+    (("--data", "shapes:simple:nowhere", "--workdir", "W"), "nowhere"),
+    (("--data", "no/such.jsonl", "--workdir", "W"), "no/such.jsonl"),
+])
+def test_mistakes_exit_with_2_and_one_line(workdir, args, says):
+    code, _, errors = evaluate(*(workdir if a == "W" else a for a in args))
+    last = errors.strip().split("\n")[-1]
+    assert code == 2 and last.startswith("error: ") and says in last and "Traceback" not in errors
