@@ -37,9 +37,11 @@ def resample(matrix: np.ndarray, x: jax.Array) -> jax.Array:
 class MultiScaleQuantizer(nn.Module):
     """Codebook and phi convolutions, used by its methods (there is no `__call__`).
 
+    As in VAR, `phi_ratio` 0 means no phi at all.
+
     `dead_zone` > 0 (nano): code 0 is the zero vector and stands wherever no other code comes nearer
-    to the target by more than `dead_zone` in squared distance, so that empty regions cost nothing
-    to predict. Sensible values depend on the latent's scale, which training sets.
+    to the target by more than that share of the codebook's mean square norm (in squared distance),
+    so that empty regions cost nothing to predict.
     """
 
     codebook_size: int
@@ -53,7 +55,8 @@ class MultiScaleQuantizer(nn.Module):
     def setup(self):
         self.codebook = self.param("codebook", _uniform_init,
                                    (self.codebook_size, self.channels), jnp.float32)
-        self.phi = [nn.Conv(self.channels, (3, 3), precision=_EXACT) for _ in range(self.num_phi)]
+        self.phi = [nn.Conv(self.channels, (3, 3), precision=_EXACT)
+                    for _ in range(self.num_phi if self.phi_ratio else 0)]
 
     @property
     def scales(self) -> Scales:
@@ -93,10 +96,11 @@ class MultiScaleQuantizer(nn.Module):
     def nearest(self, z: jax.Array) -> jax.Array:
         """Index of the nearest code: f32[...,C] -> i32[...]."""
         codebook = self._codebook()
-        distance = (jnp.sum(z * z, -1, keepdims=True) + jnp.sum(codebook * codebook, -1)
+        norms = jnp.sum(codebook * codebook, -1)
+        distance = (jnp.sum(z * z, -1, keepdims=True) + norms
                     - 2 * jnp.einsum("...c,vc->...v", z, codebook, precision=_EXACT))
         if self.dead_zone:
-            distance = distance.at[..., 0].add(-self.dead_zone)
+            distance = distance.at[..., 0].add(-self.dead_zone * jnp.mean(norms))
         return jnp.argmin(distance, -1).astype(jnp.int32)
 
     # ---- one scale at a time, for decoding -------------------------------------------------------
@@ -137,7 +141,7 @@ class MultiScaleQuantizer(nn.Module):
     # ---- parts -----------------------------------------------------------------------------------
 
     def _codebook(self) -> jax.Array:
-        codebook = self.codebook.astype(jnp.float32)
+        codebook = jnp.asarray(self.codebook, jnp.float32)
         return codebook.at[0].set(0.0) if self.dead_zone else codebook
 
     def _down(self, x: jax.Array, k: int) -> jax.Array:
@@ -152,6 +156,8 @@ class MultiScaleQuantizer(nn.Module):
         h = self._codebook()[codes_k].reshape(codes_k.shape[0], pn, pn, self.channels)
         if k < len(self.scales) - 1:
             h = resample(bicubic_matrix(pn, self.scales.side), h)
+        if not self.phi_ratio:
+            return h
         phi = self.phi[self.scales.phi_index(self.num_phi)[k]]
         return (1 - self.phi_ratio) * h + self.phi_ratio * phi(h)
 

@@ -22,10 +22,10 @@ class VQVAE(nn.Module):
     """Images in [-1,1] <-> codes of a multi-scale codebook. `dtype` is that of the convolutions.
 
     The last three fields are off in the official model; they make a nano one cheap and its codes
-    predictable: `patch_size` folds p x p pixels into channels before `conv_in` and unfolds them
-    after `conv_out`; `local_encoder` lets a latent cell see only its own and the 8 cells around it,
-    normalises each position alone and measures latents from that of an all-black image;
-    `dead_zone` is the quantizer's.
+    predictable: `patch_size` p > 1 folds p x p grey pixels into channels before `conv_in` and
+    unfolds them after `conv_out` (colour is lost, masks have none); `local` normalises each position alone, lets a latent cell see only its own and
+    the 8 cells around it, and measures latents from that of an all-black image; `dead_zone` is the
+    quantizer's.
     """
 
     ch: int = 160
@@ -41,15 +41,16 @@ class VQVAE(nn.Module):
     using_mid_sa: bool = True
     dtype: Dtype = jnp.float32
     patch_size: int = 1
-    local_encoder: bool = False
+    local: bool = False
     dead_zone: float = 0.0
 
     def setup(self):
         shared = dict(ch=self.ch, ch_mult=tuple(self.ch_mult), num_res_blocks=self.num_res_blocks,
-                      using_sa=self.using_sa, using_mid_sa=self.using_mid_sa, dtype=self.dtype)
-        self.encoder = Encoder(**shared, z_channels=self.z_channels, local=self.local_encoder)
-        self.decoder = Decoder(**shared, out_channels=3 * self.patch_size**2)
-        self.quant_conv = _conv(self.z_channels, self.dtype, local=self.local_encoder)
+                      using_sa=self.using_sa, using_mid_sa=self.using_mid_sa, dtype=self.dtype,
+                      local=self.local)
+        self.encoder = Encoder(**shared, z_channels=self.z_channels)
+        self.decoder = Decoder(**shared, out_channels=self.patch_size**2 if self.patch_size > 1 else 3)
+        self.quant_conv = _conv(self.z_channels, self.dtype, 1 if self.local else 3)
         self.post_quant_conv = _conv(self.z_channels, self.dtype)
         self.quantizer = MultiScaleQuantizer(
             codebook_size=self.codebook_size, channels=self.z_channels,
@@ -66,11 +67,12 @@ class VQVAE(nn.Module):
         if image.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(f"this VQ-VAE takes images [B,{self.image_size},{self.image_size},3], "
                              f"got {list(image.shape)}")
-        if self.local_encoder:
+        if self.local:
             image = jnp.concatenate([jnp.full_like(image[:1], -1), image])
-        x = _space_to_depth(image.astype(self.dtype), self.patch_size)
-        f = self.quant_conv(self.encoder(x)).astype(jnp.float32)
-        return f[1:] - f[:1] if self.local_encoder else f
+        if self.patch_size > 1:
+            image = _space_to_depth(image.mean(-1, keepdims=True), self.patch_size)
+        f = self.quant_conv(self.encoder(image.astype(self.dtype))).astype(jnp.float32)
+        return f[1:] - f[:1] if self.local else f
 
     def tokenize(self, image: jax.Array) -> jax.Array:
         """[B,R,R,3] in [-1,1] -> codes i32[B,N]."""
@@ -95,7 +97,9 @@ class VQVAE(nn.Module):
 
     def _decode(self, f_hat: jax.Array) -> jax.Array:
         x = self.decoder(self.post_quant_conv(f_hat.astype(self.dtype)))
-        return _depth_to_space(x, self.patch_size).astype(jnp.float32)
+        if self.patch_size > 1:
+            x = jnp.repeat(_depth_to_space(x, self.patch_size), 3, axis=-1)
+        return x.astype(jnp.float32)
 
 
 class Encoder(nn.Module):
@@ -108,19 +112,20 @@ class Encoder(nn.Module):
     using_sa: bool
     using_mid_sa: bool
     dtype: Dtype
-    local: bool = False
+    local: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         last = len(self.ch_mult) - 1
+        kernel = 1 if self.local else 3  # conv_in alone looks around
         x = _conv(self.ch, self.dtype, name="conv_in")(x)
         for i, mult in enumerate(self.ch_mult):
             x = Stage(self.ch * mult, self.num_res_blocks, self.using_sa and i == last,
-                      "downsample" if i < last else "", self.dtype, self.local,
+                      "downsample" if i < last else "", self.dtype, self.local, kernel,
                       name=f"down_{i}")(x)
-        x = Middle(self.using_mid_sa, self.dtype, self.local, name="mid")(x)
+        x = Middle(self.using_mid_sa, self.dtype, self.local, kernel, name="mid")(x)
         x = nn.silu(_norm(x, self.local, name="norm_out"))
-        return _conv(self.z_channels, self.dtype, self.local, name="conv_out")(x)
+        return _conv(self.z_channels, self.dtype, kernel, name="conv_out")(x)
 
 
 class Decoder(nn.Module):
@@ -133,17 +138,18 @@ class Decoder(nn.Module):
     using_sa: bool
     using_mid_sa: bool
     dtype: Dtype
+    local: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         last = len(self.ch_mult) - 1
         x = _conv(self.ch * self.ch_mult[-1], self.dtype, name="conv_in")(x)
-        x = Middle(self.using_mid_sa, self.dtype, name="mid")(x)
+        x = Middle(self.using_mid_sa, self.dtype, self.local, name="mid")(x)
         for i in reversed(range(len(self.ch_mult))):
             x = Stage(self.ch * self.ch_mult[i], self.num_res_blocks + 1,
                       self.using_sa and i == last, "upsample" if i > 0 else "", self.dtype,
-                      name=f"up_{i}")(x)
-        x = nn.silu(_norm(x, name="norm_out"))
+                      self.local, name=f"up_{i}")(x)
+        x = nn.silu(_norm(x, self.local, name="norm_out"))
         return _conv(self.out_channels, self.dtype, name="conv_out")(x)
 
 
@@ -155,14 +161,16 @@ class Stage(nn.Module):
     attention: bool
     resize: str
     dtype: Dtype
-    local: bool = False
+    local: bool
+    kernel: int = 3
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(self.num_blocks):
-            x = ResnetBlock(self.width, self.dtype, self.local, name=f"block_{i}")(x)
+            x = ResnetBlock(self.width, self.dtype, self.local, self.kernel,
+                            name=f"block_{i}")(x)
             if self.attention:
-                x = AttnBlock(self.dtype, name=f"attn_{i}")(x)
+                x = AttnBlock(self.dtype, self.local, name=f"attn_{i}")(x)
         if self.resize == "downsample":
             x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))  # right and bottom only, as VAR does
             x = nn.Conv(self.width, (3, 3), strides=2, padding="VALID", dtype=self.dtype,
@@ -177,14 +185,15 @@ class Middle(nn.Module):
 
     attention: bool
     dtype: Dtype
-    local: bool = False
+    local: bool
+    kernel: int = 3
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = ResnetBlock(x.shape[-1], self.dtype, self.local, name="block_1")(x)
+        x = ResnetBlock(x.shape[-1], self.dtype, self.local, self.kernel, name="block_1")(x)
         if self.attention:
-            x = AttnBlock(self.dtype, name="attn_1")(x)
-        return ResnetBlock(x.shape[-1], self.dtype, self.local, name="block_2")(x)
+            x = AttnBlock(self.dtype, self.local, name="attn_1")(x)
+        return ResnetBlock(x.shape[-1], self.dtype, self.local, self.kernel, name="block_2")(x)
 
 
 class ResnetBlock(nn.Module):
@@ -192,14 +201,15 @@ class ResnetBlock(nn.Module):
 
     width: int
     dtype: Dtype
-    local: bool = False
+    local: bool
+    kernel: int = 3
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         h = nn.silu(_norm(x, self.local, name="norm1"))
-        h = _conv(self.width, self.dtype, self.local, name="conv1")(h)
+        h = _conv(self.width, self.dtype, self.kernel, name="conv1")(h)
         h = nn.silu(_norm(h, self.local, name="norm2"))
-        h = _conv(self.width, self.dtype, self.local, name="conv2")(h)
+        h = _conv(self.width, self.dtype, self.kernel, name="conv2")(h)
         if x.shape[-1] != self.width:
             x = nn.Conv(self.width, (1, 1), dtype=self.dtype, name="nin_shortcut")(x)
         return x + h
@@ -209,11 +219,12 @@ class AttnBlock(nn.Module):
     """Single-head self-attention over all positions, with a residual connection."""
 
     dtype: Dtype
+    local: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, height, wide, d = x.shape
-        qkv = nn.Conv(3 * d, (1, 1), dtype=self.dtype, name="qkv")(_norm(x, name="norm"))
+        qkv = nn.Conv(3 * d, (1, 1), dtype=self.dtype, name="qkv")(_norm(x, self.local, name="norm"))
         q, k, v = jnp.split(qkv.reshape(b, height * wide, 3 * d), 3, axis=-1)
         weights = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", q, k).astype(jnp.float32) * d**-0.5)
         h = jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v).reshape(x.shape)
@@ -225,12 +236,12 @@ def nearest2x(x: jax.Array) -> jax.Array:
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
-def _conv(width: int, dtype: Dtype, local: bool = False, name: str | None = None) -> nn.Conv:
-    """A size-preserving 3x3 convolution; 1x1 inside a local encoder."""
-    return nn.Conv(width, (1, 1) if local else (3, 3), dtype=dtype, name=name)
+def _conv(width: int, dtype: Dtype, kernel: int = 3, name: str | None = None) -> nn.Conv:
+    """A size-preserving convolution."""
+    return nn.Conv(width, (kernel, kernel), dtype=dtype, name=name)
 
 
-def _norm(x: jax.Array, local: bool = False, *, name: str) -> jax.Array:
+def _norm(x: jax.Array, local: bool, *, name: str) -> jax.Array:
     """GroupNorm(32) as in torch; a local one takes all channels of each position alone."""
     if local:
         return nn.LayerNorm(epsilon=1e-6, dtype=x.dtype, name=name)(x)

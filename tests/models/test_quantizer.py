@@ -21,12 +21,11 @@ def make(**fields):
 
 @pytest.fixture(scope="module")
 def params():
-    """A codebook of unit normals, so that codes differ; phi as initialised, with a bias."""
-    f = jnp.zeros((1, S, S, C))
-    params = make().init(jax.random.key(0), f, method="quantize")["params"]
-    params["codebook"] = jax.random.normal(jax.random.key(1), (V, C))
-    params["phi_0"]["bias"] = jnp.full(C, 0.1)
-    return params
+    """A codebook of unit normals, so that codes differ, and random phi convolutions."""
+    rng = np.random.default_rng(0)
+    phi = {f"phi_{i}": {"kernel": rng.normal(size=(3, 3, C, C), scale=0.15).astype(np.float32),
+                        "bias": np.full(C, 0.1, np.float32)} for i in range(4)}
+    return {"codebook": rng.normal(size=(V, C)).astype(np.float32), **phi}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +33,12 @@ def f():
     return 2 * jax.random.normal(jax.random.key(2), (B, S, S, C))
 
 
-def call(params, method, *args, **fields):
-    return make(**fields).apply({"params": params}, *args, method=method)
+def call(params, method, *args, k=None, **fields):
+    def run(params, *args):
+        more = () if k is None else (k,)
+        return make(**fields).apply({"params": params}, *args, *more, method=method)
+
+    return jax.jit(run)(params, *args)
 
 
 # ---- recordings ----------------------------------------------------------------------------------
@@ -45,8 +48,9 @@ def test_resample_equals_torch():
     io = np.load(GOLDEN / "io.npz")
     for pn in json.loads((GOLDEN / "config.json").read_text())["sets"]["16"]:
         x, small = io["x_16"].transpose(0, 2, 3, 1), io[f"small_16_{pn}"].transpose(0, 2, 3, 1)
-        down = resample(area_matrix(16, pn), x).transpose(0, 3, 1, 2)
-        up = resample(bicubic_matrix(pn, 16), small).transpose(0, 3, 1, 2)
+        down, up = jax.jit(lambda x, small, pn=pn: (resample(area_matrix(16, pn), x),
+                                                    resample(bicubic_matrix(pn, 16), small)))(x, small)
+        down, up = (np.transpose(y, (0, 3, 1, 2)) for y in (down, up))
         np.testing.assert_allclose(down, io[f"area_16_to_{pn}"], atol=2e-6)
         np.testing.assert_allclose(up, io[f"bicubic_{pn}_to_16"], atol=1e-5)
 
@@ -76,17 +80,17 @@ def test_quantize_agrees_with_lookup_and_with_scale_by_scale_decoding(params, f)
     grown, seen = jnp.zeros_like(f), []
     for k, (begin, end) in enumerate(make().scales.bounds):
         if k:
-            seen.append(call(params, "scale_input", grown, k))
-        grown = call(params, "accumulate", grown, codes[:, begin:end], k)
+            seen.append(call(params, "scale_input", grown, k=k))
+        grown = call(params, "accumulate", grown, codes[:, begin:end], k=k)
     np.testing.assert_array_equal(jnp.concatenate(seen, 1), teacher)
     np.testing.assert_allclose(grown, f_hat, atol=1e-6)
 
 
 def test_teacher_inputs_never_see_their_own_scale_or_later(params, f):
     codes, _ = call(params, "quantize", f)
-    before = call(params, "teacher_inputs", codes)
-    for k, (begin, end) in enumerate(make().scales.bounds):
-        after = call(params, "teacher_inputs", codes.at[:, begin:end].add(1) % V)
+    inputs = jax.jit(lambda c: make().apply({"params": params}, c, method="teacher_inputs"))
+    for begin, end in make().scales.bounds:
+        before, after = inputs(codes), inputs(codes.at[:, begin:end].add(1) % V)
         same = np.all(np.asarray(before == after), axis=(0, 2))
         assert same[:end - 1].all() and not same[end - 1:].any()  # place i is fed by code i+1's row
 
@@ -119,7 +123,8 @@ def test_straight_through_passes_the_gradient_and_bf16_is_lifted(params, f):
 
 
 def test_dead_zone_codes_nothing_as_zero(params):
-    quiet = {**params, "phi_0": {**params["phi_0"], "bias": jnp.zeros(C)}}
+    quiet = {name: leaf if name == "codebook" else {**leaf, "bias": np.zeros(C, np.float32)}
+             for name, leaf in params.items()}
     small = 0.05 * jax.random.normal(jax.random.key(5), (B, S, S, C))
     codes, f_hat = call(quiet, "quantize", small, dead_zone=0.5)
     assert not codes.any() and not f_hat.any()

@@ -15,7 +15,7 @@ from argenseg_jax.models.vqvae import VQVAE
 
 NANO = VQVAE(ch=16, ch_mult=(1,), num_res_blocks=0, z_channels=8, codebook_size=32,
              patch_nums=(1, 2, 4), using_sa=False, using_mid_sa=False, patch_size=4,
-             local_encoder=True, dead_zone=0.1)
+             local=True, dead_zone=0.1)
 
 
 # ---- parity with the official model --------------------------------------------------------------
