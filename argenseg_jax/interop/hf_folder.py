@@ -21,6 +21,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from argenseg_jax import trees
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_config
 from argenseg_jax.interop import torch as torch_convert
@@ -170,7 +171,14 @@ def param_shapes(model: Any) -> dict[str, Any]:
 
 def load_params(path: epath.PathLike, model_or_shapes: Any, *, optional: Sequence[str] = (),
                 dtype: Any = None) -> dict[str, Any]:
-    """Parameters (numpy arrays) from a folder or weight file; see interop/torch.to_jax."""
+    """Parameters (numpy arrays) from a folder or weight file; see interop/torch.to_jax.
+
+    Args:
+      path: folder or file.
+      model_or_shapes: an ARGenSeg, or a tree of shapes (of the whole or of some parts).
+      optional: regexes of leaves that may be absent.
+      dtype: of the result; None takes each leaf's own.
+    """
     abstract = isinstance(model_or_shapes, Mapping)
     shapes = model_or_shapes if abstract else param_shapes(model_or_shapes)
     vocab_size = None if abstract else model_or_shapes.vocab.size
@@ -178,8 +186,27 @@ def load_params(path: epath.PathLike, model_or_shapes: Any, *, optional: Sequenc
                                 optional=optional, dtype=dtype, source=str(path))
 
 
+def load_base(path: epath.PathLike, vqvae: epath.PathLike, model: Any, dtype: Any = None
+              ) -> dict[str, Any]:
+    """Parameters to start from: an InternVL folder as released, and VAR's VQ-VAE in its own file.
+
+    The three tables that ARGenSeg adds start as zeros, the rows of the new tokens as the mean of the
+    old rows, as in the reference.
+    """
+    shapes = dict(param_shapes(model))
+    own = {"vqvae": shapes.pop("vqvae")}
+    params = torch_convert.to_jax(open_tensors(path), shapes, vocab_size=model.vocab.size,
+                                  optional=("visual/.*",), dtype=dtype, source=str(path))
+    added = {name: np.zeros(leaf.shape, dtype or leaf.dtype)
+             for name, leaf in trees.flatten({"visual": shapes["visual"]}).items()}
+    found = trees.flatten(params)
+    params = trees.unflatten({**added, **found})
+    return {**params, **load_params(vqvae, own, dtype=dtype)}
+
+
 def save_folder(path: epath.PathLike, params: Mapping[str, Any], model_cfg: Mapping[str, Any],
-                tokenizer_files: Sequence[epath.PathLike] = (), dtype: Any = None) -> int:
+                tokenizer_files: Sequence[epath.PathLike] = (), dtype: Any = None,
+                texts: Mapping[str, str] | None = None) -> int:
     """Writes an HF-style folder with the official key names; returns the bytes of the tensors.
 
     The folder appears under its name when it is complete. An existing one is an error.
@@ -190,6 +217,7 @@ def save_folder(path: epath.PathLike, params: Mapping[str, Any], model_cfg: Mapp
       model_cfg: the `model` section that built it.
       tokenizer_files: copied into the folder.
       dtype: of the weights in the file ('bfloat16', ...); None keeps each leaf's own.
+      texts: {file name: content} of further files.
     """
     path = epath.Path(path)
     if path.exists():
@@ -203,13 +231,14 @@ def save_folder(path: epath.PathLike, params: Mapping[str, Any], model_cfg: Mapp
     try:
         total = _write_tensors(temporary, torch_convert.to_torch(
             params, vocab_size=model.vocab.size, dtype=dtype))
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for file, text in {**(texts or {}), "config.json": json.dumps(config, indent=2) + "\n"}.items():
+            (temporary / file).write_text(text)
         for file in tokenizer_files:
             file = epath.Path(file)
             (temporary / file.name).write_bytes(file.read_bytes())
         temporary.rename(path)
     except BaseException:
-        temporary.rmtree() if temporary.exists() else None
+        temporary.rmtree(missing_ok=True)
         raise
     return total
 

@@ -193,14 +193,15 @@ def _decoder() -> list[Row]:
 def _vqvae() -> list[Row]:
     """The VAR tokenizer and the three tables that ARGenSeg adds to the language model."""
     root, path = "image_tokenizer", "vqvae"
-    block = {"norm1": _NORM, "conv1": _CONV, "norm2": _NORM, "conv2": _CONV, "nin_shortcut": _CONV}
+    block = {"norm1": _NORM, "conv1": _CONV, "norm2": _NORM, "conv2": _CONV}
+    wider = {**block, "nin_shortcut": _CONV}
     attn = {"norm": _NORM, "qkv": _CONV, "proj_out": _CONV}
     plain = {"conv_in": _CONV, "norm_out": _NORM, "conv_out": _CONV}
     rows = []
     for coder, level, resample in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
         key, to = f"{root}.{coder}", f"{path}/{coder}"
         parts = [(name, name, {"": ops}) for name, ops in plain.items()]
-        parts += [(f"{level}.{{j}}.block.{{k}}", f"{level}_{{j}}/block_{{k}}", block),
+        parts += [(f"{level}.{{j}}.block.{{k}}", f"{level}_{{j}}/block_{{k}}", wider),
                   (f"{level}.{{j}}.attn.{{k}}", f"{level}_{{j}}/attn_{{k}}", attn),
                   (f"{level}.{{j}}.{resample}.conv", f"{level}_{{j}}/{resample}", {"": _CONV}),
                   ("mid.block_{j}", "mid/block_{j}", block),

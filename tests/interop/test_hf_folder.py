@@ -1,0 +1,158 @@
+"""HF-style folders: what is written is read back; broken and foreign files are named."""
+import json
+import lzma
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from argenseg_jax import trees
+from argenseg_jax.errors import UserError
+from argenseg_jax.interop import hf_config, hf_folder
+from argenseg_jax.models import variants
+
+CFG = {"variant": "nano"}
+
+
+@pytest.fixture(scope="module")
+def nano():
+    model = variants.build(CFG)
+    rng = np.random.default_rng(1)
+    flat = {name: rng.standard_normal(s.shape).astype(np.float32)
+            for name, s in trees.flatten(hf_folder.param_shapes(model)).items()}
+    flat["llm/embed/embedding"][model.vocab.size:] = 0
+    return model, trees.unflatten(flat)
+
+
+def same(a, b):
+    a, b = trees.flatten(a), trees.flatten(b)
+    return a.keys() == b.keys() and all(np.array_equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("shard", [1 << 30, 300_000])
+def test_folder_round_trip(nano, tmp_path, monkeypatch, shard):
+    monkeypatch.setattr(hf_folder, "SHARD_BYTES", shard)
+    model, params = nano
+    words = tmp_path / "tokenizer.json"
+    words.write_text("{}")
+    out = tmp_path / "out"
+    hf_folder.save_folder(out, params, CFG, [words], texts={"note.txt": "x"})
+    names = sorted(f.name for f in out.iterdir())
+    assert {"config.json", "note.txt", "tokenizer.json"} <= set(names)
+    assert (hf_folder.INDEX in names) == (shard < 1 << 30)
+    assert not [f for f in tmp_path.iterdir() if "partial" in f.name]
+    assert hf_folder.is_hf(out) and variants.build(hf_folder.model_cfg(out)) == model
+    assert same(hf_folder.load_params(out, model), params)
+    with pytest.raises(UserError, match="exists already"):
+        hf_folder.save_folder(out, params, CFG)
+
+
+def test_a_failed_write_leaves_nothing(nano, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        hf_folder.save_folder(tmp_path / "out", nano[1], CFG, [tmp_path / "absent.json"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_on_disk(nano, tmp_path):
+    model, params = nano
+    hf_folder.save_folder(tmp_path / "out", params, CFG, dtype="bfloat16")
+    assert hf_folder.read_config(tmp_path / "out")["torch_dtype"] == "bfloat16"
+    tensors = hf_folder.open_tensors(tmp_path / "out")
+    assert tensors["pos_1LC"].dtype == ml_dtypes.bfloat16
+    back = trees.flatten(hf_folder.load_params(tmp_path / "out", model))
+    for name, leaf in trees.flatten(params).items():
+        np.testing.assert_array_equal(back[name], leaf.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_config_round_trip(name):
+    config = json.loads(json.dumps(hf_config.model_cfg_to_hf({"variant": name})))
+    assert variants.build(hf_config.model_cfg_from_hf(config)) == variants.build({"variant": name})
+    assert (hf_config.OWN in config) == (name == "nano")  # released models need official names only
+
+
+def test_config_of_a_checkpoint_before_the_visual_tokens():
+    """InternVL2.5 as released: nine special tokens, no codes."""
+    config = hf_config.model_cfg_to_hf({"variant": "8b"})
+    config["llm_config"]["vocab_size"] = 92553
+    assert hf_config.model_cfg_from_hf(config)["vocab"]["base"] == 92544
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"select_layer": -2}, "select_layer"),
+    ({"vision_config": None}, "vision_config"),
+    ({"llm_config": {"architectures": ["LlamaForCausalLM"]}}, "not supported"),
+    ({"llm_config": {"rope_scaling": {"type": "yarn", "factor": 4}}}, "yarn"),
+])
+def test_foreign_configs_are_refused(change, message):
+    config = hf_config.model_cfg_to_hf({"variant": "2b"})
+    for key, value in change.items():
+        if value is None:
+            del config[key]
+        elif isinstance(value, dict):
+            config[key] = {**config[key], **value}
+        else:
+            config[key] = value
+    with pytest.raises(UserError, match=message):
+        hf_config.model_cfg_from_hf(config)
+
+
+def test_bad_files_are_named(tmp_path):
+    arrays = {"a": np.arange(6.0), "b": np.ones((2, 3), np.float32)}
+    good = safetensors.numpy.save(arrays)
+    (tmp_path / "cut.safetensors").write_bytes(good[:-5])
+    (tmp_path / "no.safetensors.xz").write_bytes(b"no xz")
+    (tmp_path / "yes.safetensors.xz").write_bytes(lzma.compress(good))
+    assert np.array_equal(hf_folder.open_tensors(tmp_path / "yes.safetensors.xz")["a"], arrays["a"])
+    for name in ("cut.safetensors", "no.safetensors.xz", "absent.safetensors"):
+        with pytest.raises(UserError, match=name):
+            hf_folder.open_tensors(tmp_path / name)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(UserError, match="holds no weights"):
+        hf_folder.open_tensors(folder)
+    (folder / hf_folder.INDEX).write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(UserError, match="gone.safetensors"):
+        hf_folder.open_tensors(folder)
+    with pytest.raises(UserError, match="config.json"):
+        hf_folder.read_config(folder)
+
+
+@pytest.mark.torch
+def test_pytorch_files(tmp_path):
+    import pickle
+
+    import torch
+
+    state = {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3).T,
+             "b": torch.tensor([1.5, -2.25], dtype=torch.bfloat16)}
+    torch.save({"state_dict": state}, tmp_path / "x.pth")
+    tensors = hf_folder.open_tensors(tmp_path / "x.pth")
+    assert set(tensors) == {"a", "b"} and tensors["b"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(tensors["a"], state["a"].numpy())
+    np.testing.assert_array_equal(tensors["b"].astype(np.float32), [1.5, -2.25])
+
+    class Evil:
+        def __reduce__(self):
+            return print, ("unpickled",)
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match="evil.pth"):
+        hf_folder.open_tensors(tmp_path / "evil.pth")
+
+
+@pytest.mark.torch
+def test_linear_layouts_agree_with_torch(nano):
+    """A kernel [in, out] here is a torch Linear's weight [out, in]; convolutions likewise."""
+    import torch
+
+    from argenseg_jax.interop import weight_map
+
+    rng = np.random.default_rng(2)
+    x, w = rng.standard_normal((2, 5, 5, 3)), rng.standard_normal((4, 3, 3, 3))
+    kernel, = weight_map.CONV.to_jax(w, ((3, 3, 3, 4),))
+    want = torch.nn.functional.conv2d(torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(w))
+    got = np.einsum("bhwijc,ijco->bohw", np.lib.stride_tricks.sliding_window_view(
+        x, (3, 3), (1, 2)).transpose(0, 1, 2, 4, 5, 3), kernel)
+    np.testing.assert_allclose(got, want.numpy(), atol=1e-12)
