@@ -67,7 +67,7 @@ def base() -> ConfigDict:
             "variant": "nano",  # a name of models/variants.py; overrides of its fields go beside it
         },
         "vqvae": {              # first phase: the mask tokenizer; 0 steps = take it from init_from
-            "steps": 0,
+            "steps": 0,         # of this phase
             "batch": 32,        # masks per step, over all devices
             **optimizer(lr=3e-3, weight_decay=0.0, warmup=50),
         },
@@ -85,7 +85,7 @@ def base() -> ConfigDict:
             "prompt_drop": 0.0,  # share of text-to-image prompts that ask for nothing (guidance)
             "max_broken": 0.01,  # largest share of broken samples; more of them end the run
         },
-        "optim": optimizer(freeze=(r"vision/.*",)),
+        "optim": optimizer(freeze=(r"vision/.*",)),  # of the lm phase
         "mesh": {               # devices along each axis; -1 = all that are left
             "dcn_data": 1,      # data-parallel slices, joined by the data-centre network
             "data": -1,         # data-parallel replicas inside a slice

@@ -163,8 +163,7 @@ def _restore_item(step: epath.Path, item: str, want: Any) -> Any:
 
 
 def _saved_shapes(step: epath.Path, item: str) -> dict[str, Any]:
-    with ocp.PyTreeCheckpointer() as reader:
-        return reader.metadata(step.resolve() / item).item_metadata.tree
+    return ocp.PyTreeCheckpointHandler().metadata(step.resolve() / item).tree
 
 
 def _abstract(saved: Any) -> Any:

@@ -44,11 +44,14 @@ def parse_flags(command: str, args: Sequence[str]) -> None:
         name, _, inline = flag.partition("=")
         if name.lstrip("-") == "config":
             _find_config((inline or value).partition(":")[0])
+    sys.argv = [command, *args]  # ml_collections looks for overrides there
     try:
-        rest = FLAGS([command, *args])[1:]
+        rest = FLAGS(sys.argv)[1:]
     except (KeyError, AttributeError) as error:  # ml_collections: an override of no key
-        text = re.sub(r"\\n|[\\\"]|^'|'$", " ", str(error.args[0]))
-        raise UserError(f"unknown config key: {text}") from error
+        text = re.sub(r"\\n|[\\'\"]", " ", str(error.args[0]))
+        key = text.split()[0]
+        flag = next((a for a in args if re.search(rf"\b{re.escape(key)}\b", a)), key)
+        raise UserError(f"{flag}: no such config key: {text}") from error
     except (flags.Error, TypeError, ValueError, OSError) as error:
         cause = error  # an exception inside the config file arrives wrapped, traceback and all
         while "raceback" in str(cause) and (cause.__cause__ or cause.__context__):

@@ -1,0 +1,101 @@
+"""Orbax: what is saved comes back bit for bit, into shardings, and strangers are refused."""
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from argenseg_jax.ckpt import orbax_io
+from argenseg_jax.errors import UserError
+
+
+def params(seed=0):
+    return {"llm": {"norm": {"scale": jax.random.normal(jax.random.key(seed), (4,))},
+                    "embed": {"embedding": jnp.arange(12.0).reshape(6, 2)}}}
+
+
+def save(workdir, step=3, ema=None, data={"index": 5}, seed=0, keep=None):
+    with orbax_io.Checkpointer(str(workdir), keep) as checkpoints:
+        checkpoints.save(step, params(seed), ema or {}, {"step": jnp.int32(step)}, {"phase": "lm"}, data)
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("data", [{"index": 5}, b"\x00bytes\xff"])
+def test_state_comes_back(tmp_path, data):
+    ema = {"llm": {"norm": {"scale": jnp.ones(4)}}}
+    save(tmp_path, ema=ema, data=data)
+    with orbax_io.Checkpointer(str(tmp_path)) as checkpoints:
+        assert checkpoints.latest() == 3 and checkpoints.meta(3)["phase"] == "lm"
+        got = checkpoints.restore(3, abstract(params()), abstract(ema), abstract({"step": jnp.int32(0)}))
+    same(got[:3], (params(), ema, {"step": jnp.int32(3)}))
+    assert got[3] == data
+
+
+def test_params_for_use(tmp_path):
+    ema = {"llm": {"norm": {"scale": jnp.full(4, 7.0)}}}
+    save(tmp_path, ema=ema)
+    for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "3"):
+        got = orbax_io.restore_params(str(path))
+        assert isinstance(got["llm"]["norm"]["scale"], np.ndarray)
+        same(got["llm"]["norm"]["scale"], np.full(4, 7.0, np.float32))
+        same(got["llm"]["embed"], params()["llm"]["embed"])
+    same(orbax_io.restore_params(str(tmp_path), ema=False), params())
+
+
+def test_restores_into_shardings(tmp_path):
+    save(tmp_path)
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
+                                           sharding=NamedSharding(mesh, PartitionSpec("x")))
+    got = orbax_io.restore_params(str(tmp_path), jax.tree.map(place, params()))
+    same(got, params())
+    assert got["llm"]["embed"]["embedding"].addressable_shards[1].data.shape == (3, 2)
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, seed=step, keep=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+    same(orbax_io.restore_params(str(tmp_path)), params(3))
+
+
+def test_a_half_written_step_does_not_count(tmp_path):
+    save(tmp_path, 3)
+    (tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-1" / "params").mkdir(parents=True)
+    with orbax_io.Checkpointer(str(tmp_path)) as checkpoints:
+        assert checkpoints.latest() == 3
+    assert orbax_io.find_step(str(tmp_path)).name == "3"
+
+
+def test_another_model_is_refused(tmp_path):
+    save(tmp_path)
+    other = abstract(params())
+    other["llm"]["norm"]["scale"] = jax.ShapeDtypeStruct((5,), jnp.float32)
+    other["llm"]["new"] = {"bias": jax.ShapeDtypeStruct((1,), jnp.float32)}
+    with pytest.raises(UserError, match=r"missing llm/new/bias; .*scale has shape \(4,\), not \(5,\)"):
+        orbax_io.restore_params(str(tmp_path), other)
+    with orbax_io.Checkpointer(str(tmp_path)) as checkpoints:
+        with pytest.raises(UserError, match="llm/new/bias"):
+            checkpoints.restore(3, other, {}, {"step": jnp.int32(0)})
+        with pytest.raises(UserError, match="another optimizer or task"):
+            checkpoints.restore(3, abstract(params()), {}, abstract({"step": jnp.int32(0), "mu": jnp.ones(3)}))
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        orbax_io.restore_params(str(tmp_path))
+    save(tmp_path)
+    with pytest.raises(UserError, match="no config.json"):
+        orbax_io.find_config(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"seed": 3}))
+    for path in (tmp_path, tmp_path / "checkpoints" / "3"):
+        assert orbax_io.find_config(str(path)) == {"seed": 3}
