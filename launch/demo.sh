@@ -11,6 +11,8 @@ work="${1:-runs/demo}"
 venv="${ARGENSEG_VENV:-$PWD/.venv}"
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet -r requirements.txt
+# Every step is a process of its own: what one has compiled, the next one reads.
+export JAX_COMPILATION_CACHE_DIR="$PWD/.jax_cache" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 argenseg() { "$venv/bin/python" -m argenseg_jax "$@"; }
 
 SECONDS=0
@@ -22,7 +24,7 @@ while IFS=$'\t' read -r file prompt; do
       --out "$work/masks/$name.png" --overlay "$work/pictures/$name. $prompt.png" </dev/null >&2
   done
 done <examples/shapes/prompts.tsv
-argenseg evaluate --workdir "$work" --data shapes:simple:unseen >&2
+argenseg evaluate --workdir "$work" --data shapes:simple:unseen --previews 0 >&2
 result="$(argenseg evaluate --workdir "$work" --data shapes:simple:test | tail -n 1)"
 "$venv/bin/python" -c 'import json, sys
-print(json.dumps({**json.loads(sys.argv[1]), "seconds": int(sys.argv[2])}))' "$result" "$SECONDS"
+print(json.dumps(json.loads(sys.argv[1]) | {"seconds": int(sys.argv[2])}))' "$result" "$SECONDS"

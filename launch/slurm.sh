@@ -6,7 +6,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --output=argenseg-%j.log
 # Runs one argenseg command on a Slurm GPU cluster, one process per node.
-#   sbatch launch/slurm.sh train --config configs/argenseg_8b.py --workdir /shared/run
+#   sbatch launch/slurm.sh train --config CONFIG --workdir /shared/run
 # Submit from the repository; the environment in .venv (or $ARGENSEG_VENV) must be visible to all
 # nodes and hold `pip install -r requirements.txt "jax[cuda12]==0.10.2"`.
 set -euo pipefail

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Runs one argenseg command on every worker of a Cloud TPU slice, from a clone of this repository.
-#   TPU=name ZONE=us-east5-b bash launch/tpu_pod.sh train --config configs/argenseg_8b.py \
-#     --workdir gs://bucket/run --config.mesh.fsdp=-1
+#   TPU=name ZONE=us-east5-b bash launch/tpu_pod.sh train --config CONFIG --workdir gs://bucket/run
 # PROJECT: the Google Cloud project, where it is not the default one.
 # Every worker gets the same copy of the working tree; the workdir and the data must be gs:// paths.
 set -euo pipefail
