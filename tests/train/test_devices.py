@@ -1,0 +1,47 @@
+"""N devices == 1 device for the real model: losses of a few steps over data, fsdp and tensor axes."""
+import jax
+import numpy as np
+
+from argenseg_jax import sharding, trees
+from argenseg_jax.ckpt import checkpoint
+from argenseg_jax.models import variants
+from argenseg_jax.train import optim, run, step as step_lib
+from tests.cli import tiny_config
+
+STEPS = 3
+
+
+def trajectory(sizes):
+    """([loss of each step], parameters after them) on a mesh of these sizes."""
+    cfg = tiny_config.get_config().to_dict()
+    cfg["train"].update(global_batch=4, microbatch=0)
+    model = variants.build({**cfg["model"], "dtype": "float32"})
+    phase = run.phases(cfg, model, checkpoint.tokenizer_for(model, None))[-1]
+    mesh = sharding.make_mesh(dict(dcn_data=1, data=1, fsdp=1, tensor=1) | sizes,
+                              jax.devices()[:int(np.prod(list(sizes.values())))])
+    with jax.set_mesh(mesh):
+        params = jax.jit(run.init_fn(model))(jax.random.key(0))
+        select = optim.trainable(params, (), phase.task.frozen)
+        tx = optim.build(cfg["optim"], STEPS, trees.split(params, select)[0])
+        state = step_lib.init_state(params, tx, select)
+        layout = step_lib.state_shardings(jax.eval_shape(lambda: state), mesh)
+        step = jax.jit(step_lib.make_train_step(phase.task, tx, select, seed=0),
+                       out_shardings=(layout, None), donate_argnums=0)
+        state, data, losses = jax.device_put(state, layout), phase.data(), []
+        for _ in range(STEPS):
+            state, metrics = step(state, sharding.global_batch(mesh, next(data)))
+            losses.append(float(metrics["loss"]))
+        data.close()
+    return losses, state.params
+
+
+def test_eight_devices_equal_one():
+    one, params = trajectory(dict(data=1))
+    many, sharded = trajectory(dict(data=2, fsdp=2, tensor=2))
+    np.testing.assert_allclose(many, one, rtol=1e-4)
+    assert one[-1] < one[0]
+    q = sharded["llm"]["layers"]["attn"]["q"]["kernel"]
+    assert q.addressable_shards[0].data.size * 4 == q.size  # fsdp x tensor
+    frozen = trees.flatten(params["vqvae"])
+    for path, leaf in trees.flatten(sharded["vqvae"]).items():
+        np.testing.assert_array_equal(leaf, frozen[path])
