@@ -1,7 +1,7 @@
 """Converts weights without loss; the direction is seen from what --from is.
 
   argenseg convert --from=InternVL-style-folder --to=workdir      official names -> Orbax
-  argenseg convert --from=workdir --to=folder [--dtype=bfloat16]  Orbax -> official names
+  argenseg convert --from=workdir --to=folder [--save_dtype=bfloat16]  Orbax -> official names
   argenseg convert --from=InternVL2_5-8B --vqvae=vae_ch160v4096z32.pth --to=workdir
                                                   the released parts -> a model to start training from
 
@@ -24,7 +24,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("from", None, "HF folder, weight file, workdir, Orbax step, or the word 'nano'.")
 flags.DEFINE_string("to", None, "Workdir or HF folder to make.")
 flags.DEFINE_string("vqvae", None, "Weight file of the VQ-VAE, for a --from without one.")
-flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"],
+flags.DEFINE_enum("save_dtype", None, ["float32", "bfloat16", "float16"],
                   "Of the written weights; default: as they are.")
 
 
@@ -54,7 +54,7 @@ def run() -> dict[str, Any]:
     return {"from": FLAGS["from"].value, "to": str(target),
             "direction": "torch to orbax" if to_orbax else "orbax to torch",
             "params": int(sum(leaf.size for leaf in leaves)),
-            "bytes": int(sum(f.stat().length for f in target.rglob("*") if f.is_file())),
+            "bytes": int(sum(leaf.nbytes for leaf in leaves)),
             "unmatched": 0, "seconds": round(time.monotonic() - start, 2)}
 
 
@@ -65,8 +65,8 @@ def _load(source, path) -> dict[str, Any]:
     if not source.is_hf:
         return source.load_params()
     if FLAGS.vqvae:
-        return hf_folder.load_base(path, FLAGS.vqvae, source.model(), FLAGS.dtype)
-    return hf_folder.load_params(path, source.model(), dtype=FLAGS.dtype)
+        return hf_folder.load_base(path, FLAGS.vqvae, source.model(), FLAGS.save_dtype)
+    return hf_folder.load_params(path, source.model(), dtype=FLAGS.save_dtype)
 
 
 def _write_orbax(target, source, params) -> None:
@@ -98,5 +98,5 @@ def _write_hf(target, source, params) -> None:
     folders = [folder / checkpoint.TOKENIZER for folder in (source.path, *list(source.path.parents)[:2])]
     tokenizer = next((f for f in folders if f.is_dir()), None)
     hf_folder.save_folder(target, params, source.config["model"],
-                          hf_folder.tokenizer_files(tokenizer) if tokenizer else (), FLAGS.dtype,
+                          hf_folder.tokenizer_files(tokenizer) if tokenizer else (), FLAGS.save_dtype,
                           {checkpoint.RUN_CONFIG: json.dumps(config, indent=2) + "\n"})

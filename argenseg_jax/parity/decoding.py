@@ -1,7 +1,7 @@
 """The decoding half of kind F: greedy text and masks, step by step, with and without guidance.
 
 The steps are spelled out here because a recording holds what is fed and what comes out at each of
-them.
+them; then decode/ answers the same prompts in its own way.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from argenseg_jax.decode import engine
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.parity.recording import EQUAL, IMAGE, IMAGE_U8, Recording
 from argenseg_jax.parity.vq import nchw, nhwc
@@ -24,6 +25,26 @@ def compare_decoding(record: Recording, model: ARGenSeg, params: Params) -> None
     for part, scale in (("infer", 0.0), ("infer_cfg", record.config.get("cfg_scale", 0.0))):
         if f"{part}/input_ids" in record:
             _Replay(record, model, params, f"{part}/", scale).run()
+            if not scale:
+                _compare_engine(record, model, params, f"{part}/")
+
+
+def _compare_engine(record: Recording, model: ARGenSeg, params: Params, name: str) -> None:
+    """The compiled decoder on the same prompt: ids, codes, images."""
+    tokens, want = record.input(f"{name}input_ids"), record.input(f"{name}generated_tokens")
+    masks = int(record.input(f"{name}call_kinds_1_is_mask").sum())
+    pixels = jnp.asarray(nhwc(record.input(f"{name}pixel_values")))
+    got = engine.Engine(model, params).generate(
+        tokens, record.input(f"{name}attention_mask").sum(1), pixels[None],
+        max_text=want.shape[1], max_masks=masks + 1)
+    ids = np.where(got.ids == model.vocab.ge_start, model.vocab.ge_end, got.ids)
+    record.compare(f"{name}generated_tokens by decode/", ids, want, EQUAL)
+    for j in range(masks):
+        record.compare(f"{name}mask{j}_codes by decode/", got.codes[:, j],
+                       record.input(f"{name}mask{j}_codes"), EQUAL)
+        if f"{name}mask{j}_image_u8" in record:
+            record.compare(f"{name}mask{j}_image_u8 by decode/", got.images[0, j],
+                           record.input(f"{name}mask{j}_image_u8"), IMAGE_U8)
 
 
 class _Replay:
@@ -45,6 +66,8 @@ class _Replay:
         self._apply = jax.jit(
             lambda p, args, method: model.apply({"params": p}, *args, method=method),
             static_argnames="method")
+        self.decode = jax.jit(lambda f_hat: model.apply(
+            {"params": params}, f_hat, method=lambda m, f: m.vqvae.decode(f)))
 
     def call(self, method: str, *args):
         """A method of the model, jitted."""
@@ -127,7 +150,7 @@ class _Replay:
         self.check("sog_ids_fed", first)
         self.check("ge_start_input_embed_fed", start)
         f_hat = jnp.zeros((1, scales.side, scales.side, self.model.vqvae.z_channels))
-        fed, raw, mixed, codes, images = [], [], [], [], []
+        fed, raw, mixed, codes, f_hats = [], [], [], [], []
         for k, (begin, end) in enumerate(scales.bounds):
             x = start if k == 0 else jnp.repeat(self.inputs(f_hat, k), rows, axis=0)
             yx = jnp.broadcast_to(scales.centers[begin:end], (rows, end - begin, 2))
@@ -138,14 +161,13 @@ class _Replay:
             code = jnp.argmax(guided, axis=-1)
             f_hat = self.model.apply({"params": self.params}, f_hat, code, k,
                                      method=lambda m, *a: m.vqvae.quantizer.accumulate(*a))
-            images.append(self.model.apply({"params": self.params}, f_hat,
-                                           method=lambda m, f: m.vqvae.decode(f)))
+            f_hats.append(f_hat)
             for store, value in ((fed, x), (raw, logits), (mixed, guided), (codes, code)):
                 store.append(np.asarray(value))
         self.places += scales.num_codes
         self.calls["kind"].append(1)
         self.check_mask(f"mask{number}_", positions, fed, raw, mixed, codes)
-        self.check_images(f"mask{number}_", np.concatenate(images), number == self.num_masks - 1)
+        self.check_images(f"mask{number}_", f_hats, number == self.num_masks - 1)
 
     def inputs(self, f_hat, k: int):
         """Decoder inputs of scale k >= 1."""
@@ -169,17 +191,18 @@ class _Replay:
         for m in self.record.names(rf"{self.name}{name}({'|'.join(whose)})_scale(\d+)_first(\d+)"):
             self.record.check(m[0], whose[m[1]][int(m[2])][:, :int(m[3])])
 
-    def check_images(self, name: str, images: np.ndarray, is_last: bool) -> None:
-        """Compares the mask's image; `images` [K, R, R, 3] are those after each scale."""
-        pixels = to_u8(images)
-        self.check(f"{name}image_u8", pixels[-1], IMAGE_U8)
+    def check_images(self, name: str, f_hats: list, is_last: bool) -> None:
+        """Compares the mask's image, and for the last mask those after each scale."""
+        image = np.asarray(self.decode(f_hats[-1]))[0]
+        self.check(f"{name}image_u8", to_u8(image), IMAGE_U8)
         for m in self.record.names(rf"{self.name}{name}image_u8_s(\d+)"):
-            self.record.check(m[0], pixels[-1, ::int(m[1]), ::int(m[1])], IMAGE_U8)
+            self.record.check(m[0], to_u8(image)[::int(m[1]), ::int(m[1])], IMAGE_U8)
         for m in self.record.names(rf"{self.name}{name}image_float_s(\d+)"):
-            self.record.check(m[0], nchw(images[-1])[:, ::int(m[1]), ::int(m[1])], IMAGE)
+            self.record.check(m[0], nchw(image)[:, ::int(m[1]), ::int(m[1])], IMAGE)
         for m in self.record.names(rf"{self.name}last_mask_multi_results_u8_s(\d+)"):
             if is_last:
-                self.record.check(m[0], pixels[:, ::int(m[1]), ::int(m[1])], IMAGE_U8)
+                every = to_u8(np.concatenate([self.decode(f_hat) for f_hat in f_hats]))
+                self.record.check(m[0], every[:, ::int(m[1]), ::int(m[1])], IMAGE_U8)
 
 
 def to_u8(images: np.ndarray) -> np.ndarray:
