@@ -81,8 +81,8 @@ def make_mesh(cfg: Mapping[str, int], devices: Sequence[jax.Device] | None = Non
         raise UserError(f"{said}: sizes are positive, and at most one of them is -1 (the rest)")
     fixed = math.prod(s for s in sizes if s > 0)
     if len(devices) % fixed or (-1 not in sizes and len(devices) != fixed):
-        raise UserError(f"{said} makes {fixed} devices, but there are {len(devices)}; the sizes must "
-                        "multiply to that number (-1 takes the rest)")
+        raise UserError(f"{said} makes {fixed} devices, but there are {len(devices)}; the sizes "
+                        "must multiply to that number (-1 takes the rest)")
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
     if sizes[0] > 1 and hasattr(devices[0], "slice_index"):
         grid = mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (sizes[0], 1, 1, 1), devices)
@@ -140,13 +140,13 @@ def param_specs(shapes: Mapping[str, Any], rules: Sequence[Rule] = PARAM_RULES
 
 def shardings(shapes: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule] = PARAM_RULES
               ) -> dict[str, Any]:
-    """Tree of NamedSharding for a parameter tree; UserError where an axis divides a dimension not."""
+    """Tree of NamedSharding for a parameter tree; UserError where an axis does not divide."""
     def place(path: str, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
         for dim, axis in enumerate(spec):
             if axis is not None and shape[dim] % mesh.shape[axis]:
                 fits = [d for d in range(1, len(mesh.devices.flat) + 1) if shape[dim] % d == 0]
-                raise UserError(f"mesh.{axis}={mesh.shape[axis]} does not divide dimension {dim} of "
-                                f"{path} {tuple(shape)}; these sizes would: {fits}")
+                raise UserError(f"mesh.{axis}={mesh.shape[axis]} does not divide dimension {dim} "
+                                f"of {path} {tuple(shape)}; these sizes would: {fits}")
         return NamedSharding(mesh, spec)
 
     specs = param_specs(shapes, rules)

@@ -1,7 +1,7 @@
 """Checkpoints through Orbax: whole training states to go on from, or parameters alone to use.
 
 Layout: W/checkpoints/STEP/{params, ema, train, meta}. A step appears under its name only when it is
-complete, so a kill at any time leaves the last whole one. `ema` is absent where nothing is averaged.
+complete, so a kill at any time leaves the last whole one. `ema` is absent where there is none.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG = "config.json"
 
 
 class Checkpointer:
-    """The checkpoints of one run. `params`, `ema` are nested dicts, `train` any pytree of arrays."""
+    """The checkpoints of a run: `params`, `ema` nested dicts, `train` any pytree of arrays."""
 
     def __init__(self, workdir: str, keep: int | None = None, *, read_only: bool = False):
         """Opens W/checkpoints; with `keep`, only the newest so many are kept."""
@@ -64,8 +64,8 @@ class Checkpointer:
         Raises UserError if the checkpoint is of another model or another number of processes.
         """
         check_shapes(self._dir / str(step), params)
-        items = {"params": ocp.args.StandardRestore(params), "train": ocp.args.StandardRestore(train),
-                 "meta": ocp.args.JsonRestore()}
+        items = {"params": ocp.args.StandardRestore(params), "meta": ocp.args.JsonRestore(),
+                 "train": ocp.args.StandardRestore(train)}
         if ema:
             items["ema"] = ocp.args.StandardRestore(ema)
         try:
@@ -89,7 +89,7 @@ class Checkpointer:
 
 
 def find_step(path: epath.PathLike) -> epath.Path:
-    """Directory of one checkpoint from a workdir (its newest), W/checkpoints, or the step itself."""
+    """Directory of a checkpoint: of a workdir or W/checkpoints the newest, or the step itself."""
     root = epath.Path(path)
     if (root / "params").exists():
         return root
@@ -153,13 +153,15 @@ def save_params(path: str, params: Any) -> None:
 
 
 def _restore_item(step: epath.Path, item: str, want: Any) -> Any:
-    numpy = any(getattr(leaf, "sharding", None) is None for leaf in jax.tree.leaves(want))
+    def place(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+        if leaf.sharding is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+        return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape,
+                                    dtype=leaf.dtype)
+
     with ocp.PyTreeCheckpointer() as reader:
-        kind = np.ndarray if numpy else jax.Array
-        args = jax.tree.map(
-            lambda s: ocp.RestoreArgs(restore_type=np.ndarray, dtype=s.dtype) if kind is np.ndarray
-            else ocp.ArrayRestoreArgs(sharding=s.sharding, global_shape=s.shape, dtype=s.dtype), want)
-        return reader.restore(step.resolve() / item, item=want, restore_args=args)
+        return reader.restore(step.resolve() / item, item=want,
+                              restore_args=jax.tree.map(place, want))
 
 
 def _saved_shapes(step: epath.Path, item: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ COMMANDS = {
     "chat": ("argenseg_jax.cli.chat", "several turns about one image, in a terminal"),
     "convert": ("argenseg_jax.cli.convert", "weights between PyTorch and Orbax, both ways"),
     "verify": ("argenseg_jax.cli.verify", "compare with numbers recorded from the reference"),
-    "compile": ("argenseg_jax.cli.compile", "compile for a TPU topology without a TPU: does it fit"),
+    "compile": ("argenseg_jax.cli.compile", "compile for TPUs without having one: does it fit"),
     "prepare": ("argenseg_jax.cli.prepare", "any data source to ArrayRecord shards"),
     "sweep": ("argenseg_jax.cli.sweep", "expand a config's sweep() and run its points"),
     "serve": ("argenseg_jax.cli.serve", "a local web page for prompts and masks"),

@@ -23,7 +23,7 @@ flags.DEFINE_bool("debug", False, "Print the traceback of a user error too.")
 
 
 def define_config() -> None:
-    """--config FILE.py[:arg], and --config.a.b=value for each of its keys (the config is locked)."""
+    """--config FILE.py[:arg], and --config.a.b=value for each of its keys (it is locked)."""
     config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/nano.py",
                                     lock_config=True)
 
@@ -35,7 +35,7 @@ def define_workdir(text: str = "Directory of the run.") -> None:
 
 def define_checkpoint(default: str | None = None) -> None:
     """--checkpoint: an Orbax step, a workdir, an HF folder, or `nano` for the shipped model."""
-    flags.DEFINE_string("checkpoint", default, "Orbax step, workdir, HF folder, or the word 'nano'.")
+    flags.DEFINE_string("checkpoint", default, "Orbax step, workdir, HF folder, or 'nano'.")
 
 
 def parse_flags(command: str, args: Sequence[str]) -> None:
@@ -62,7 +62,7 @@ def parse_flags(command: str, args: Sequence[str]) -> None:
 
 
 def _find_config(path: str) -> None:
-    """Checks that the config file is there, and lets it import its neighbours (`configs.common`)."""
+    """Checks that the config file is there, and lets it import its neighbours."""
     if not os.path.isfile(path):
         raise UserError(f"--config: there is no file '{path}'")
     root = os.path.dirname(os.path.dirname(os.path.abspath(path)))

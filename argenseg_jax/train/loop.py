@@ -7,6 +7,7 @@ and every random number follow from the checkpoint, the seed and the step.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,7 +67,7 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
         metrics_log.write_text(root / CONFIG, json.dumps(cfg, indent=1) + "\n")
     mesh = sharding.make_mesh(cfg["mesh"], devices)
     total = sum(phase.steps for phase in phases)
-    log = metrics_log.MetricsLog(root, saved or 0, total)
+    log = metrics_log.MetricsLog(root, saved or 0, total, active=jax.process_index() == 0)
     stop = _listen_for_sigterm()
 
     # ------------------------------------------------------------------ phases
@@ -80,8 +81,8 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
             first = _index(names, checkpoints.meta(saved)["phase"], workdir)
         for i in range(first, len(phases)):
             begin = sum(phase.steps for phase in phases[:i])
-            runner = _PhaseRunner(cfg, phases[i], begin, shapes, mesh, rules, checkpoints, log, root,
-                                  stop)
+            runner = _PhaseRunner(cfg, phases[i], begin, shapes, mesh, rules, checkpoints, log,
+                                  root, stop)
             if params is None:
                 state, data = runner.restore(saved)
             else:
@@ -113,6 +114,8 @@ class _PhaseRunner:
         trainable = optim.trainable(shapes, phase.optim["freeze"], task.frozen)
         trained, _ = trees.split(shapes, trainable)
         self.schedule = optim.schedule(phase.optim, phase.steps)
+        count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) / 1e6
+        self.sizes = f"{count(trained):.2f} M of {count(shapes):.2f} M parameters"
         tx = optim.build(phase.optim, phase.steps, trained)
 
         def new_state(params: Params) -> TrainState:
@@ -143,11 +146,12 @@ class _PhaseRunner:
 
     def save(self, step: int, state: TrainState, data: Iterator) -> None:
         if self.checkpoints.latest() != step:
-            self.checkpoints.save(step, *_parts(state), {"phase": self.phase.task.name, "step": step},
-                                  data.get_state())
+            meta = {"phase": self.phase.task.name, "step": step}
+            self.checkpoints.save(step, *_parts(state), meta, data.get_state())
 
     def train(self, state: TrainState, data: Iterator) -> TrainState:
         """Steps until the end of the phase; saves on the way, at the end, and on SIGTERM."""
+        self.log.say(f"{self.phase.task.name}: trains {self.sizes}; the first step compiles")
         interval = metrics_log.Interval()
         for step in range(int(state.step) + 1, self.end + 1):
             state, metrics = self.step(state, sharding.global_batch(self.mesh, next(data)))
@@ -155,7 +159,7 @@ class _PhaseRunner:
             self.log.advance()
             last = step == self.end
             if last or step % self.cfg["log_every"] == 0:
-                self._log(step, state, interval)
+                self._log(step, state, interval, sum(getattr(data, "broken", {}).values()))
             if self.phase.samples and self.cfg["sample_every"] and (
                     last or step % self.cfg["sample_every"] == 0):
                 self._draw(step, state)
@@ -167,12 +171,13 @@ class _PhaseRunner:
         getattr(data, "close", lambda: None)()  # of grain: its threads and processes
         return state
 
-    def _log(self, step: int, state: TrainState, interval: metrics_log.Interval) -> None:
+    def _log(self, step: int, state: TrainState, interval: metrics_log.Interval,
+             broken: int) -> None:
         numbers = interval.mean(jax.device_get)
-        numbers |= {"skipped": int(state.skipped), "lr": float(self.schedule(step - 1 - self.begin)),
+        numbers |= {"skipped": int(state.skipped), "broken": broken,
+                    "lr": float(self.schedule(step - 1 - self.begin)),
                     "rows_per_second": self.phase.global_batch / numbers["seconds_per_step"]}
-        if jax.process_index() == 0:
-            self.log.write(step, {"phase": self.phase.task.name, **numbers})
+        self.log.write(step, {"phase": self.phase.task.name, **numbers})
 
     def _draw(self, step: int, state: TrainState) -> None:
         pictures = self.phase.samples(averaged(state))
@@ -193,7 +198,7 @@ def _parts(state: TrainState) -> tuple[Any, Any, dict[str, Any]]:
 
 def initial_params(init: Callable[[jax.Array], Params], seed: int, shapes: Params, mesh: Mesh,
                    rules: Sequence[sharding.Rule], load: Loader | None) -> Params:
-    """Parameters on the mesh: those that `load` knows, the others drawn straight into their shards."""
+    """Parameters on the mesh: those that `load` knows; the others drawn into their shards."""
     layout = trees.flatten(sharding.shardings(shapes, mesh, rules))
     known = trees.flatten(load(shapes)) if load else {}
     if strange := sorted(set(known) - set(layout)):
@@ -212,18 +217,18 @@ def check_config(path: epath.Path, cfg: Mapping[str, Any], *, resumed: bool) -> 
     old = trees.flatten(json.loads(path.read_text()))
     new = trees.flatten(json.loads(json.dumps(cfg)))  # tuples become lists, as in the file
     missing = object()
-    changed = [key for key in sorted({*old, *new})
-               if old.get(key, missing) != new.get(key, missing) and not trees.match(FREE_KEYS, key)]
+    changed = [key for key in sorted({*old, *new}) if not trees.match(FREE_KEYS, key)
+               and old.get(key, missing) != new.get(key, missing)]
     if changed:
         shown = "; ".join(f"{key.replace('/', '.')}: {old.get(key)!r} -> {new.get(key)!r}"
                           for key in changed)
-        raise UserError(f"{path} is of another run ({shown}); a resumed run may change train.steps, "
-                        "eval.* and logging only: take these back, or another --workdir")
+        raise UserError(f"{path} is of another run ({shown}); a resumed run may change "
+                        "train.steps, eval.* and logging only: undo these, or use another --workdir")
 
 
 def _index(names: Sequence[str], name: str, workdir: str) -> int:
     if name not in names:
-        raise UserError(f"{workdir}: its checkpoint is of phase '{name}', but the config has {names}")
+        raise UserError(f"{workdir}: its checkpoint is of phase '{name}'; the config has {names}")
     return names.index(name)
 
 

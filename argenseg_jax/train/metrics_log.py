@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, a progress bar on stderr, sample pictures."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, a bar on stderr, sample pictures."""
 from __future__ import annotations
 
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,31 +28,39 @@ def write_text(path: epath.Path, text: str) -> None:
 class MetricsLog:
     """One line of JSON per logging interval, and the same numbers in TensorBoard."""
 
-    def __init__(self, workdir: epath.Path, step: int, total: int):
-        """Opens the run's files at `step`: lines of later steps, from before a crash, are dropped."""
+    def __init__(self, workdir: epath.Path, step: int, total: int, *, active: bool = True):
+        """Opens the run's files at `step`; lines of later steps, written before a crash, go.
+
+        Only the `active` process of several writes and shows anything.
+        """
         self._path = workdir / METRICS
         self._lines = [line for line in _whole_lines(self._path) if line["step"] <= step]
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        self._active = active
         self._remote = "://" in os.fspath(workdir)  # object stores cannot append
-        self._board = None if self._remote else SummaryWriter(os.fspath(workdir / "tensorboard"),
-                                                              purge_step=step + 1)
-        self._bar = tqdm(total=total, initial=step, file=sys.stderr, dynamic_ncols=True,
-                         mininterval=0.5 if sys.stderr.isatty() else 30, unit="step")
+        self._board = None
+        if active:
+            self._rewrite()
+            if not self._remote:
+                self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=step + 1)
+        self._bar = tqdm(total=total, initial=step, file=sys.stderr, dynamic_ncols=True, unit="step",
+                         mininterval=0.5 if sys.stderr.isatty() else 30, disable=not active)
 
     def write(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Adds a line; numbers that are not finite become null."""
         line = {"step": step, **{k: _finite(v) for k, v in numbers.items()}}
         self._lines.append(line)
+        if not self._active:
+            return
         if self._remote:
-            write_text(self._path, "".join(json.dumps(x) + "\n" for x in self._lines))
+            self._rewrite()
         else:
             with open(self._path, "a") as f:
                 f.write(json.dumps(line) + "\n")
             for name, value in line.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(name, value, step)
-        shown = {k: v for k, v in line.items() if k.endswith("loss") and v is not None}
-        self._bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()}, refresh=False)
+        shown = {k: f"{v:.4f}" for k, v in line.items() if k.endswith("loss") and v is not None}
+        self._bar.set_postfix(shown, refresh=False)
 
     def advance(self) -> None:
         """One step is done."""
@@ -60,7 +68,8 @@ class MetricsLog:
 
     def say(self, text: str) -> None:
         """A line for people, above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        if self._active:
+            self._bar.write(text, file=sys.stderr)
 
     def last(self) -> dict[str, Any]:
         """The newest line, or {}."""
@@ -74,6 +83,9 @@ class MetricsLog:
         if self._board is not None:
             self._board.close()
 
+    def _rewrite(self) -> None:
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+
 
 class Interval:
     """Means of the steps since the last line; the devices are asked only when it ends."""
@@ -83,16 +95,17 @@ class Interval:
         self._begin = time.perf_counter()
 
     def add(self, metrics: Mapping[str, Any]) -> None:
+        """Takes one step's metrics, still on the device."""
         self._steps.append(metrics)
 
-    def mean(self, get: Any) -> dict[str, float]:
+    def mean(self, get: Callable[[Any], Any]) -> dict[str, float]:
         """Means over the finite values, and seconds_per_step; `get` brings arrays to the host."""
-        steps = get(self._steps)
-        seconds = (time.perf_counter() - self._begin) / len(steps)
+        steps, self._steps = get(self._steps), []
+        now = time.perf_counter()
+        seconds, self._begin = (now - self._begin) / len(steps), now
         values = {k: np.asarray([s[k] for s in steps], np.float64) for k in steps[-1]}
         means = {k: float(v[np.isfinite(v)].mean()) if np.isfinite(v).any() else math.nan
                  for k, v in values.items()}
-        self.__init__()
         return {**means, "seconds_per_step": seconds}
 
 

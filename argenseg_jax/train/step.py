@@ -47,7 +47,8 @@ def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh,
 
 
 def make_train_step(task: Task, tx: optax.GradientTransformation, trainable: Callable[[str], bool],
-                    *, seed: int, microbatches: int = 1, ema: float = 0.0, begin: int = 0) -> StepFn:
+                    *, seed: int, microbatches: int = 1, ema: float = 0.0, begin: int = 0
+                    ) -> StepFn:
     """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     Gradients are those of the whole batch, whatever the number of microbatches: the loss parts are
@@ -71,7 +72,8 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, trainable: Cal
             """One microbatch: ({loss, metrics, grads} to be summed, carry for the next one)."""
             (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(
                 trained, carry, rows, jax.random.fold_in(key, index))
-            return {"loss": loss, "metrics": aux.metrics, "grads": grads}, (aux.overrides, aux.extra)
+            sums = {"loss": loss, "metrics": aux.metrics, "grads": grads}
+            return sums, (aux.overrides, aux.extra)
 
         carry = ({}, state.extra)
         if microbatches == 1:
@@ -83,7 +85,8 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, trainable: Cal
         ok = jnp.isfinite(total["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, trained)
         after = (optax.apply_updates(trained, updates), opt_state, overrides, extra)
-        before = (trained, state.opt_state, {n: trees.flatten(rest)[n] for n in overrides}, state.extra)
+        held = {name: trees.flatten(rest)[name] for name in overrides}
+        before = (trained, state.opt_state, held, state.extra)
         new, opt_state, overrides, extra = jax.tree.map(
             lambda a, b: jnp.where(ok, a, b), after, before)
         t = state.step - begin

@@ -83,6 +83,7 @@ def test_every_default_has_a_comment():
     assert not bare
 
 
+@pytest.mark.slow
 def test_train_and_train_on(tmp_path):
     """Two CPU devices from the config's mesh; the second call repeats what one long run does."""
     env = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}

@@ -1,6 +1,7 @@
 """N devices == 1 device for the real model: losses of a few steps over data, fsdp and tensor axes."""
 import jax
 import numpy as np
+import pytest
 
 from argenseg_jax import sharding, trees
 from argenseg_jax.ckpt import checkpoint
@@ -35,6 +36,7 @@ def trajectory(sizes):
     return losses, state.params
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     one, params = trajectory(dict(data=1))
     many, sharded = trajectory(dict(data=2, fsdp=2, tensor=2))

@@ -38,6 +38,7 @@ def whole(tmp_path_factory):
     return train(workdir), workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [2, 7])
 def test_resume_after_kill_is_bit_exact(kill, whole, tmp_path):
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8",
