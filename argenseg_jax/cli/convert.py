@@ -3,7 +3,7 @@
   argenseg convert --from=InternVL-style-folder --to=workdir      official names -> Orbax
   argenseg convert --from=workdir --to=folder [--save_dtype=bfloat16]  Orbax -> official names
   argenseg convert --from=InternVL2_5-8B --vqvae=vae_ch160v4096z32.pth --to=workdir
-                                                  the released parts -> a model to start training from
+                                                  the released parts -> a model to train
 
 --from may also be a weight file (.safetensors, .safetensors.xz, .pth, .bin) with its config.json
 beside it. Nothing appears under --to before it is complete.
@@ -21,7 +21,7 @@ from argenseg_jax.cli import common
 from argenseg_jax.errors import UserError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("from", None, "HF folder, weight file, workdir, Orbax step, or the word 'nano'.")
+flags.DEFINE_string("from", None, "HF folder, weight file, workdir, Orbax step, or 'nano'.")
 flags.DEFINE_string("to", None, "Workdir or HF folder to make.")
 flags.DEFINE_string("vqvae", None, "Weight file of the VQ-VAE, for a --from without one.")
 flags.DEFINE_enum("save_dtype", None, ["float32", "bfloat16", "float16"],
@@ -41,8 +41,8 @@ def run() -> dict[str, Any]:
     if target.exists():
         raise UserError(f"--to: {target} exists already; choose another name or remove it")
     origin = epath.Path(FLAGS["from"].value)
-    source = checkpoint.open_checkpoint(FLAGS["from"].value if origin.is_dir() or not origin.exists()
-                                        else str(origin.parent))
+    source = checkpoint.open_checkpoint(str(origin.parent) if origin.is_file()
+                                        else FLAGS["from"].value)
     to_orbax = source.is_hf
     if FLAGS.vqvae and not to_orbax:
         raise UserError("--vqvae completes a released folder; this --from is an Orbax checkpoint")
@@ -90,13 +90,13 @@ def _write_orbax(target, source, params) -> None:
 
 
 def _write_hf(target, source, params) -> None:
-    """HF-style folder; the run's config rides along, for settings that config.json has no name for."""
+    """HF-style folder; the run's config rides along: config.json has no name for all of it."""
     from argenseg_jax.ckpt import checkpoint
     from argenseg_jax.interop import hf_folder
 
     config = {key: value for key, value in source.config.items() if key != "model"}
-    folders = [folder / checkpoint.TOKENIZER for folder in (source.path, *list(source.path.parents)[:2])]
-    tokenizer = next((f for f in folders if f.is_dir()), None)
-    hf_folder.save_folder(target, params, source.config["model"],
-                          hf_folder.tokenizer_files(tokenizer) if tokenizer else (), FLAGS.save_dtype,
+    above = (source.path, *list(source.path.parents)[:2])
+    folders = [f / checkpoint.TOKENIZER for f in above if (f / checkpoint.TOKENIZER).is_dir()]
+    words = hf_folder.tokenizer_files(folders[0]) if folders else ()
+    hf_folder.save_folder(target, params, source.config["model"], words, FLAGS.save_dtype,
                           {checkpoint.RUN_CONFIG: json.dumps(config, indent=2) + "\n"})

@@ -49,7 +49,7 @@ def _from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     own = config.get(OWN, {})
     vision, llm = config["vision_config"], config["llm_config"]
     if config.get("select_layer", -1) != -1:
-        raise UserError(f"config.json: select_layer={config['select_layer']} is not supported; only -1")
+        raise UserError(f"config.json: select_layer={config['select_layer']} is not supported")
     cfg = {
         "image_size": config.get("force_image_size") or vision["image_size"],
         "vision": vision_cfg(vision),
@@ -92,7 +92,7 @@ def llm_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def llm_family(config: Mapping[str, Any]) -> str:
-    """'internlm2', 'qwen2' or 'qwen3', by the architecture's name; InternLM2 where none is given."""
+    """'internlm2', 'qwen2' or 'qwen3' by the architecture's name; InternLM2 where none is given."""
     name = (config.get("architectures") or [config.get("model_type") or "internlm2"])[0].lower()
     for family in ("internlm2", "qwen2", "qwen3"):
         if name.startswith(family) and "moe" not in name:
@@ -155,7 +155,7 @@ def _all_fields(model: Any) -> dict[str, Any]:
 
 
 def _difference(want: Mapping[str, Any], have: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `want` that `have` does not hold already; tuples become lists, as JSON has them."""
+    """The entries of `want` that `have` does not hold already; tuples become lists, as in JSON."""
     out = {}
     for key, value in want.items():
         if isinstance(value, Mapping):

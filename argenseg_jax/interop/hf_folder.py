@@ -2,7 +2,7 @@
 
 A folder holds config.json (interop/hf_config), safetensors in one or several files with an index,
 and the tokenizer's files. Single files may be .safetensors, .safetensors.xz, or PyTorch's own
-.pth/.bin/.pt, which needs torch and is read with weights_only=True: nothing is ever unpickled freely.
+.pth/.bin/.pt, which needs torch and is read with weights_only=True: nothing is unpickled freely.
 """
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def is_hf(path: epath.PathLike) -> bool:
     path = epath.Path(path)
     if path.is_dir():
         return bool(_weight_files(path))
-    return path.is_file() and path.name.endswith((".safetensors", ".safetensors.xz", *TORCH_SUFFIXES))
+    suffixes = (".safetensors", ".safetensors.xz", *TORCH_SUFFIXES)
+    return path.is_file() and path.name.endswith(suffixes)
 
 
 def read_config(path: epath.PathLike) -> dict[str, Any]:
@@ -190,8 +191,8 @@ def load_base(path: epath.PathLike, vqvae: epath.PathLike, model: Any, dtype: An
               ) -> dict[str, Any]:
     """Parameters to start from: an InternVL folder as released, and VAR's VQ-VAE in its own file.
 
-    The three tables that ARGenSeg adds start as zeros, the rows of the new tokens as the mean of the
-    old rows, as in the reference.
+    The three tables that ARGenSeg adds start as zeros, the rows of the new tokens as the mean of
+    the old rows, as in the reference.
     """
     shapes = dict(param_shapes(model))
     own = {"vqvae": shapes.pop("vqvae")}
@@ -231,7 +232,8 @@ def save_folder(path: epath.PathLike, params: Mapping[str, Any], model_cfg: Mapp
     try:
         total = _write_tensors(temporary, torch_convert.to_torch(
             params, vocab_size=model.vocab.size, dtype=dtype))
-        for file, text in {**(texts or {}), "config.json": json.dumps(config, indent=2) + "\n"}.items():
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for file, text in (texts or {}).items():
             (temporary / file).write_text(text)
         for file in tokenizer_files:
             file = epath.Path(file)
@@ -249,7 +251,7 @@ def tokenizer_files(folder: epath.PathLike) -> list[epath.Path]:
 
 
 def _write_tensors(folder: epath.Path, pairs: Iterator[tuple[str, np.ndarray]]) -> int:
-    """Writes (key, array) pairs as shards of at most SHARD_BYTES, with an index if there are several."""
+    """Writes (key, array) pairs in shards of at most SHARD_BYTES, and an index if there are several."""
     shards: list[list[str]] = []
     shard: dict[str, np.ndarray] = {}
     total = held = 0

@@ -145,7 +145,7 @@ def _assign(tensors: Mapping[str, Any], want: Mapping[str, Any], optional: Seque
             if layers != set(job.keys):
                 faults.append(f"{job.row.key} needs layers 0..{len(layers) - 1}; differs in "
                               f"{sorted(layers ^ set(job.keys))}")
-    faults += [f"nothing fills '{path}' (expected {' or '.join(torch_keys(path)) or 'no known key'})"
+    faults += [f"nothing fills '{path}' (expected {' or '.join(torch_keys(path)) or 'no key'})"
                for path in want if path not in filled and not trees.match(optional, path)]
     return list(jobs.values()), faults
 

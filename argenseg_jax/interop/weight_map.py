@@ -1,9 +1,9 @@
-"""THE table between PyTorch keys and Flax paths: one row per kind of tensor, read in both directions.
+"""THE table between PyTorch keys and Flax paths: one row per kind of tensor, read both ways.
 
 A row is (torch key, flax path(s), op, family). In the names `{i}` is a layer whose tensors are
 stacked along a leading axis L in JAX; `{j}` and `{k}` are indices that stay in the flax name.
-Rows of a family ('internlm2' or 'qwen2') are alternatives for the same leaves. An op turns one torch
-tensor into the leaf (or the several leaves) of one layer, and back, without arithmetic: both
+Rows of a family ('internlm2' or 'qwen2') are alternatives for the same leaves. An op turns one
+torch tensor into the leaf (or the several leaves) of one layer, and back, without arithmetic: both
 directions are bit-exact.
 
 Axis letters: D width, N query heads, K key/value heads, G = N/K, H head width, F MLP width, V
@@ -29,8 +29,8 @@ class Op:
       name: for messages.
       to_jax: (torch tensor, shapes of the leaves) -> leaves. Raises ValueError when it cannot fit.
       to_torch: leaves -> torch tensor.
-      vocab_axis: the leaf's axis that is the vocabulary (always the first axis of the torch tensor),
-        padded on import and cut to the true size on export; None for most.
+      vocab_axis: the leaf's axis that is the vocabulary (always the torch tensor's first), padded
+        on import and cut to the true size on export; None for most.
     """
 
     name: str
@@ -198,12 +198,13 @@ def _vqvae() -> list[Row]:
     attn = {"norm": _NORM, "qkv": _CONV, "proj_out": _CONV}
     plain = {"conv_in": _CONV, "norm_out": _NORM, "conv_out": _CONV}
     rows = []
-    for coder, level, resample in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
+    for coder, level in (("encoder", "down"), ("decoder", "up")):
         key, to = f"{root}.{coder}", f"{path}/{coder}"
         parts = [(name, name, {"": ops}) for name, ops in plain.items()]
         parts += [(f"{level}.{{j}}.block.{{k}}", f"{level}_{{j}}/block_{{k}}", wider),
                   (f"{level}.{{j}}.attn.{{k}}", f"{level}_{{j}}/attn_{{k}}", attn),
-                  (f"{level}.{{j}}.{resample}.conv", f"{level}_{{j}}/{resample}", {"": _CONV}),
+                  (f"{level}.{{j}}.{level}sample.conv", f"{level}_{{j}}/{level}sample",
+                   {"": _CONV}),
                   ("mid.block_{j}", "mid/block_{j}", block),
                   ("mid.attn_{j}", "mid/attn_{j}", attn)]
         for theirs, ours, members in parts:
@@ -240,7 +241,7 @@ PART_PREFIXES: tuple[tuple[str, str], ...] = (
 
 
 def full_name(key: str) -> str:
-    """The key under which a tensor of a single part (VQ-VAE, language model) is found in the whole."""
+    """The key, in the whole model, of a tensor from a file of one part (VQ-VAE, language model)."""
     for pattern, prefix in PART_PREFIXES:
         if re.fullmatch(pattern, key):
             return prefix + key

@@ -106,7 +106,8 @@ class _Replay:
         tiles = (rows == self.model.vocab.img_context).sum(1) // self.model.image_tokens
         features = self.call("encode_images", per_row(pixels, tiles))
         one = features.reshape(len(rows), -1, self.model.image_tokens, features.shape[-1])
-        self.check("vit_embeds", np.concatenate([row[:n] for row, n in zip(np.asarray(one), tiles)]))
+        self.check("vit_embeds",
+                   np.concatenate([row[:n] for row, n in zip(np.asarray(one), tiles)]))
         x, coords = self.call("embed", rows, features)
         hidden, self.cache = self.call("extend", x, coords, self.cache, jnp.asarray(lengths))
         logits = self.logits(hidden)

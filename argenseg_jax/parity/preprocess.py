@@ -33,8 +33,8 @@ def _compare_tokenizer(record: Recording, variant: str, cases: dict[str, Any]) -
     vocab = tokenizer.vocab
     ours = {word: vocab.id(word) for word in SPECIAL_TOKENS}
     ours |= {visual_token(i): vocab.first_code + i for i in range(vocab.num_codes)}
-    ours |= {"<unk>": 0, "<s>": tokenizer.bos, "</s>": vocab.pad, "<|im_start|>": tokenizer.im_start,
-             "<|im_end|>": vocab.eos}
+    ours |= {"<unk>": 0, "<s>": tokenizer.bos, "</s>": vocab.pad, "<|im_end|>": vocab.eos,
+             "<|im_start|>": tokenizer.im_start}
     record.same(f"ids of {variant}", [{word: ours[word] for word in words}, vocab.size],
                 [words, size])
     for case in record.config[f"tokenize_{variant}"]:
@@ -54,8 +54,8 @@ def _compare_tokenizer(record: Recording, variant: str, cases: dict[str, Any]) -
             _check_sample(record, f"{variant}/{name}", *_sample(case, tokenizer), vocab.pad)
     for m in record.names(rf"{variant}/padded(\d+)/input_ids"):
         first = next(iter(cases.values()))
-        _check_sample(record, m[0].removesuffix("/input_ids"), *_sample(first, tokenizer), vocab.pad,
-                      length=int(m[1]))
+        _check_sample(record, m[0].removesuffix("/input_ids"), *_sample(first, tokenizer),
+                      vocab.pad, length=int(m[1]))
     if f"{variant}/batch_chat/input_ids" in record:
         _compare_batch_chat(record, f"{variant}/batch_chat/", tokenizer)
 
@@ -117,7 +117,8 @@ def _compare_geometry(record: Recording) -> None:
     for case in cfg.get("smart_resize_with_padding", ()):
         (w, h), side = case["size"], case["target"]
         x, y, *shrunk = transforms.pad_box((w, h), side)
-        rows, cols = transforms.resize_mask(np.full((h, w), 255, np.uint8), side, pad=True)[..., 0].nonzero()
+        white = np.full((h, w), 255, np.uint8)
+        rows, cols = transforms.resize_mask(white, side, pad=True)[..., 0].nonzero()
         box = [cols.min(), rows.min(), cols.max() + 1, rows.max() + 1]
         record.compare(f"padding of {case['size']} to {side}", [*shrunk, x, y, *box],
                        [*case["new_wh"], *case["pad_xy"], *case["nonzero_bbox_xyxy"]], EQUAL)

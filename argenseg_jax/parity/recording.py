@@ -159,8 +159,8 @@ def check_gradients(record: Recording, prefix: str, grads: Mapping[str, np.ndarr
                     norms: Mapping[str, float]) -> None:
     """Compares gradients under their torch names: whole arrays, and the norm of every one.
 
-    A norm below a millionth of the whole gradient's is a zero but for rounding (a bias in front of a
-    normalisation); there ours must be such a zero too.
+    A norm below a millionth of the whole gradient's is a zero but for rounding (a bias in front of
+    a normalisation); there ours must be such a zero too.
     """
     total = math.sqrt(sum(n * n for n in norms.values()))
     for name, norm in norms.items():
@@ -181,7 +181,8 @@ def table(rows: list[Row]) -> str:
     lines = [f"{'array':{width}s}  {'shape':>18s}  {'error':>9s}  {'allowed':>17s}"]
     for r in rows:
         shape = "x".join(map(str, r.shape)) or "scalar"
-        allowed = "equal" if r.tolerance == EQUAL else f"{r.tolerance.limit:g} {r.tolerance.measure}"
+        limit = f"{r.tolerance.limit:g} {r.tolerance.measure}"
+        allowed = "equal" if r.tolerance == EQUAL else limit
         lines.append(f"{r.name:{width}s}  {shape:>18s}  {r.error:9.2e}  {allowed:>17s}  "
                      f"{'ok' if r.ok else 'MISS'} {r.note}".rstrip())
     return "\n".join(lines)

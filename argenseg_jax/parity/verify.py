@@ -27,8 +27,8 @@ def verify(folder: epath.PathLike) -> tuple[dict[str, Any], list[Row]]:
     """Compares every output of a recording.
 
     Returns:
-      ({case, ok, arrays, misses, worst, errors, seconds}, the rows): `errors` maps each array to its
-      error, `worst` is the largest share of an allowed error that was used up.
+      ({case, ok, arrays, misses, worst, errors, seconds}, the rows): `errors` maps each array to
+      its error, `worst` is the largest share of an allowed error that was used up.
 
     Raises:
       UserError: the folder is no recording, or the weights do not fit the sizes in its config.json.

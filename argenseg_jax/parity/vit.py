@@ -1,4 +1,4 @@
-"""Recordings of kind D: InternViT, pixel shuffle and connector, at the native and at other sizes."""
+"""Recordings of kind D: InternViT, pixel shuffle, connector; at the native and other sizes."""
 from __future__ import annotations
 
 import dataclasses
@@ -26,7 +26,8 @@ def _compare_variant(record: Recording, variant: str, cfg) -> None:
     ratio = cfg["downsample_ratio"]
     projector = connector.Connector(width=cfg["llm_hidden_size"], ratio=ratio)
     image = jax.ShapeDtypeStruct((1, vit.image_size, vit.image_size, 3), jnp.float32)
-    hidden = jax.ShapeDtypeStruct((1, 1 + (vit.image_size // vit.patch) ** 2, vit.width), jnp.float32)
+    places = 1 + (vit.image_size // vit.patch) ** 2
+    hidden = jax.ShapeDtypeStruct((1, places, vit.width), jnp.float32)
     shapes = {
         "vision": jax.eval_shape(vit.init, jax.random.key(0), image)["params"],
         "connector": jax.eval_shape(projector.init, jax.random.key(0), hidden)["params"]}

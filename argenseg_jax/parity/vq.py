@@ -33,7 +33,8 @@ def compare_vqvae(record: Recording) -> None:
     model = vqvae.VQVAE(ch=cfg["ch"], ch_mult=tuple(cfg["ch_mult"]), beta=cfg.get("beta", 0.25),
                         num_res_blocks=cfg["num_res_blocks"], z_channels=cfg["z_channels"],
                         codebook_size=cfg["vocab_size"], patch_nums=tuple(cfg["patch_nums"]),
-                        num_phi=cfg.get("share_quant_resi", 4), phi_ratio=cfg.get("quant_resi", 0.5))
+                        num_phi=cfg.get("share_quant_resi", 4),
+                        phi_ratio=cfg.get("quant_resi", 0.5))
     image = jnp.asarray(nhwc(record.input("image")))
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
     params = torch_convert.to_jax(record.weights(), {"vqvae": shapes["params"]},
@@ -138,7 +139,8 @@ def _images(record: Recording, model, params, f_hats, codes) -> None:
         at = slice((side - crop) // 2, (side + crop) // 2)
         record.check("img_last_crop", last[:1, :, at, at], IMAGE)
     record.check("img_last_0", last[:1], IMAGE)
-    again = nchw(jax.jit(lambda c: model.apply({"params": params}, c, method=model.decode_codes))(codes))
+    again = nchw(jax.jit(lambda c: model.apply({"params": params}, c,
+                                               method=model.decode_codes))(codes))
     for m in record.names(r"img_to_reconstructed_last_s(\d+)"):
         record.check(m[0], again[..., ::int(m[1]), ::int(m[1])], IMAGE)
 
@@ -188,7 +190,7 @@ def compare_operators(record: Recording) -> None:
 
 
 def _phi(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> jax.Array:
-    """phi(x) as the quantizer computes it: each place of x [B, S, S, C] becomes a code of its own."""
+    """phi(x) as the quantizer has it: each place of x [B, S, S, C] becomes a code of its own."""
     b, side, _, channels = x.shape
     model = quantizer.MultiScaleQuantizer(codebook_size=b * side * side, channels=channels,
                                           patch_nums=(side,), num_phi=1)

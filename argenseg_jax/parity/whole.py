@@ -1,4 +1,4 @@
-"""Recordings of kind F, the whole model: teacher-forced training here, decoding in parity/decoding."""
+"""Recordings of kind F, the whole model: training here, decoding in parity/decoding."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -119,7 +119,8 @@ def _compare_losses(record: Recording, model: ARGenSeg, params: Params, batch) -
     task = losses.lm_task(model, losses.LMOptions())
 
     def loss(trained, frozen, b):
-        value, aux = task.loss({**trained, **frozen}, None, b, jax.random.key(0), task.normalizer(b))
+        value, aux = task.loss({**trained, **frozen}, None, b, jax.random.key(0),
+                               task.normalizer(b))
         return value, aux.metrics
 
     frozen = {"vqvae": params["vqvae"]}

@@ -62,7 +62,8 @@ def test_bfloat16_on_disk(nano, tmp_path):
     assert tensors["pos_1LC"].dtype == ml_dtypes.bfloat16
     back = trees.flatten(hf_folder.load_params(tmp_path / "out", model))
     for name, leaf in trees.flatten(params).items():
-        np.testing.assert_array_equal(back[name], leaf.astype(ml_dtypes.bfloat16).astype(np.float32))
+        want = leaf.astype(ml_dtypes.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(back[name], want)
 
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
@@ -137,7 +138,7 @@ def test_pytorch_files(tmp_path):
         def __reduce__(self):
             return print, ("unpickled",)
 
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(UserError, match="evil.pth"):
         hf_folder.open_tensors(tmp_path / "evil.pth")
 
