@@ -22,7 +22,7 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=None)
 def bicubic_matrix(n_in: int, n_out: int) -> np.ndarray:
-    """float32[n_out, n_in]: torch's `bicubic`, align_corners False, no antialias, border clamped."""
+    """float32[n_out, n_in]: torch's `bicubic`: align_corners False, no antialias, border kept."""
     center = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
     matrix = np.zeros((n_out, n_in))
     for offset in (-1, 0, 1, 2):

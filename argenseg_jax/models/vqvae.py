@@ -23,9 +23,9 @@ class VQVAE(nn.Module):
 
     The last three fields are off in the official model; they make a nano one cheap and its codes
     predictable: `patch_size` p > 1 folds p x p grey pixels into channels before `conv_in` and
-    unfolds them after `conv_out` (colour is lost, masks have none); `local` normalises each position alone, lets a latent cell see only its own and
-    the 8 cells around it, and measures latents from that of an all-black image; `dead_zone` is the
-    quantizer's.
+    unfolds them after `conv_out` (colour is lost, masks have none); `local` normalises each
+    position alone, lets a latent cell see only its own and the 8 cells around it, and measures
+    latents from that of an all-black image; `dead_zone` is the quantizer's.
     """
 
     ch: int = 160
@@ -49,7 +49,8 @@ class VQVAE(nn.Module):
                       using_sa=self.using_sa, using_mid_sa=self.using_mid_sa, dtype=self.dtype,
                       local=self.local)
         self.encoder = Encoder(**shared, z_channels=self.z_channels)
-        self.decoder = Decoder(**shared, out_channels=self.patch_size**2 if self.patch_size > 1 else 3)
+        self.decoder = Decoder(
+            **shared, out_channels=self.patch_size**2 if self.patch_size > 1 else 3)
         self.quant_conv = _conv(self.z_channels, self.dtype, 1 if self.local else 3)
         self.post_quant_conv = _conv(self.z_channels, self.dtype)
         self.quantizer = MultiScaleQuantizer(
@@ -87,7 +88,7 @@ class VQVAE(nn.Module):
         return self.decode(self.quantizer.lookup(codes))
 
     def forward_train(self, image: jax.Array) -> tuple[jax.Array, jax.Array, Quantized]:
-        """[B,R,R,3] -> reconstruction f32[B,R,R,3] (not clamped), VQ loss f32[], quantized latent."""
+        """[B,R,R,3] -> image f32[B,R,R,3] (not clamped), VQ loss f32[], the quantized latent."""
         f_hat, vq_loss, quantized = self.quantizer.straight_through(self.encode(image))
         return self._decode(f_hat), vq_loss, quantized
 
@@ -224,7 +225,8 @@ class AttnBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, height, wide, d = x.shape
-        qkv = nn.Conv(3 * d, (1, 1), dtype=self.dtype, name="qkv")(_norm(x, self.local, name="norm"))
+        h = _norm(x, self.local, name="norm")
+        qkv = nn.Conv(3 * d, (1, 1), dtype=self.dtype, name="qkv")(h)
         q, k, v = jnp.split(qkv.reshape(b, height * wide, 3 * d), 3, axis=-1)
         weights = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", q, k).astype(jnp.float32) * d**-0.5)
         h = jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v).reshape(x.shape)

@@ -14,50 +14,72 @@ import jax.numpy as jnp
 from argenseg_jax.models.quantizer import Quantized
 from argenseg_jax.models.vqvae import VQVAE
 
+Arrays = dict[str, jax.Array]
 CODEBOOK = "quantizer/codebook"  # the leaf set directly, within the VQ-VAE's parameters
 
 
-def init_state(model: VQVAE) -> dict[str, jax.Array]:
+def init_state(model: VQVAE) -> Arrays:
     """Running uses per step of each code, hits f32[V], and the sums of their vectors, f32[V,C].
 
-    All zero: the first step finds every code unused and starts it at a vector of its batch.
+    All zero: the first step moves the codes in use to the means of its batch and restarts the rest.
     """
     return {"hits": jnp.zeros(model.codebook_size),
             "sums": jnp.zeros((model.codebook_size, model.z_channels))}
 
 
 def vqvae_loss(model: VQVAE, params: Any, masks: jax.Array, rng: jax.Array,
-               state: dict[str, jax.Array], *, decay: float = 0.97, min_hits: float = 0.1,
-               sharpness: float = 4.0, l2: float = 0.1, vq: float = 1.0
-               ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
+               state: Arrays, *, decay: float = 0.97, min_hits: float = 0.1,
+               sharpness: float = 4.0, l2: float = 0.1, vq: float = 0.25, mix: float = 0.7
+               ) -> tuple[jax.Array, Arrays, Arrays, Arrays]:
     """Loss of one batch, and what the codebook becomes after it.
 
     Args:
       params: the VQ-VAE's own tree.
       masks: f32[B,R,R,3] in [-1,1].
-      rng: picks the vectors at which unused codes restart.
+      rng: for the crossing of masks and the restart of unused codes.
       state: of init_state, or from the step before.
       decay: of the running means. min_hits: uses per step under which a code restarts.
       sharpness: of the sigmoid that reads a decoded grey as a probability of foreground.
       l2, vq: weights of the squared error and of the quantizer's loss beside the cross entropy.
+      mix: probability of each of two crossings with other masks of the batch (mix_masks).
 
     Returns:
-      (loss f32[], metrics, overrides {leaf name: array}, new state).
+      (loss f32[], metrics (of the crossed masks), overrides {leaf name: array}, new state).
     """
+    mix_rng, rng = jax.random.split(rng)
+    masks = mix_masks(mix_rng, masks, mix)
     recon, vq_loss, quantized = model.apply({"params": params}, masks, method=VQVAE.forward_train)
     logits, target = sharpness * recon, (masks + 1) / 2
     bce = jnp.mean(jax.nn.softplus(logits) - target * logits)
     mse = jnp.mean((jnp.clip(recon, -1, 1) - masks) ** 2)
     new_codebook, new_state, usage = jax.lax.stop_gradient(
         update_codebook(params["quantizer"]["codebook"], quantized, rng, state, decay, min_hits))
+    if model.dead_zone:
+        new_codebook = new_codebook.at[0].set(0.0)
     metrics = {"bce": bce, "mse": mse, "vq": vq_loss, "iou": batch_iou(recon, masks), **usage}
     loss = bce + l2 * mse + vq * vq_loss
     return loss, metrics, {CODEBOOK: new_codebook}, new_state
 
 
+def mix_masks(rng: jax.Array, masks: jax.Array, share: float) -> jax.Array:
+    """Crosses masks [B,R,R,3] in [-1,1] with shifted others of the batch: twice, each by chance.
+
+    Most cells of most masks are empty or full and soon learned; the exclusive or of masks has the
+    outlines of all of them, so that a step teaches as much as several.
+    """
+    side = masks.shape[1]
+    for key in jax.random.split(rng, 2 if share else 0):
+        which, shift, keep = jax.random.split(key, 3)
+        dy, dx = jax.random.randint(shift, (2,), 0, side)
+        other = jnp.roll(jax.random.permutation(which, masks), (dy, dx), axis=(1, 2))
+        chosen = jax.random.bernoulli(keep, share, (masks.shape[0], 1, 1, 1))
+        masks = jnp.where(chosen, -masks * other, masks)  # xor of -1 and 1
+    return masks
+
+
 def update_codebook(codebook: jax.Array, quantized: Quantized, rng: jax.Array,
-                    state: dict[str, jax.Array], decay: float, min_hits: float
-                    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+                    state: Arrays, decay: float, min_hits: float
+                    ) -> tuple[jax.Array, Arrays, Arrays]:
     """One step of the moving averages: (codebook f32[V,C], state, usage metrics)."""
     size, channels = codebook.shape
     codes, vectors = quantized.codes.reshape(-1), quantized.targets.reshape(-1, channels)

@@ -14,7 +14,7 @@ from safetensors.numpy import load
 from argenseg_jax import trees
 from argenseg_jax.interop import torch as interop
 from argenseg_jax.models.vqvae import VQVAE, _depth_to_space, _space_to_depth
-from argenseg_jax.train.vqvae_loss import init_state, vqvae_loss
+from argenseg_jax.train.vqvae_loss import init_state, mix_masks, vqvae_loss
 
 NANO = VQVAE(ch=16, ch_mult=(1,), num_res_blocks=0, z_channels=8, codebook_size=32,
              patch_nums=(1, 2, 4), using_sa=False, using_mid_sa=False, patch_size=4,
@@ -39,10 +39,11 @@ class Case:
         root = pathlib.Path(os.environ["ARGENSEG_GOLDEN"]) / name
         self.config = c = json.loads((root / "config.json").read_text())
         self.io = np.load(root / "io.npz")
-        self.model = VQVAE(ch=c["ch"], ch_mult=tuple(c["ch_mult"]), num_res_blocks=c["num_res_blocks"],
-                           z_channels=c["z_channels"], codebook_size=c["vocab_size"],
-                           patch_nums=tuple(c["patch_nums"]), beta=c["beta"],
-                           phi_ratio=c["quant_resi"], num_phi=c["share_quant_resi"])
+        self.model = VQVAE(
+            ch=c["ch"], ch_mult=tuple(c["ch_mult"]), num_res_blocks=c["num_res_blocks"],
+            z_channels=c["z_channels"], codebook_size=c["vocab_size"],
+            patch_nums=tuple(c["patch_nums"]), beta=c["beta"], phi_ratio=c["quant_resi"],
+            num_phi=c["share_quant_resi"])
         self.image = jnp.asarray(nhwc(self.io["image"]))
         self.shapes = jax.eval_shape(self.model.init, jax.random.key(0), self.image)["params"]
         self.params = self.from_torch(load(lzma.open(root / "weights.safetensors.xz").read()))
@@ -125,7 +126,7 @@ def test_training_forward_and_gradients(case):
 @pytest.fixture(scope="module")
 def nano():
     """Random parameters, and the nano model's methods compiled over them."""
-    params = NANO.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params = jax.jit(NANO.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     params["quantizer"]["codebook"] = jax.random.normal(jax.random.key(1), (32, 8))
 
     def call(method, *args):
@@ -180,16 +181,17 @@ def test_training_learns_masks_and_keeps_code_zero():
                   dead_zone=0.02)
     grey = -np.ones((2, 16, 16, 3), np.float32)
     grey[0, 3:9, 5:14], grey[1, 8:, :7] = 1, 1
-    params = model.init(jax.random.key(0), jnp.asarray(grey))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.asarray(grey))["params"]
     optimizer = optax.adam(1e-2)
 
     @jax.jit
     def step(params, opt, state, key):
         def loss_fn(p):
-            loss, *rest = vqvae_loss(model, p, grey, key, state)
+            loss, *rest = vqvae_loss(model, p, grey, key, state, mix=0.0)
             return loss, rest
 
-        (loss, (metrics, overrides, state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        metrics, overrides, state = aux
         updates, opt = optimizer.update(grads, opt)
         params = trees.replace(optax.apply_updates(params, updates), overrides)
         return params, opt, state, loss, metrics
@@ -200,4 +202,15 @@ def test_training_learns_masks_and_keeps_code_zero():
         losses.append(float(loss))
     assert losses[-1] < 0.3 * losses[0]
     assert metrics["iou"] > 0.9
+    assert not params["quantizer"]["codebook"][0].any()
     assert state["hits"].shape == (32,) and (np.asarray(state["hits"]) > 0).all()
+
+
+def test_mixed_masks_are_exclusive_ors(masks):
+    mixed = jax.jit(lambda m: mix_masks(jax.random.key(3), m, 1.0))(masks)
+    assert set(np.unique(mixed)) == {-1.0, 1.0} and (mixed != masks).any()
+    np.testing.assert_array_equal(mix_masks(jax.random.key(3), masks, 0.0), masks)
+    # Crossing with empty masks changes nothing, an exclusive or with nothing.
+    empty = jnp.full_like(masks, -1)
+    np.testing.assert_array_equal(jax.jit(lambda m: mix_masks(jax.random.key(3), m, 1.0))(empty),
+                                  empty)
