@@ -57,9 +57,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         connector=dict(ratio=1.0),
         llm=dict(width=128, depth=4, heads=4, kv_heads=4, head_dim=32, mlp=384, eps=1e-6,
                  rope_theta=1e4, tied=True, qk_norm=True, rope_2d=True),
-        vqvae=dict(ch=32, ch_mult=(1,), num_res_blocks=2, z_channels=16, codebook_size=256,
+        vqvae=dict(ch=32, ch_mult=(1,), num_res_blocks=0, z_channels=16, codebook_size=256,
                    patch_nums=(1, 2, 4, 8), using_sa=False, using_mid_sa=False, patch_size=8,
-                   local=True, dead_zone=0.3, phi_ratio=0.0),
+                   local=True, dead_zone=0.15, phi_ratio=0.0),
         vocab=dict(base=498, eos=496, pad=496),
     ),
 }

@@ -1,0 +1,22 @@
+"""The shipped nano model: `shapes` full, from scratch; about two hours on one CPU core.
+
+  python -m argenseg_jax train --config configs/nano_pretrain.py --workdir runs/nano_pretrain
+
+What was tried on the way, and what each change brought: docs/nano.md.
+"""
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common, nano
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`devices=N` splits the CPU into N data-parallel devices (default 2)."""
+    arg = common.parse_arg(arg, devices=2)
+    cfg = nano.get_config(f"devices={arg.devices}")
+    cfg.data.sources = ("shapes:full:train",)
+    cfg.model.vqvae = ConfigDict(dict(ch=64, codebook_size=512))
+    cfg.vqvae.update(steps=8000)
+    cfg.train.update(steps=8000, checkpoint_every=1000, log_every=100)
+    return cfg
