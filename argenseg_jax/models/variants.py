@@ -53,13 +53,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "78b": _released(_VIT_6B, _qwen(8192, 80, 64, 8, 29568), _QWEN_VOCAB),
     "nano": dict(
         image_size=64,
-        vision=dict(image_size=64, patch=8, width=128, depth=2, heads=4, mlp=256, ls_init=1.0),
+        vision=dict(image_size=64, patch=8, width=96, depth=1, heads=3, mlp=256, ls_init=1.0),
         connector=dict(ratio=1.0),
-        llm=dict(width=128, depth=4, heads=4, kv_heads=4, head_dim=32, mlp=384, eps=1e-6,
+        llm=dict(width=96, depth=4, heads=3, kv_heads=3, head_dim=32, mlp=256, eps=1e-6,
                  rope_theta=1e4, tied=True, qk_norm=True, rope_2d=True),
-        vqvae=dict(ch=32, ch_mult=(1,), num_res_blocks=0, z_channels=16, codebook_size=256,
-                   patch_nums=(1, 2, 4, 8), using_sa=False, using_mid_sa=False, patch_size=8,
-                   local=True, dead_zone=0.15, phi_ratio=0.0),
+        vqvae=dict(ch=48, ch_mult=(1,), num_res_blocks=0, z_channels=16, codebook_size=512,
+                   patch_nums=(1, 8), using_sa=False, using_mid_sa=False, patch_size=8,
+                   local=True, dead_zone=0.03, phi_ratio=0.0),
         vocab=dict(base=498, eos=496, pad=496),
     ),
 }
