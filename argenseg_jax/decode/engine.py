@@ -6,7 +6,6 @@ for another prompt, picture, answer length or number of masks. Axes as in text_d
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,16 +42,13 @@ class Generated:
 
 
 class Engine:
-    """Greedy decoding with fixed weights."""
+    """Greedy decoding. `params` may be exchanged (while a model trains, say): nothing recompiles."""
 
     def __init__(self, model: ARGenSeg, params: Mapping[str, Any]):
-        self.model, self.variables = model, {"params": params}
-        self._prefill = functools.partial(
-            jax.jit(nn.apply(text_decode.prefill, model), static_argnums=(4, 5)), self.variables)
-        self._text = functools.partial(
-            jax.jit(nn.apply(text_decode.write_text, model), donate_argnums=1), self.variables)
-        self._mask = functools.partial(
-            jax.jit(nn.apply(_mask_phase, model), donate_argnums=1, static_argnums=2), self.variables)
+        self.model, self.params = model, params
+        self._prefill = jax.jit(nn.apply(text_decode.prefill, model), static_argnums=(4, 5))
+        self._text = jax.jit(nn.apply(text_decode.write_text, model), donate_argnums=1)
+        self._mask = jax.jit(nn.apply(_mask_phase, model), donate_argnums=1, static_argnums=2)
 
     def generate(self, tokens: np.ndarray, lengths: np.ndarray, tiles: np.ndarray | None, *,
                  max_text: int, max_masks: int, previews: bool = False) -> Generated:
@@ -74,16 +70,17 @@ class Engine:
             raise UserError(f"a prompt of {tokens.shape[1]} tokens with up to {max_masks} masks needs "
                             f"{need} places, the model has {room}; shorten the prompt")
         capacity = -(-need // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
-        answer = self._text(self._prefill(tokens, lengths, tiles, capacity, max_text))
+        weights = {"params": self.params}
+        answer = self._text(weights, self._prefill(weights, tokens, lengths, tiles, capacity, max_text))
         found: list[tuple[np.ndarray, Any]] = []
         while len(found) < max_masks:
             at_mask = np.asarray(answer.at_mask)
             if not at_mask.any():
                 break
-            answer, mask = self._mask(answer, previews)
+            answer, mask = self._mask(weights, answer, previews)
             found.append((at_mask, mask))
             if len(found) < max_masks:
-                answer = self._text(answer)
+                answer = self._text(weights, answer)
         return self._collect(answer, found, previews)
 
     def _collect(self, answer: text_decode.Answer, found: list, previews: bool) -> Generated:

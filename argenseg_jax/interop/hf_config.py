@@ -25,7 +25,7 @@ _LLM = {"hidden_size": "width", "num_hidden_layers": "depth", "num_attention_hea
         "num_key_value_heads": "kv_heads", "head_dim": "head_dim", "intermediate_size": "mlp",
         "rms_norm_eps": "eps", "rope_theta": "rope_theta",
         "max_position_embeddings": "max_positions", "tie_word_embeddings": "tied"}
-_NOT_SIZES = ("parent", "name", "dtype", "remat", "unroll", "vocab_rows")
+_NOT_SIZES = ("parent", "name", "dtype", "remat", "unroll", "vocab_rows", "vocab_size")
 # Released vocabularies by the id of <img>: (id of <|im_end|>, padding id). Their checkpoints from
 # before the visual tokens hold the first nine special tokens only.
 _KNOWN_VOCABS = {92544: (92542, 2), 151665: (151645, 151643)}

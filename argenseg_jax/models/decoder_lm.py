@@ -89,13 +89,14 @@ class Block(nn.Module):
 
 
 class DecoderLM(nn.Module):
-    """The language model. `vocab_rows` is the padded vocabulary; the caller masks its padding.
+    """The language model. `vocab_rows` is `vocab_size` padded; the caller masks the padding.
 
     Fields named as in llm_config where it has them. Nano only (default off): `qk_norm` (RMS of each
     head's q and k, as Qwen3) and `rope_2d` (layers.rope_angles_2d).
     """
 
     vocab_rows: int
+    vocab_size: int
     width: int = 4096
     depth: int = 32
     heads: int = 32
@@ -115,10 +116,10 @@ class DecoderLM(nn.Module):
     unroll: bool = False
 
     def setup(self):
-        self.embed = EmbedTable(self.vocab_rows, self.width)
+        self.embed = EmbedTable(self.vocab_rows, self.vocab_size, self.width)
         self.norm = layers.RMSNorm(self.eps)
         if not self.tied:
-            self.lm_head = Head(self.vocab_rows, self.width)
+            self.lm_head = Head(self.vocab_rows, self.vocab_size, self.width)
 
     def embed_tokens(self, tokens: Array) -> Array:
         """int32[B, T] -> [B, T, D] in the compute dtype."""
@@ -183,22 +184,34 @@ class EmbedTable(nn.Module):
     """Token embedding [V, D]."""
 
     rows: int
+    words: int
     width: int
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("embedding", nn.initializers.normal(0.02), (self.rows, self.width))
+        return self.param("embedding", _words_first(self.words, 0), (self.rows, self.width))
 
 
 class Head(nn.Module):
     """Output head [D, V]."""
 
     rows: int
+    words: int
     width: int
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("kernel", nn.initializers.normal(0.02), (self.width, self.rows))
+        return self.param("kernel", _words_first(self.words, 1), (self.width, self.rows))
+
+
+def _words_first(words: int, axis: int) -> nn.initializers.Initializer:
+    """Normal(0.02), but zero for the padding of the vocabulary, as after an import."""
+    def init(key: Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> Array:
+        real = jnp.arange(shape[axis]) < words
+        return jnp.where(real[:, None] if axis == 0 else real,
+                         nn.initializers.normal(0.02)(key, shape, dtype), 0)
+
+    return init
 
 
 def causal_mask(segment_ids: Array, last_visible: Array | None = None) -> Array:

@@ -99,7 +99,7 @@ def build(model_cfg: Mapping[str, Any]) -> ARGenSeg:
              for key in _PARTS}
     quantizer = VQVAE(**parts["vqvae"])
     vocab = Vocab(num_codes=quantizer.codebook_size, **spec["vocab"])
-    llm = DecoderLM(vocab_rows=vocab.padded_size, **parts["llm"], **stack)
+    llm = DecoderLM(vocab_rows=vocab.padded_size, vocab_size=vocab.size, **parts["llm"], **stack)
     num_codes = sum(pn * pn for pn in quantizer.patch_nums)
     return ARGenSeg(
         vision=InternViT(**parts["vision"], **stack),

@@ -23,7 +23,8 @@ def compare_lm(record: Recording) -> None:
     """Every variant (they share the weights), then the split of the fused attention weights."""
     params = {}
     for variant, cfg in record.config["variants"].items():
-        lm = DecoderLM(vocab_rows=cfg["config"]["vocab_size"], **hf_config.llm_cfg(cfg["config"]))
+        size = cfg["config"]["vocab_size"]
+        lm = DecoderLM(vocab_rows=size, vocab_size=size, **hf_config.llm_cfg(cfg["config"]))
         shapes = jax.eval_shape(functools.partial(lm.init, method=_whole), jax.random.key(0),
                                 jnp.zeros((1, 1), jnp.int32))
         params = torch_convert.to_jax(record.weights(), {"llm": shapes["params"]},

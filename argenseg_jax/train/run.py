@@ -1,6 +1,7 @@
 """From a config to a run: builds model, tokenizer, tasks and data, and hands them to the loop."""
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,12 +11,17 @@ from etils import epath
 
 from argenseg_jax import trees
 from argenseg_jax.ckpt import checkpoint
-from argenseg_jax.data import pipeline
+from argenseg_jax.data import pipeline, sources
+from argenseg_jax.data.tokenizer import Tokenizer
+from argenseg_jax.decode.predictor import Predictor
 from argenseg_jax.errors import UserError
+from argenseg_jax.eval import evaluator, pictures
 from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.train import loop, losses
 from argenseg_jax.train.state import Params, Phase
+
+SAMPLES = 4  # rows drawn every train.sample_every steps
 
 
 def train(cfg: Mapping[str, Any], workdir: str) -> dict[str, Any]:
@@ -38,12 +44,40 @@ def init_fn(model: ARGenSeg) -> Callable[[jax.Array], Params]:
 
 
 def known_weights(source: checkpoint.Checkpoint, shapes: Params) -> Params:
-    """Weights of another model for those parameters that have the same path and shape here."""
+    """Weights of another model for the parameters that have the same path and shape here.
+
+    The rest starts fresh; what that is, is said on stderr.
+    """
     flat, want = trees.flatten(source.load_params()), trees.flatten(shapes)
     known = {n: x for n, x in flat.items() if n in want and x.shape == want[n].shape}
     if not known:
         raise UserError(f"init_from={source.path}: none of its parameters fits this model")
+    if fresh := sorted(set(want) - set(known)):
+        print(f"init_from={source.path}: {len(known)} of {len(want)} arrays fit; these start fresh: "
+              + ", ".join(fresh), file=sys.stderr)
     return trees.unflatten(known)
+
+
+def sampler(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer
+            ) -> Callable[[Params], dict[str, np.ndarray]]:
+    """params -> pictures of a few training samples: image | truth | prediction."""
+    predictor = Predictor(model, {}, tokenizer, cfg)
+    part = sources.open_mixture(cfg["data"]["sources"], cfg["data"]["root"])[0]
+    samples = [part.source[i] for i in range(min(SAMPLES, part.length))]
+    samples = [s for s in samples if s.images and s.masks]
+
+    def draw(params: Params) -> dict[str, np.ndarray]:
+        predictor.engine.params = params
+        results = predictor.segment_batch([evaluator.request(s) for s in samples])
+        drawn = {}
+        for i, (sample, result) in enumerate(zip(samples, results)):
+            empty = np.zeros(sample.images[0].shape[:2], bool)
+            mask = result.masks[0] if result.masks else empty
+            picture = pictures.comparison(sample.images[0], sample.masks[0] > 127, mask)
+            drawn[f"{i}"] = np.asarray(picture.convert("RGB"))
+        return drawn
+
+    return draw
 
 
 def geometry(model: ARGenSeg) -> pipeline.Geometry:
@@ -52,7 +86,7 @@ def geometry(model: ARGenSeg) -> pipeline.Geometry:
                              model.scales.num_codes)
 
 
-def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Any) -> list[Phase]:
+def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer) -> list[Phase]:
     """First the VQ-VAE (vqvae.steps > 0), then the language model (train.steps > 0)."""
     processes = jax.process_count()
 
@@ -71,7 +105,8 @@ def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Any) -> list[Phas
     if lm["steps"]:
         task = losses.lm_task(model, losses.LMOptions(**lm["loss"]))
         listed.append(Phase(task, lm["steps"], lm["global_batch"], lm["microbatch"], cfg["optim"],
-                            batches("lm", lm["global_batch"], cfg["seed"])))
+                            batches("lm", lm["global_batch"], cfg["seed"]),
+                            sampler(cfg, model, tokenizer) if lm["sample_every"] else None))
     if not listed:
         raise UserError("nothing to train: both vqvae.steps and train.steps are 0")
     return listed
