@@ -15,8 +15,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """`devices=N` splits the CPU into N data-parallel devices (default 2)."""
     arg = common.parse_arg(arg, devices=2)
     cfg = nano.get_config(f"devices={arg.devices}")
-    cfg.data.sources = ("shapes:full:train",)
-    cfg.model.vqvae = ConfigDict(dict(ch=64, codebook_size=512))
-    cfg.vqvae.update(steps=8000)
-    cfg.train.update(steps=8000, checkpoint_every=1000, log_every=100)
+    cfg.data.update(sources=("shapes:full:train",), max_tokens=168)
+    cfg.vqvae.update(steps=4000)
+    cfg.train.update(steps=3000, checkpoint_every=500, log_every=100)
     return cfg

@@ -1,6 +1,7 @@
 """What commands share: flags, the choice of devices, progress on stderr, the result on stdout."""
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -77,8 +78,26 @@ def require(*names: str) -> None:
             raise UserError(f"--{name} is missing")
 
 
+def keep_memory() -> None:
+    """Tells glibc's malloc to keep freed memory instead of handing it back to the system.
+
+    XLA's CPU backend allocates its work space anew at every step; faulting those pages in again
+    takes a quarter of the time of a nano training step. Harmless where jax runs elsewhere.
+    """
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**28)
+    mallopt(arena_max, 1)
+
+
 def setup_devices() -> None:
     """Splits the CPU into devices and joins the cluster; comes before the first use of jax."""
+    keep_memory()
     import jax  # here, so that --help and mistyped flags answer at once
 
     count = FLAGS.cpu_devices
