@@ -64,6 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     ),
 }
 _PARTS = dict(vision=InternViT, connector=Connector, llm=DecoderLM, vqvae=VQVAE)
+_FIELDS_OF = {**_PARTS, "vocab": Vocab}
 _TOP = ("image_size", "block_causal", "dtype", "remat", "unroll")
 
 
@@ -75,18 +76,20 @@ def resolve(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"model.variant={name!r} is unknown; there are {', '.join(VARIANTS)}")
     spec = copy.deepcopy(VARIANTS[name]) if name else {}
     for key, value in cfg.items():
-        if key in _PARTS or key == "vocab":
-            fields = Vocab.__dataclass_fields__ if key == "vocab" else _PARTS[key].__dataclass_fields__
-            unknown = sorted(set(value) - set(fields))
-            if unknown:
+        if key in _FIELDS_OF:
+            if not isinstance(value, Mapping):
+                raise UserError(f"model.{key}={value!r}: a dict of fields is expected")
+            if unknown := sorted(set(value) - set(_FIELDS_OF[key].__dataclass_fields__)):
                 raise UserError(f"model.{key}.{unknown[0]} is not a field of "
-                                f"{'Vocab' if key == 'vocab' else _PARTS[key].__name__}")
+                                f"{_FIELDS_OF[key].__name__}")
             spec[key] = {**spec.get(key, {}), **value}
         elif key in _TOP:
             spec[key] = value
         else:
-            raise UserError(f"model.{key} is unknown; there are variant, vocab, "
-                            f"{', '.join(_PARTS)}, {', '.join(_TOP)}")
+            raise UserError(f"model.{key} is unknown; there are variant, "
+                            f"{', '.join(_FIELDS_OF)}, {', '.join(_TOP)}")
+    if missing := [key for key in (*_FIELDS_OF, "image_size") if key not in spec]:
+        raise UserError(f"model.{missing[0]} is missing: name a variant, or give every part")
     return spec
 
 

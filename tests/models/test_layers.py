@@ -1,0 +1,82 @@
+"""Shared layers against their definitions, written out plainly."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from argenseg_jax.models import layers
+
+
+def normal(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def test_norms():
+    x = 3 + 2 * normal(2, 5, 8)
+    rms = layers.RMSNorm(1e-6).apply({"params": {"scale": jnp.full(8, 2.0)}}, x)
+    np.testing.assert_allclose(rms, 2 * x / np.sqrt(np.mean(np.square(x), -1, keepdims=True)), atol=1e-5)
+    both = {"scale": jnp.full(8, 2.0), "bias": jnp.full(8, -1.0)}
+    y = layers.LayerNorm(1e-6).apply({"params": both}, x)
+    np.testing.assert_allclose(
+        y, 2 * (x - x.mean(-1, keepdims=True)) / np.std(x, -1, keepdims=True) - 1, atol=1e-5)
+    big = (1000 * x).astype(jnp.bfloat16)  # statistics in f32, the dtype of the input on the way out
+    assert layers.RMSNorm(1e-6).apply({"params": {"scale": jnp.ones(8)}}, big).dtype == jnp.bfloat16
+
+
+def test_attention_is_that_of_every_head_alone():
+    """Query head n uses key head n // G, as the official repeat_kv."""
+    q, k, v = normal(2, 3, 4, 8), normal(2, 5, 2, 8, seed=1), normal(2, 5, 2, 8, seed=2)
+    mask = np.tril(np.ones((3, 5), bool), 2)[None].repeat(2, 0)
+    y = layers.attention(q, k, v, mask)
+    for n in range(4):
+        scores = np.einsum("bth,bsh->bts", q[:, :, n], k[:, :, n // 2]) / np.sqrt(8)
+        weights = jax.nn.softmax(np.where(mask, scores, -np.inf), -1)
+        np.testing.assert_allclose(y[:, :, n], weights @ v[:, :, n // 2], atol=1e-5)
+
+
+def test_dense_equals_a_tensor_product():
+    x, kernel = normal(2, 3, 4, 8), normal(4, 8, 5, 2, seed=1)
+    y = layers.dense((5, 2), jnp.float32, inputs=2, bias=False).apply({"params": {"kernel": kernel}}, x)
+    np.testing.assert_allclose(y, np.tensordot(x, kernel, 2), atol=1e-4)
+    with pytest.raises(ValueError, match="not the contraction"):
+        layers.flat_dot_general(x, kernel, (((1,), (0,)), ((), ())))
+
+
+def test_rope_depends_on_the_distance_alone():
+    q, k = normal(1, 1, 1, 16), normal(1, 1, 1, 16, seed=1)
+
+    def score(i, j):
+        at = lambda x, p: layers.apply_rope(x, layers.rope_angles(jnp.array([[p]]), 16, 1e4))
+        return float(jnp.sum(at(q, i) * at(k, j)))
+
+    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
+    assert abs(score(7, 3) - score(8, 3)) > 1e-2
+    assert score(5, 5) == pytest.approx(float(jnp.sum(q * k)), abs=1e-4)
+
+
+def test_dynamic_ntk_grows_the_base_beyond_the_native_length():
+    """InternLM2: base * (factor * length / max - (factor - 1)) ** (H / (H - 2))."""
+    angles = lambda n, **kw: layers.rope_angles(jnp.arange(n)[None], 16, 1e4, **kw)
+    plain, ntk = angles(64), dict(ntk_factor=2.0, max_positions=64)
+    np.testing.assert_array_equal(angles(64, **ntk), plain)
+    base = 1e4 * (2 * 128 / 64 - 1) ** (16 / 14)
+    np.testing.assert_allclose(angles(128, **ntk)[0, 100], 100 / base ** (np.arange(0, 16, 2) / 16),
+                               rtol=1e-5)
+    rows = layers.rope_angles(jnp.stack([jnp.arange(128) % 64, jnp.arange(128)]), 16, 1e4, **ntk)
+    np.testing.assert_array_equal(rows[0, :64], plain[0])  # each row by its own length
+
+
+def test_rope_2d_turns_by_place_and_picture():
+    """At equal sequence positions only the picture's (y, x) matters, and only by its difference."""
+    q, k = normal(1, 1, 1, 32), normal(1, 1, 1, 32, seed=1)
+
+    def score(yx, uv, i=4, j=4):
+        at = lambda x, p, c: layers.apply_rope(
+            x, layers.rope_angles_2d(jnp.array([[p]]), jnp.array([[c]]), 32, 1e4))
+        return float(jnp.sum(at(q, i, yx) * at(k, j, uv)))
+
+    assert score((.5, .75), (.25, .25)) == pytest.approx(score((.75, .625), (.5, .125)), abs=1e-4)
+    assert score((.5, .5), (.5, .5)) == pytest.approx(float(jnp.sum(q * k)), abs=1e-4)
+    same = score((.5, .5), (.5, .5))
+    for other in (((.5, .5), (.25, .5)), ((.5, .5), (.5, .25)), ((.5, .5), (.5, .5), 9)):
+        assert abs(score(*other) - same) > 1e-2
