@@ -26,6 +26,8 @@ SAMPLES = 4  # rows drawn every train.sample_every steps
 
 def train(cfg: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     """Trains the config's phases in the workdir, or goes on with them; returns the loop's result."""
+    # Spelled out, so that the saved config means the same when a variant has changed.
+    cfg = {**cfg, "model": variants.resolve(cfg["model"])}
     model = variants.build({**cfg["model"], "dtype": cfg["train"]["dtype"],
                             "remat": cfg["train"]["remat"]})
     source = checkpoint.open_checkpoint(cfg["init_from"]) if cfg["init_from"] else None
