@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -92,13 +93,43 @@ def batch(model: ARGenSeg, samples: list[Sample], max_tokens: int = 96, max_mask
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def workdir(folder: pathlib.Path, form: str = "qwen", **changes: Any) -> pathlib.Path:
-    """Saves the weights as `train` would, with config.json and tokenizer; returns the folder."""
+def scripted(chain: Mapping[int, int], form: str = "qwen") -> tuple[ARGenSeg, dict[str, Any]]:
+    """(model, weights) that write chain[token] behind a token; codes follow the whole context."""
     model, weights = made(form)
+    embed, head = (weights["llm"][a][b].copy() for a, b in (("embed", "embedding"),
+                                                            ("lm_head", "kernel")))
+    for axis, token in enumerate(chain):  # one direction of the residual stream a token
+        embed[token] = 30 * np.eye(model.llm.width)[axis]
+    for axis, follower in enumerate(chain.values()):
+        head[axis, follower] += 10
+    return model, trees.replace(weights, {"llm/embed/embedding": embed, "llm/lm_head/kernel": head})
+
+
+def answers(first: Sequence[int], behind: Sequence[int]) -> tuple[ARGenSeg, dict[str, Any]]:
+    """(model, weights) that answer every question with `first`, and go on with `behind` each mask."""
+    words = tokenizer()
+    start = words.encode([words.im_start, "assistant\n"])[-1]
+    texts = ([start, *first], [words.vocab.ge_end, *behind])
+    return scripted({a: b for text in texts for a, b in zip(text, text[1:])})
+
+
+def workdir(folder: pathlib.Path, weights: Mapping[str, Any] | None = None, form: str = "qwen",
+            **sections: Any) -> pathlib.Path:
+    """Saves weights as `train` would, with config.json and tokenizer; returns the folder."""
     run = {"model": config(form), "data": {"system": "", "max_tokens": 256},
-           "decode": {"max_text_tokens": 4}, **changes}
+           "decode": {"max_text_tokens": 4}, **sections}
     folder.mkdir(parents=True, exist_ok=True)
-    orbax_io.save_params(str(folder / orbax_io.DIRECTORY / "1"), changes.get("params", weights))
+    orbax_io.save_params(str(folder / orbax_io.DIRECTORY / "1"), weights or made(form)[1])
     (folder / orbax_io.CONFIG).write_text(json.dumps(run))
     tokenizer().save(folder / checkpoint.TOKENIZER)
+    return folder
+
+
+def hf(folder: pathlib.Path, source: pathlib.Path) -> pathlib.Path:
+    """The workdir `source` as an HF folder, as `convert` makes it."""
+    opened = checkpoint.open_checkpoint(str(source))
+    run = {k: v for k, v in opened.config.items() if k != "model"}
+    hf_folder.save_folder(folder, opened.load_params(), opened.config["model"],
+                          hf_folder.tokenizer_files(source / checkpoint.TOKENIZER),
+                          texts={checkpoint.RUN_CONFIG: json.dumps(run)})
     return folder

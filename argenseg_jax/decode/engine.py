@@ -63,12 +63,13 @@ class Engine:
         Raises:
           UserError: the prompt leaves no room (model.llm.max_positions).
         """
-        n = self.model.scales.num_codes
-        need = tokens.shape[1] + max_text + max_masks * (n + 1)
-        room = self.model.llm.max_positions
-        if need > room:
-            raise UserError(f"a prompt of {tokens.shape[1]} tokens with up to {max_masks} masks needs "
-                            f"{need} places, the model has {room}; shorten the prompt")
+        longest, room = int(np.max(lengths)), self.model.llm.max_positions
+        answer_places = max_text + max_masks * (self.model.scales.num_codes + 1)
+        if longest + answer_places > room:
+            raise UserError(f"a prompt of {longest} tokens with up to {max_masks} masks needs "
+                            f"{longest + answer_places} places, the model has {room} "
+                            "(model.llm.max_positions); shorten the prompt")
+        need = tokens.shape[1] + answer_places  # by the bucket, so that few capacities occur
         capacity = -(-need // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
         weights = {"params": self.params}
         answer = self._text(weights, self._prefill(weights, tokens, lengths, tiles, capacity, max_text))

@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         vision=dict(image_size=64, patch=8, width=96, depth=2, heads=3, mlp=256, ls_init=1.0),
         connector=dict(ratio=1.0),
         llm=dict(width=96, depth=4, heads=3, kv_heads=3, head_dim=32, mlp=256, eps=1e-6,
-                 rope_theta=1e4, tied=True, qk_norm=True, rope_2d=True),
+                 rope_theta=1e4, max_positions=2048, tied=True, qk_norm=True, rope_2d=True),
         vqvae=dict(ch=48, ch_mult=(1,), num_res_blocks=0, z_channels=16, codebook_size=512,
                    patch_nums=(1, 8), using_sa=False, using_mid_sa=False, patch_size=8,
                    local=True, dead_zone=0.03, phi_ratio=0.0),

@@ -1,0 +1,129 @@
+"""Decoding: rows do not depend on their neighbours, masks anywhere in an answer, no recompilation."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from argenseg_jax.decode.engine import Engine
+from argenseg_jax.errors import UserError
+from tests import tiny
+
+VOCAB = tiny.tokenizer().vocab
+GE, END, EOS = VOCAB.ge_start, VOCAB.ge_end, VOCAB.eos
+TEXT_MASK, TEXT, MASK, A, B, C = 10, 11, 12, 20, 21, 22  # last words of prompts; words of answers
+# What follows the last word of the prompt, and what follows a mask.
+ONCE = {TEXT_MASK: A, A: GE, TEXT: B, B: EOS, MASK: GE, END: C, C: EOS}
+AGAIN = {TEXT_MASK: A, A: GE, TEXT: B, B: EOS, MASK: GE, END: A}
+
+
+@functools.cache
+def engine():
+    """One engine for all tests: its weights are exchanged, its programs are shared."""
+    return Engine(*tiny.scripted(ONCE))
+
+
+def prompts(*lasts, image=True, seed=0):
+    """(tokens, lengths, tiles): random words around a picture, of different lengths."""
+    rng = np.random.default_rng(seed)
+    tokens = np.full((len(lasts), 128), VOCAB.pad, np.int32)
+    lengths = np.zeros(len(lasts), np.int32)
+    for row, last in enumerate(lasts):
+        words = rng.integers(100, 400, 9 + 5 * row)
+        line = [*words[:4], *[VOCAB.img_context] * (4 * image), *words[4:], last]
+        tokens[row, :len(line)], lengths[row] = line, len(line)
+    tiles = rng.integers(0, 256, (len(lasts), 1, 32, 32, 3), np.uint8)
+    return tokens, lengths, tiles if image else None
+
+
+def generate(chain, tokens, lengths, tiles, max_masks=3, **kw):
+    engine().params = tiny.scripted(chain)[1]
+    return engine().generate(tokens, lengths, tiles, max_text=5, max_masks=max_masks, **kw)
+
+
+def answers(out):
+    return [out.ids[i, :count].tolist() for i, count in enumerate(out.counts)]
+
+
+def test_a_batch_equals_its_rows_alone():
+    """Text and mask, text alone, <ge_start> as the very first token: ids, codes and pictures."""
+    tokens, lengths, tiles = prompts(TEXT_MASK, TEXT, MASK, TEXT_MASK)
+    both = generate(ONCE, tokens, lengths, tiles)
+    assert answers(both) == [[A, GE, C, EOS], [B, EOS], [GE, C, EOS], [A, GE, C, EOS]]
+    assert both.num_masks.tolist() == [1, 0, 1, 1] and both.scales is None
+    assert not both.codes[1].any() and not both.images[1].any() and both.confidence[1] == 0
+    assert len({tuple(c) for c in both.codes[[0, 2, 3], 0]}) == 3  # codes depend on the prompt
+    for i in range(4):
+        one = generate(ONCE, tokens[i:i + 1], lengths[i:i + 1], tiles[i:i + 1])
+        np.testing.assert_array_equal(one.ids[0], both.ids[i])
+        assert one.num_masks[0] == both.num_masks[i]
+        np.testing.assert_array_equal(one.codes[0, 0], both.codes[i, 0])
+        assert np.abs(one.images[0, 0].astype(int) - both.images[i, 0]).max() <= 1
+        np.testing.assert_allclose(one.confidence[0, 0], both.confidence[i, 0], atol=1e-5)
+
+
+def test_an_answer_with_a_mask_is_greedy_throughout():
+    """The uncached model, fed the whole answer, chooses each of its tokens and codes."""
+    tokens, lengths, tiles = prompts(TEXT_MASK)
+    out = generate(ONCE, tokens, lengths, tiles)
+    model, params = engine().model, engine().params
+    answer = [A, GE, *[VOCAB.mask_context] * 20, END, C, EOS]
+    line = [*tokens[0, :lengths[0]], *answer]
+    line = np.array([line + [VOCAB.pad] * (64 - len(line))])  # the padding comes later: unseen
+
+    @jax.jit
+    def run(params):
+        call = lambda method, *args: model.apply({"params": params}, *args, method=method)
+        hidden = call("hidden", line, np.arange(64)[None], np.ones((1, 64), int),
+                      call("encode_images", tiles), jnp.asarray(out.codes))
+        return call("logits", hidden)[0], call("code_logits", hidden)[0]
+
+    logits, code_logits = map(np.asarray, run(params))
+    begin = lengths[0] - 1
+    np.testing.assert_array_equal(logits.argmax(-1)[[begin, begin + 1, begin + 23, begin + 24]],
+                                  [A, GE, C, EOS])
+    np.testing.assert_array_equal(code_logits.argmax(-1)[begin + 2:begin + 23], out.codes[0, 0])
+
+
+def test_several_masks_end_at_either_limit():
+    """Five tokens of text, also where the last one is a mask; or a number of masks."""
+    asked = prompts(TEXT_MASK, TEXT, MASK, TEXT)
+    out = generate(AGAIN, *asked)
+    assert answers(out) == [[A, GE, A, GE, A], [B, EOS], [GE, A, GE, A, GE], [B, EOS]]
+    assert out.num_masks.tolist() == [2, 0, 3, 0] and out.codes.shape == (4, 3, 21)
+    assert np.any(out.codes[2, 0] != out.codes[2, 2])  # a mask sees the ones before
+    few = generate(AGAIN, *asked, max_masks=1)
+    assert answers(few) == [[A, GE], [B, EOS], [GE], [B, EOS]]
+    np.testing.assert_array_equal(few.codes[:, 0], out.codes[:, 0])
+
+
+def test_previews_grow_into_the_mask():
+    out = generate(ONCE, *prompts(TEXT_MASK, TEXT, MASK, TEXT), previews=True)
+    assert out.scales.shape == (4, 1, 3, 16, 16, 3) and out.scales.dtype == np.uint8
+    np.testing.assert_array_equal(out.scales[0, 0, -1], out.images[0, 0])
+    assert np.any(out.scales[0, 0, 0] != out.images[0, 0])
+
+
+def test_nothing_is_compiled_again_for_another_prompt():
+    """Other words, lengths, pictures, numbers of masks, answers and weights."""
+    generate(AGAIN, *prompts(TEXT_MASK, TEXT, MASK, MASK))
+    programs = (engine()._prefill, engine()._text, engine()._mask)
+    sizes = [program._cache_size() for program in programs]
+    assert min(sizes) > 0
+    generate(AGAIN, *prompts(MASK, MASK, TEXT, MASK, seed=1), max_masks=2)
+    generate(AGAIN, *prompts(TEXT, TEXT, TEXT, TEXT, seed=2))
+    out = generate(ONCE, *prompts(TEXT_MASK, TEXT, TEXT, TEXT))
+    assert out.ids[0, :4].tolist() == [A, GE, C, EOS]
+    assert [program._cache_size() for program in programs] == sizes
+
+
+def test_without_pictures():
+    asked = prompts(TEXT_MASK, TEXT, TEXT, TEXT, image=False)
+    assert asked[2] is None and answers(generate(ONCE, *asked))[:2] == [[A, GE, C, EOS], [B, EOS]]
+
+
+def test_a_prompt_that_leaves_no_room_is_named():
+    tokens = np.full((1, 2048), 100, np.int32)
+    with pytest.raises(UserError, match="prompt of 2000 tokens .* needs 2071 places.*2048"):
+        generate(ONCE, tokens, np.array([2000]), None)

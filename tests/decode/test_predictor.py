@@ -1,0 +1,124 @@
+"""The public API: pictures and texts in, masks at the picture's own size out, from any checkpoint."""
+import jax
+import numpy as np
+import pytest
+
+from argenseg_jax.data import transforms
+from argenseg_jax.decode.predictor import Predictor, Request
+from argenseg_jax.errors import UserError
+from tests import tiny
+
+WORDS = tiny.tokenizer()
+GE, EOS = WORDS.vocab.ge_start, WORDS.vocab.eos
+SURE, AND = WORDS.encode_text("It is")[0], WORDS.encode_text(".")[0]
+SETTINGS = {"data": {"system": ""}, "decode": {"max_text_tokens": 6}}
+
+
+def make(first, behind):
+    """A predictor whose every answer is known; see tiny.answers."""
+    return Predictor(*tiny.answers(first, behind), WORDS, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return make([SURE, GE], [AND, EOS])
+
+
+@pytest.fixture
+def twice(predictor):
+    """The same predictor, with weights that write masks again and again."""
+    weights, predictor.engine.params = predictor.engine.params, make([SURE, GE], [AND, GE]).engine.params
+    yield predictor
+    predictor.engine.params = weights
+
+
+def same(a, b):
+    assert a.text == b.text and len(a.masks) == len(b.masks)
+    np.testing.assert_allclose(a.scores, b.scores, atol=1e-5)
+    for x, y in zip(a.masks, b.masks):
+        assert x.shape == y.shape and np.mean(x != y) < 0.01  # a grey level may round the other way
+
+
+def test_one_picture(predictor):
+    image = tiny.picture(0, 50, 23)
+    result = predictor.segment(image, "Segment the red circle.", previews=True)
+    assert result.text == f"{WORDS.decode([SURE])}<mask>{WORDS.decode([AND])}".strip()
+    assert [m.shape for m in result.masks] == [(50, 23)] and result.masks[0].dtype == bool
+    assert 0 < result.scores[0] <= 1
+    assert result.images[0].shape == (16, 16, 3) and result.scales[0].shape == (3, 16, 16, 3)
+    np.testing.assert_array_equal(result.masks[0], transforms.binarize(result.images[0], (23, 50)))
+    other = predictor.segment(tiny.picture(1, 50, 23), "Segment the red circle.", previews=True)
+    assert np.any(other.images[0] != result.images[0])
+
+
+def test_a_batch_equals_its_rows(predictor):
+    """Pictures of any size, questions of any length, and one without a picture."""
+    requests = [Request(tiny.picture(0, 1, 1), "Segment the red circle."),
+                Request(tiny.picture(1, 9, 200), "Segment the large blue square that is near."),
+                Request(None, "What is a circle?"),
+                Request(tiny.picture(2), [{"from": "human", "value": "<image>\nWhat is it?"},
+                                          {"from": "gpt", "value": "A circle."},
+                                          {"from": "human", "value": "Segment it."}]),
+                Request(tiny.picture(3), "Segment it.")]
+    batch = predictor.segment_batch(requests)
+    assert [r.masks[0].shape for r in batch] == [(1, 1), (9, 200), (16, 16), (40, 30), (40, 30)]
+    for request, result in zip(requests, batch, strict=True):
+        same(predictor.segment_batch([request])[0], result)
+    assert predictor.segment_batch([]) == []
+
+
+def test_several_masks(twice):
+    result = twice.segment(tiny.picture(0), "Segment all.", max_masks=8)
+    assert len(result.masks) == len(result.images) == len(result.scores) == 3
+    assert result.text.count("<mask>") == 3
+    assert len(twice.segment(tiny.picture(0), "Segment all.", max_masks=2).masks) == 2
+
+
+def test_prompts_of_a_bucket_share_their_programs(predictor):
+    programs = (predictor.engine._prefill, predictor.engine._text, predictor.engine._mask)
+    predictor.segment(tiny.picture(0), "Segment it.")
+    sizes = [p._cache_size() for p in programs]
+    for text in ("Segment the red circle.", "What?", "Segment every blue square there is."):
+        predictor.segment(tiny.picture(1, 80, 40), text)
+    assert [p._cache_size() for p in programs] == sizes
+
+
+def test_settings_of_the_run_are_used():
+    """image_last and the system message change the prompt; tiles and padding the picture."""
+    model, params = tiny.made()
+    image = tiny.picture(0, 32, 96)
+    encode = lambda **data: Predictor(model, params, WORDS, {"data": {"system": "", **data}})._encode(
+        Request(image, "Segment it."), "r")
+    tokens, tiles = encode()
+    assert tiles.shape == (1, 32, 32, 3)
+    last, _ = encode(image_last=True)
+    slots = lambda t: np.flatnonzero(t == WORDS.vocab.img_context)
+    assert len(slots(tokens)) == len(slots(last)) == 4 and slots(last)[0] > slots(tokens)[0]
+    assert len(encode(system="Be brief.")[0]) > len(tokens)
+    tokens, tiles = encode(max_tiles=4)
+    assert tiles.shape == (4, 32, 32, 3) and len(slots(tokens)) == 16  # 3 and the thumbnail
+    assert np.any(encode(pad_to_square=True)[1] != encode()[1])
+
+
+@pytest.mark.parametrize("request_, text", [
+    (Request(None, "Segment it. " * 2000), "prompt of .* tokens .* the model has 2048"),
+    (Request(None, "<image>\nSegment it."), "request 0: 1 <image> places in the questions for 0 images"),
+    (Request(None, [{"from": "gpt", "value": "Yes."}]), "request 0: a query ends with a human turn"),
+], ids=["long", "image", "turns"])
+def test_requests_that_cannot_be_used_are_named(predictor, request_, text):
+    with pytest.raises(UserError, match=text):
+        predictor.segment_batch([request_])
+
+
+def test_a_workdir_and_an_hf_folder_answer_alike(tmp_path, predictor):
+    run = tiny.workdir(tmp_path / "run", predictor.engine.params, **SETTINGS)
+    image = tiny.picture(5)
+    want = predictor.segment(image, "Segment the red circle.")
+    for path in (run, run / "checkpoints" / "1", tiny.hf(tmp_path / "hf", run)):
+        loaded = Predictor.load(str(path))
+        assert (loaded.model, loaded.system, loaded.max_text) == (predictor.model, "", 6)
+        jax.tree.map(np.testing.assert_array_equal, loaded.engine.params, predictor.engine.params)
+        loaded.engine = predictor.engine  # its programs are compiled
+        got = loaded.segment(image, "Segment the red circle.")
+        assert (got.text, got.scores) == (want.text, want.scores)
+        np.testing.assert_array_equal(got.masks, want.masks)
