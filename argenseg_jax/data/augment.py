@@ -10,6 +10,8 @@ from PIL import Image, ImageEnhance
 
 from argenseg_jax.data.sample import Sample
 
+_COLOURS = re.compile(r"\b(black|blue|brown|gr[ae]y|green|orange|pink|purple|red|white|yellow|"
+                      r"colou?r\w*)\b", re.IGNORECASE)
 _SIDES = re.compile(r"\b(left|right)(most|hand|wards?)?\b", re.IGNORECASE)
 
 
@@ -53,3 +55,17 @@ class Augment:
         w = min(max(round(math.sqrt(area * aspect)), 1), width)
         h = min(max(round(math.sqrt(area / aspect)), 1), height)
         return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+
+
+def drop_colour(sample: Sample, rng: np.random.Generator) -> Sample:
+    """The pictures faded towards one of their channels, unless the text speaks of colours.
+
+    A model that meets few combinations of colour and shape learns shapes from colours; faded
+    pictures make it look at the outlines.
+    """
+    if any(_COLOURS.search(turn["value"]) for turn in sample.conversations if turn["from"] == "human"):
+        return sample
+    channel, keep = int(rng.integers(3)), rng.random()
+    faded = [keep * image + (1 - keep) * image[..., channel:channel + 1].astype(np.float32)
+             for image in sample.images]
+    return dataclasses.replace(sample, images=tuple(x.astype(np.uint8) for x in faded))

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from argenseg_jax.data.augment import Augment
+from argenseg_jax.data.augment import Augment, drop_colour
 from argenseg_jax.data.sample import Sample
 
 
@@ -48,3 +48,18 @@ def test_tiny_pictures():
     dot = Sample(conversations=[], images=(np.zeros((1, 1, 3), np.uint8),),
                  masks=(np.zeros((1, 1), np.uint8),))
     assert Augment()(dot, np.random.default_rng(0)).images[0].shape == (1, 1, 3)
+
+
+def test_drop_colour_spares_texts_about_colours():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+    def faded(text):
+        sample = Sample([{"from": "human", "value": text}], images=(image,))
+        return drop_colour(sample, np.random.default_rng(1)).images[0]
+
+    assert (faded("Segment the Red circle.") == image).all()
+    grey = faded("Segment all circles.")
+    assert grey.dtype == np.uint8 and (grey != image).any()
+    spread = np.ptp(grey.astype(int), axis=-1)
+    assert (spread <= np.ptp(image.astype(int), axis=-1)).all() and spread.mean() < np.ptp(image, axis=-1).mean()
