@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from argenseg_jax import files
 from argenseg_jax.ckpt import orbax_io
 from argenseg_jax.data.shapes import corpus
 from argenseg_jax.data.tokenizer import Tokenizer, nano_tokenizer
@@ -40,11 +40,20 @@ class Checkpoint:
         """The module that the weights belong to; overrides such as dtype='bfloat16'."""
         return variants.build({**self.config["model"], **overrides})
 
-    def load_params(self) -> dict[str, Any]:
-        """The whole parameter tree as numpy arrays (averaged weights where the run kept some)."""
+    def load_params(self, optional: Sequence[str] = ()) -> dict[str, Any]:
+        """The whole parameter tree as numpy arrays (averaged weights where the run kept some).
+
+        Args:
+          optional: regexes of leaves that an HF folder may lack; the result lacks them too.
+
+        Raises:
+          UserError: the files are broken, or do not fit the model of the config beside them.
+        """
+        model = self.model()
         if self.is_hf:
-            return hf_folder.load_params(self.path, self.model())
-        return orbax_io.restore_params(str(self.path))
+            return hf_folder.load_params(self.path, model, optional=optional)
+        orbax_io.check_shapes(orbax_io.find_step(self.path), hf_folder.param_shapes(model))
+        return orbax_io.restore_params(self.path)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer saved beside the weights."""
@@ -61,7 +70,7 @@ def open_checkpoint(path: str) -> Checkpoint:
         raise UserError(f"{root}: no such checkpoint")
     if root.is_dir() and hf_folder.is_hf(root):
         run = root / RUN_CONFIG
-        config = json.loads(run.read_text()) if run.exists() else {}
+        config = files.read_json(run) if run.exists() else {}
         return Checkpoint(root, True, {**config, "model": hf_folder.model_cfg(root)})
     return Checkpoint(root, False, orbax_io.find_config(str(root)))
 

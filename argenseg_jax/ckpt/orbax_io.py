@@ -6,8 +6,9 @@ complete, so a kill at any time leaves the last whole one. `ema` is absent where
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from argenseg_jax import trees
+from argenseg_jax import files, trees
 from argenseg_jax.errors import UserError
 
 DIRECTORY = "checkpoints"  # within a workdir
@@ -94,19 +95,27 @@ def find_step(path: epath.PathLike) -> epath.Path:
     if (root / "params").exists():
         return root
     for folder in (root / DIRECTORY, root):
-        if folder.is_dir():
-            steps = [int(p.name) for p in folder.iterdir()
-                     if p.name.isdigit() and (p / "params").exists()]
-            if steps:
-                return folder / str(max(steps))
+        if (step := _newest(folder)) is not None:
+            return folder / str(step)
     raise UserError(f"{path}: no checkpoint there (no step in {root / DIRECTORY})")
+
+
+def newest_step(workdir: epath.PathLike) -> int | None:
+    """Number of a workdir's newest complete step, or None; nothing is created."""
+    return _newest(epath.Path(workdir) / DIRECTORY)
+
+
+def _newest(folder: epath.Path) -> int | None:
+    steps = [int(p.name) for p in (folder.iterdir() if folder.is_dir() else ())
+             if p.name.isdigit() and (p / "params").exists()]
+    return max(steps, default=None)
 
 
 def find_config(path: epath.PathLike) -> dict[str, Any]:
     """The resolved configuration saved beside a checkpoint, as a nested dict."""
     for folder in [epath.Path(path), *list(find_step(path).parents)[:2]]:
         if (folder / CONFIG).exists():
-            return json.loads((folder / CONFIG).read_text())
+            return files.read_json(folder / CONFIG)
     raise UserError(f"{path}: there is no {CONFIG} beside the checkpoint")
 
 
@@ -159,13 +168,23 @@ def _restore_item(step: epath.Path, item: str, want: Any) -> Any:
         return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape,
                                     dtype=leaf.dtype)
 
-    with ocp.PyTreeCheckpointer() as reader:
+    with _readable(step / item), ocp.PyTreeCheckpointer() as reader:
         return reader.restore(step.resolve() / item, item=want,
                               restore_args=jax.tree.map(place, want))
 
 
 def _saved_shapes(step: epath.Path, item: str) -> dict[str, Any]:
-    return ocp.PyTreeCheckpointHandler().metadata(step.resolve() / item).tree
+    with _readable(step / item):
+        return ocp.PyTreeCheckpointHandler().metadata(step.resolve() / item).tree
+
+
+@contextlib.contextmanager
+def _readable(folder: epath.Path) -> Iterator[None]:
+    """Orbax's errors about a damaged folder, as one line."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{folder} is broken or incomplete: {str(error)[:200]}") from error
 
 
 def _abstract(saved: Any) -> Any:

@@ -93,15 +93,15 @@ def _write(out: str, source: Any, result: Any, scores: Mapping[str, Any]) -> dic
     """Writes everything below `out`; returns the paths."""
     from etils import epath
 
-    from argenseg_jax.eval import pictures, report
+    from argenseg_jax import files
+    from argenseg_jax.eval import report
 
     named = not epath.Path(FLAGS.data).exists()
     name = re.sub(r"[^\w.-]+", "-", FLAGS.data if named else epath.Path(FLAGS.data).stem)
     folder = epath.Path(out) / "eval" / name
     lines = (json.dumps(dataclasses.asdict(r)) for r in result.records)
-    pictures.write_bytes(folder / "predictions.jsonl", ("\n".join(lines) + "\n").encode())
+    files.write(folder / "predictions.jsonl", "\n".join(lines) + "\n")
     rows = report.save_pictures(folder / "pictures", source, result)
-    pictures.write_bytes(folder / "scores.json",
-                         json.dumps({**scores, "pictures": rows}, indent=1).encode())
+    files.write(folder / "scores.json", json.dumps({**scores, "pictures": rows}, indent=1))
     return {"report": str(report.write_report(out)),
             "predictions": str(folder / "predictions.jsonl")}

@@ -13,6 +13,7 @@ from absl import flags
 from etils import epath
 
 from argenseg_jax.cli import common
+from argenseg_jax.errors import UserError
 
 common.define_workdir("Run whose newest checkpoint is used.")
 common.define_checkpoint()
@@ -23,15 +24,19 @@ flags.DEFINE_string("out", "mask.png", "Mask file; further masks are numbered.")
 flags.DEFINE_string("overlay", None, "Also write the picture with the mask in the light (PNG).")
 flags.DEFINE_string("scales", None, "Also write the mask coarse to fine, as a strip (PNG).")
 flags.DEFINE_integer("max_masks", 8, "The answer ends behind so many masks.", lower_bound=1)
-flags.DEFINE_string("dtype", "float32", "Of the computation: float32 or bfloat16.")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
 
 
 def run() -> dict[str, Any]:
     """Returns {masks, text, seconds, files, scores}."""
     common.require("image", "prompt")
     if not FLAGS.prompt.strip():
-        raise common.UserError("--prompt is empty; say what to segment")
+        raise UserError("--prompt is empty; say what to segment")
+    for flag in ("out", "overlay", "scales"):
+        if FLAGS[flag].value and not FLAGS[flag].value.endswith(".png"):
+            raise UserError(f"--{flag}={FLAGS[flag].value}: the file is a PNG; name it so")
 
+    from argenseg_jax import files
     from argenseg_jax.data.transforms import read_image
     from argenseg_jax.decode.predictor import Predictor
     from argenseg_jax.eval import pictures
@@ -43,14 +48,14 @@ def run() -> dict[str, Any]:
                                previews=bool(FLAGS.scales))
     seconds = time.perf_counter() - begin
 
-    files = []
+    written = []
 
     def write(target: str, number: int, picture: Any) -> None:
         path = epath.Path(target)
         if number:
             path = path.with_name(f"{path.stem}_{number}{path.suffix}")
-        pictures.write_bytes(path, pictures.encode_png(picture))
-        files.append(str(path))
+        files.write(path, pictures.encode_png(picture))
+        written.append(str(path))
 
     for i, mask in enumerate(result.masks):
         write(FLAGS.out, i, mask.astype("uint8") * 255)
@@ -59,4 +64,4 @@ def run() -> dict[str, Any]:
         if FLAGS.scales:
             write(FLAGS.scales, i, pictures.strip([image, *result.scales[i]]))
     return {"masks": len(result.masks), "text": result.text, "seconds": round(seconds, 3),
-            "files": files, "scores": [round(s, 4) for s in result.scores]}
+            "files": written, "scores": [round(s, 4) for s in result.scores]}

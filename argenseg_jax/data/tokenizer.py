@@ -14,6 +14,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from argenseg_jax import files
 from argenseg_jax import vocab as vocab_lib
 from argenseg_jax.errors import UserError
 
@@ -165,12 +166,8 @@ class Tokenizer:
 
     def save(self, folder) -> None:
         """Writes the files that `load` reads, each in one step."""
-        folder = epath.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._backend.files().items():
-            part = folder / f".{name}.part"
-            part.write_bytes(content)
-            part.replace(folder / name)
+            files.write(epath.Path(folder) / name, content)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text, without bos. Control tokens written out in it stay plain characters."""

@@ -3,14 +3,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from etils import epath
 from PIL import Image
 
 TRUTH, PREDICTION = (60, 220, 110), (255, 110, 40)  # edge colours of the two masks
 GAP = 6  # pixels between tiles, transparent
+MAX_ASPECT = 8  # a longer picture is squeezed to this, or its tile would be endless
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, color: Sequence[int] = PREDICTION,
@@ -32,9 +31,9 @@ def overlay(image: np.ndarray, mask: np.ndarray, color: Sequence[int] = PREDICTI
 def tile(image: np.ndarray, height: int) -> Image.Image:
     """u8[H, W] or u8[H, W, 3] at a height in pixels; enlarged pixels stay visible."""
     h, w = image.shape[:2]
+    width = min(max(1, round(w * height / h)), MAX_ASPECT * height)
     method = Image.Resampling.NEAREST if h < height else Image.Resampling.LANCZOS
-    return Image.fromarray(image).convert("RGB").resize(
-        (max(1, round(w * height / h)), height), method)
+    return Image.fromarray(image).convert("RGB").resize((width, height), method)
 
 
 def strip(images: Sequence[np.ndarray], height: int = 192) -> Image.Image:
@@ -65,12 +64,3 @@ def encode_png(picture: np.ndarray | Image.Image) -> bytes:
     picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
-
-
-def write_bytes(path: Any, data: bytes) -> None:
-    """Writes a whole file under a temporary name and renames it; makes its folder."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)

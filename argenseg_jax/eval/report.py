@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from argenseg_jax import files
 from argenseg_jax.data.sources import Source
 from argenseg_jax.eval import evaluator, pictures
 
@@ -52,11 +53,11 @@ def save_pictures(folder: epath.Path, source: Source, result: evaluator.Evaluati
                    "answer": r.answer, "iou": r.iou}
             picture = pictures.comparison(source[r.index].images[0], evaluator.decode_rle(r.truth),
                                           evaluator.decode_rle(r.prediction))
-            pictures.write_bytes(folder / row["file"], pictures.encode_png(picture))
+            files.write(folder / row["file"], pictures.encode_png(picture))
             if group == "scales":
                 row["scales"] = f"{group}_{k}_coarse_to_fine.png"
                 scales = pictures.strip(result.scales[r.index], height=96)
-                pictures.write_bytes(folder / row["scales"], pictures.encode_png(scales))
+                files.write(folder / row["scales"], pictures.encode_png(scales))
             rows.append(row)
     return rows
 
@@ -67,7 +68,7 @@ def save_pictures(folder: epath.Path, source: Source, result: evaluator.Evaluati
 def write_report(workdir: Any, title: str = "ARGenSeg run") -> epath.Path:
     """Writes `workdir`/report.html and returns its path."""
     workdir = epath.Path(workdir)
-    evaluations = {p.parent.name: json.loads(p.read_text())
+    evaluations = {p.parent.name: files.read_json(p)
                    for p in sorted(workdir.glob("eval/*/scores.json"))}
     metrics = workdir / "metrics.jsonl"
     logged = [json.loads(line) for line in metrics.read_text().splitlines()] \
@@ -89,7 +90,7 @@ def write_report(workdir: Any, title: str = "ARGenSeg run") -> epath.Path:
     page = (f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{html.escape(title)}"
             "</title><meta name=viewport content='width=device-width, initial-scale=1'>"
             f"<style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n")
-    pictures.write_bytes(workdir / "report.html", page.encode())
+    files.write(workdir / "report.html", page)
     return workdir / "report.html"
 
 
@@ -97,7 +98,7 @@ def _summary(workdir: epath.Path, logged: Sequence[Mapping[str, Any]]) -> str:
     """One line about the run: model, data, steps."""
     facts = []
     if (workdir / "config.json").exists():
-        config = json.loads((workdir / "config.json").read_text())
+        config = files.read_json(workdir / "config.json")
         facts.append(f"model {config.get('model', {}).get('variant', '?')}")
         if sources := config.get("data", {}).get("sources"):
             facts.append("trained on " + ", ".join(map(str, sources)))

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from argenseg_jax import trees
+from argenseg_jax import files, trees
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_config
 from argenseg_jax.interop import torch as torch_convert
@@ -48,12 +48,9 @@ def is_hf(path: epath.PathLike) -> bool:
 def read_config(path: epath.PathLike) -> dict[str, Any]:
     """config.json of a folder."""
     file = epath.Path(path) / "config.json"
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; an HF-style folder needs it") from None
-    except ValueError as error:
-        raise UserError(f"{file} is no valid JSON: {error}") from None
+    if not file.exists():
+        raise UserError(f"{file} does not exist; an HF-style folder needs it")
+    return files.read_json(file)
 
 
 def model_cfg(path: epath.PathLike) -> dict[str, Any]:
@@ -87,11 +84,11 @@ def open_tensors(path: epath.PathLike) -> Tensors:
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    files = _weight_files(path) if path.is_dir() else [path]
-    if not files:
+    parts = _weight_files(path) if path.is_dir() else [path]
+    if not parts:
         raise UserError(f"{path} holds no weights (*.safetensors, pytorch_model*.bin or *.pth)")
     readers: dict[str, Callable[[], np.ndarray]] = {}
-    for file in files:
+    for file in parts:
         for key, reader in _open_file(file).items():
             if key in readers:
                 raise UserError(f"{file}: '{key}' also stands in another file of {path}")
@@ -103,12 +100,14 @@ def _weight_files(folder: epath.Path) -> list[epath.Path]:
     """The files of a folder's checkpoint; safetensors are preferred to PyTorch's own."""
     for index in (INDEX, "pytorch_model.bin.index.json"):
         if (folder / index).exists():
-            names = json.loads((folder / index).read_text())["weight_map"].values()
-            return [folder / name for name in sorted(set(names))]
+            content = files.read_json(folder / index)
+            try:
+                return [folder / name for name in sorted(set(content["weight_map"].values()))]
+            except (KeyError, TypeError, AttributeError):
+                raise UserError(f"{folder / index} has no weight_map {{key: file}}") from None
     for pattern in ("*.safetensors", "*.safetensors.xz", "pytorch_model*.bin", "*.pth"):
-        files = sorted(folder.glob(pattern))
-        if files:
-            return files
+        if found := sorted(folder.glob(pattern)):
+            return found
     return []
 
 

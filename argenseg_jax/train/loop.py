@@ -18,8 +18,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from argenseg_jax import sharding, trees
-from argenseg_jax.ckpt.orbax_io import CONFIG, Checkpointer
+from argenseg_jax import files, sharding, trees
+from argenseg_jax.ckpt.orbax_io import CONFIG, Checkpointer, newest_step
 from argenseg_jax.errors import UserError
 from argenseg_jax.train import metrics_log, optim
 from argenseg_jax.train import step as step_lib
@@ -36,6 +36,7 @@ class Preempted(Exception):
 
 def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
         init: Callable[[jax.Array], Params], *, load: Loader | None = None,
+        beside: Mapping[str, Callable[[epath.Path], None]] | None = None,
         devices: Sequence[jax.Device] | None = None,
         rules: Sequence[sharding.Rule] = sharding.PARAM_RULES) -> dict[str, Any]:
     """Trains all phases, or goes on with them.
@@ -46,6 +47,7 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
       phases: in order; one step counter runs over all of them.
       init: rng -> the parameters of the whole model.
       load: shapes -> a tree of known weights (numpy) for some or all of them; the rest is drawn.
+      beside: {name: function that writes it} for what else the workdir holds (the tokenizer).
       devices: for the mesh; None = all.
       rules: parameter layouts.
 
@@ -59,25 +61,28 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
     # ------------------------------------------------------------------ setup
     begin_time = time.perf_counter()
     root = epath.Path(workdir)
-    root.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpointer(workdir, cfg["train"]["keep"])
-    saved = checkpoints.latest()
+    saved = newest_step(root)
     check_config(root / CONFIG, cfg, resumed=saved is not None)
-    if jax.process_index() == 0:
-        metrics_log.write_text(root / CONFIG, json.dumps(cfg, indent=1) + "\n")
     mesh = sharding.make_mesh(cfg["mesh"], devices)
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        params = None
+        if saved is None:
+            params = initial_params(init, cfg["seed"], shapes, mesh, rules, load)
+    if jax.process_index() == 0:  # nothing is written before all of the above is well
+        files.write(root / CONFIG, json.dumps(cfg, indent=1) + "\n")
+        for name, save in (beside or {}).items():
+            save(root / name)
     total = sum(phase.steps for phase in phases)
+    checkpoints = Checkpointer(workdir, cfg["train"]["keep"])
     log = metrics_log.MetricsLog(root, saved or 0, total, active=jax.process_index() == 0)
     stop = _listen_for_sigterm()
 
     # ------------------------------------------------------------------ phases
     with checkpoints, log, jax.set_mesh(mesh):
-        shapes = jax.eval_shape(init, jax.random.key(0))
         names = [phase.task.name for phase in phases]
-        params, first = None, 0
-        if saved is None:
-            params = initial_params(init, cfg["seed"], shapes, mesh, rules, load)
-        else:
+        first = 0
+        if saved is not None:
             first = _index(names, checkpoints.meta(saved)["phase"], workdir)
         for i in range(first, len(phases)):
             begin = sum(phase.steps for phase in phases[:i])
@@ -214,7 +219,7 @@ def check_config(path: epath.Path, cfg: Mapping[str, Any], *, resumed: bool) -> 
     """UserError naming the keys in which a resumed run's config differs from the saved one."""
     if not resumed or not path.exists():
         return
-    old = trees.flatten(json.loads(path.read_text()))
+    old = trees.flatten(files.read_json(path))
     new = trees.flatten(json.loads(json.dumps(cfg)))  # tuples become lists, as in the file
     missing = object()
     changed = [key for key in sorted({*old, *new}) if not trees.match(FREE_KEYS, key)

@@ -11,18 +11,13 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from argenseg_jax import files
+from argenseg_jax.eval.pictures import encode_png
+
 METRICS = "metrics.jsonl"
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """Writes under a temporary name, then renames: readers see the old or the new file, whole."""
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 class MetricsLog:
@@ -84,7 +79,7 @@ class MetricsLog:
             self._board.close()
 
     def _rewrite(self) -> None:
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        files.write(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
 
 class Interval:
@@ -111,13 +106,8 @@ class Interval:
 
 def save_pictures(folder: epath.Path, pictures: Mapping[str, np.ndarray], step: int) -> None:
     """Writes u8[H, W, 3] pictures as STEP_NAME.png."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        path = folder / f"{step:07d}_{name}.png"
-        temporary = folder / f"{path.name}.tmp"
-        with temporary.open("wb") as f:
-            Image.fromarray(picture).save(f, format="PNG")
-        temporary.replace(path)
+        files.write(folder / f"{step:07d}_{name}.png", encode_png(picture))
 
 
 def _whole_lines(path: epath.Path) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from argenseg_jax import trees
 from argenseg_jax.ckpt import checkpoint
@@ -32,9 +31,9 @@ def train(cfg: Mapping[str, Any], workdir: str) -> dict[str, Any]:
                             "remat": cfg["train"]["remat"]})
     source = checkpoint.open_checkpoint(cfg["init_from"]) if cfg["init_from"] else None
     tokenizer = checkpoint.tokenizer_for(model, source)
-    tokenizer.save(epath.Path(workdir) / checkpoint.TOKENIZER)
     return loop.run(cfg, workdir, phases(cfg, model, tokenizer), init_fn(model),
-                    load=source and (lambda shapes: known_weights(source, shapes)))
+                    load=source and (lambda shapes: known_weights(source, shapes)),
+                    beside={checkpoint.TOKENIZER: tokenizer.save})
 
 
 def init_fn(model: ARGenSeg) -> Callable[[jax.Array], Params]:
@@ -48,23 +47,26 @@ def init_fn(model: ARGenSeg) -> Callable[[jax.Array], Params]:
 def known_weights(source: checkpoint.Checkpoint, shapes: Params) -> Params:
     """Weights of another model for the parameters that have the same path and shape here.
 
-    The rest starts fresh; what that is, is said on stderr.
+    The rest starts fresh; what that is, is said on stderr. A released InternVL folder may lack what
+    ARGenSeg adds.
     """
-    flat, want = trees.flatten(source.load_params()), trees.flatten(shapes)
+    have = source.load_params(optional=("vqvae/.*", "visual/.*"))
+    flat, want = trees.flatten(have), trees.flatten(shapes)
     known = {n: x for n, x in flat.items() if n in want and x.shape == want[n].shape}
     if not known:
         raise UserError(f"init_from={source.path}: none of its parameters fits this model")
-    if fresh := sorted(set(want) - set(known)):
+    if fresh := set(want) - set(known):
+        parts = {n.split("/")[0] for n in fresh} - {n.split("/")[0] for n in known}
+        names = {f"{n.split('/')[0]}/*" if n.split("/")[0] in parts else n for n in fresh}
         print(f"init_from={source.path}: {len(known)} of {len(want)} arrays fit; these start fresh: "
-              + ", ".join(fresh), file=sys.stderr)
+              + ", ".join(sorted(names)), file=sys.stderr)
     return trees.unflatten(known)
 
 
-def sampler(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer
+def sampler(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer, part: sources.Part
             ) -> Callable[[Params], dict[str, np.ndarray]]:
     """params -> pictures of a few training samples: image | truth | prediction."""
     predictor = Predictor(model, {}, tokenizer, cfg)
-    part = sources.open_mixture(cfg["data"]["sources"], cfg["data"]["root"])[0]
     samples = [part.source[i] for i in range(min(SAMPLES, part.length))]
     samples = [s for s in samples if s.images and s.masks]
 
@@ -91,6 +93,7 @@ def geometry(model: ARGenSeg) -> pipeline.Geometry:
 def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer) -> list[Phase]:
     """First the VQ-VAE (vqvae.steps > 0), then the language model (train.steps > 0)."""
     processes = jax.process_count()
+    parts = sources.open_mixture(cfg["data"]["sources"], cfg["data"]["root"])  # or a UserError now
 
     def batches(task: str, rows: int, seed: int) -> Callable[[], pipeline.BatchIterator]:
         if rows % processes:
@@ -108,7 +111,7 @@ def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer) -> lis
         task = losses.lm_task(model, losses.LMOptions(**lm["loss"]))
         listed.append(Phase(task, lm["steps"], lm["global_batch"], lm["microbatch"], cfg["optim"],
                             batches("lm", lm["global_batch"], cfg["seed"]),
-                            sampler(cfg, model, tokenizer) if lm["sample_every"] else None))
+                            sampler(cfg, model, tokenizer, parts[0]) if lm["sample_every"] else None))
     if not listed:
         raise UserError("nothing to train: both vqvae.steps and train.steps are 0")
     return listed

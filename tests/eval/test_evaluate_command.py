@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from configs import nano
 
+from argenseg_jax import files
 from argenseg_jax.ckpt import checkpoint, orbax_io
 from argenseg_jax.data.shapes import ShapesSource
-from argenseg_jax.eval.pictures import encode_png, write_bytes
+from argenseg_jax.eval.pictures import encode_png
 from argenseg_jax.models import variants
 from argenseg_jax.train.run import init_fn
 
@@ -45,8 +46,8 @@ def test_scores_files_and_report(workdir, tmp_path):
     source = ShapesSource("simple", "test")
     with (tmp_path / "val.jsonl").open("w") as file:
         for i in range(3):
-            write_bytes(tmp_path / "root" / f"{i}.png", encode_png(source[i].images[0]))
-            write_bytes(tmp_path / "root" / f"m{i}.png", encode_png(source[i].masks[0]))
+            files.write(tmp_path / "root" / f"{i}.png", encode_png(source[i].images[0]))
+            files.write(tmp_path / "root" / f"m{i}.png", encode_png(source[i].masks[0]))
             file.write(json.dumps({"id": i, "image": f"{i}.png", "mask": f"m{i}.png", "kind": "a",
                                    "conversations": source[i].conversations}) + "\n")
     code, line, errors = evaluate("--workdir", workdir, "--data", tmp_path / "val.jsonl",

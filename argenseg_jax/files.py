@@ -1,0 +1,41 @@
+"""Files, local or gs://: JSON that must be readable, and writing whole files or none."""
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from etils import epath
+
+from argenseg_jax.errors import UserError
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """The parsed file; UserError if it is not there or no JSON."""
+    path = epath.Path(path)
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({_reason(error)})") from None
+    except ValueError as error:  # malformed JSON, or no text at all
+        raise UserError(f"{path} is no valid JSON: {error}") from None
+
+
+def write(path: epath.PathLike, content: str | bytes) -> None:
+    """Writes under a temporary name and renames: readers see the old or the new file, whole.
+
+    Makes the folder. Raises UserError where the file cannot be written.
+    """
+    path = epath.Path(path)
+    temporary = path.parent / f"{path.name}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary.exists():
+            temporary.unlink()
+        raise UserError(f"{path} cannot be written ({_reason(error)})") from None
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__

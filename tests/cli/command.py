@@ -1,0 +1,32 @@
+"""Runs a command inside the test's process: what it printed, and its exit code."""
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+
+from argenseg_jax.cli import __main__ as cli
+
+
+def call(capfd, *args) -> tuple[int, str, list[str]]:
+    """(exit code, stdout, lines of stderr); the command's flags are gone afterwards."""
+    known = set(flags.FLAGS)
+    capfd.readouterr()
+    argv = sys.argv
+    try:
+        code = cli.main([str(a) for a in args])
+    finally:
+        sys.argv = argv
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+        sys.modules.pop(f"argenseg_jax.cli.{args[0]}", None)
+    out, err = capfd.readouterr()
+    return code, out, [line for line in err.splitlines() if line.strip()]
+
+
+def refused(capfd, *args) -> str:
+    """The one line of a user error."""
+    code, out, err = call(capfd, *args)
+    assert (code, out, len(err)) == (2, "", 1), (code, out, err)
+    assert err[0].startswith("error: ")
+    return err[0]
