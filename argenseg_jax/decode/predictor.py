@@ -28,10 +28,12 @@ class Request:
     Attributes:
       image: u8[H, W, 3], or None for a question without a picture.
       conversations: the text of a single question, or [{'from', 'value'}] that end with one.
+      name: names it in messages, such as file and line; by default its number.
     """
 
     image: np.ndarray | None
     conversations: str | Sequence[Mapping[str, str]]
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +85,11 @@ class Predictor:
         """Answers all requests at once; the answer of a row does not depend on its neighbours.
 
         Raises:
-          SampleError, UserError: a picture or prompt that cannot be used, by its number.
+          SampleError, UserError: a picture or prompt that cannot be used, by the request's name.
         """
         if not requests:
             return []
-        rows = [self._encode(request, f"request {i}") for i, request in enumerate(requests)]
+        rows = [self._encode(request, request.name or f"request {i}") for i, request in enumerate(requests)]
         lengths = np.array([len(tokens) for tokens, _ in rows], np.int32)
         width = -(-int(lengths.max()) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         size = 1 << (len(rows) - 1).bit_length()  # padded to a power of two by repeating row 0

@@ -104,30 +104,30 @@ class Evaluator:
         pooled, blind, answered = Sums(), Sums(), 0
         kinds: dict[str, Sums] = collections.defaultdict(Sums)
         records, times = [], []
-        bar = tqdm.tqdm(total=n, unit=" samples", file=sys.stderr, dynamic_ncols=True,
+        bar = tqdm.tqdm(total=n, unit=" samples", file=sys.stderr, dynamic_ncols=True, delay=1,
                         mininterval=0.5 if sys.stderr.isatty() else 30)
-        for batch in _batched(range(n), self.batch):
-            samples = [source[i] for i in batch]
-            requests, truths = [request(s) for s in samples], [self._truth(s) for s in samples]
-            start = time.perf_counter()
-            results = self.predict_fn(requests)
-            times.append((time.perf_counter() - start, len(batch)))
-            for i, sample, truth, result in zip(batch, samples, truths, results, strict=True):
-                prediction = self._choose([np.asarray(m, bool) for m in result.masks], truth.shape)
-                one = Sums.of(prediction, truth)
-                pooled += one
-                if (kind := sample.meta.get("kind")) is not None:
-                    kinds[kind] += one
-                if (constant := self._baseline_mask(sample, truth.shape)) is not None:
-                    blind, answered = blind + Sums.of(constant, truth), answered + 1
-                records.append(Record(
-                    index=i, question=question(sample), answer=result.text,
-                    masks=len(result.masks), iou=iou(prediction, truth), kind=kind,
-                    prediction=encode_rle(prediction), truth=encode_rle(truth),
-                    id=sample.meta.get("id")))
-            bar.update(len(batch))
-            bar.set_postfix(gIoU=f"{pooled.scores()['gIoU']:.3f}", refresh=False)
-        bar.close()
+        with bar:
+            for batch in _batched(range(n), self.batch):
+                samples = [source[i] for i in batch]
+                requests, truths = [request(s) for s in samples], [self._truth(s) for s in samples]
+                start = time.perf_counter()
+                results = self.predict_fn(requests)
+                times.append((time.perf_counter() - start, len(batch)))
+                for i, sample, truth, result in zip(batch, samples, truths, results, strict=True):
+                    prediction = self._choose([np.asarray(m, bool) for m in result.masks], truth.shape)
+                    one = Sums.of(prediction, truth)
+                    pooled += one
+                    if (kind := sample.meta.get("kind")) is not None:
+                        kinds[kind] += one
+                    if (constant := self._baseline_mask(sample, truth.shape)) is not None:
+                        blind, answered = blind + Sums.of(constant, truth), answered + 1
+                    records.append(Record(
+                        index=i, question=question(sample), answer=result.text,
+                        masks=len(result.masks), iou=iou(prediction, truth), kind=kind,
+                        prediction=encode_rle(prediction), truth=encode_rle(truth),
+                        id=sample.meta.get("id")))
+                bar.update(len(batch))
+                bar.set_postfix(gIoU=f"{pooled.scores()['gIoU']:.3f}", refresh=False)
         timed = times[1:] or times
         base = blind.scores() if answered == n else {}
         return Evaluation(
@@ -179,7 +179,7 @@ def request(sample: Sample) -> Request:
     if len(sample.images) != 1:
         raise UserError(f"{_name(sample)}: {len(sample.images)} images; evaluation takes samples "
                         "with one")
-    return Request(image=sample.images[0], conversations=query_turns(sample.conversations))
+    return Request(sample.images[0], query_turns(sample.conversations, _name(sample)), _name(sample))
 
 
 def question(sample: Sample) -> str:

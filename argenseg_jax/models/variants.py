@@ -16,6 +16,7 @@ from argenseg_jax.models.argenseg import ARGenSeg, VisualEmbed
 from argenseg_jax.models.connector import Connector
 from argenseg_jax.models.decoder_lm import DecoderLM
 from argenseg_jax.models.intern_vit import InternViT
+from argenseg_jax.models.layers import REMAT_POLICIES
 from argenseg_jax.models.vqvae import VQVAE
 from argenseg_jax.scales import PATCH_NUMS_256
 from argenseg_jax.vocab import Vocab
@@ -96,8 +97,13 @@ def resolve(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
 def build(model_cfg: Mapping[str, Any]) -> ARGenSeg:
     """The module of a config's `model` section."""
     spec = resolve(model_cfg)
-    dtype = jnp.dtype(spec.get("dtype", "float32"))
+    try:
+        dtype = jnp.dtype(spec.get("dtype", "float32"))
+    except TypeError:
+        raise UserError(f"dtype {spec['dtype']!r} is unknown; float32 or bfloat16") from None
     stack = dict(dtype=dtype, remat=spec.get("remat", "none"), unroll=spec.get("unroll", False))
+    if stack["remat"] not in REMAT_POLICIES:
+        raise UserError(f"remat {stack['remat']!r} is unknown; there are {', '.join(REMAT_POLICIES)}")
     parts = {key: {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in spec[key].items()}
              for key in _PARTS}
     quantizer = VQVAE(**parts["vqvae"])

@@ -66,6 +66,8 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
     mesh = sharding.make_mesh(cfg["mesh"], devices)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(init, jax.random.key(0))
+        begins = [sum(phase.steps for phase in phases[:i]) for i in range(len(phases))]
+        runners = [_PhaseRunner(cfg, *pair, shapes, mesh, rules) for pair in zip(phases, begins)]
         params = None
         if saved is None:
             params = initial_params(init, cfg["seed"], shapes, mesh, rules, load)
@@ -84,10 +86,8 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
         first = 0
         if saved is not None:
             first = _index(names, checkpoints.meta(saved)["phase"], workdir)
-        for i in range(first, len(phases)):
-            begin = sum(phase.steps for phase in phases[:i])
-            runner = _PhaseRunner(cfg, phases[i], begin, shapes, mesh, rules, checkpoints, log,
-                                  root, stop)
+        for runner in runners[first:]:
+            runner.open(checkpoints, log, root, stop)
             if params is None:
                 state, data = runner.restore(saved)
             else:
@@ -105,10 +105,9 @@ class _PhaseRunner:
     """One phase: its compiled step, its start or restore, and the loop over its steps."""
 
     def __init__(self, cfg: Mapping[str, Any], phase: Phase, begin: int, shapes: Params, mesh: Mesh,
-                 rules: Sequence[sharding.Rule], checkpoints: Checkpointer,
-                 log: metrics_log.MetricsLog, root: epath.Path, stop: Callable[[int], bool]):
+                 rules: Sequence[sharding.Rule]):
+        """Checks the sizes and the optimizer's section, as UserErrors; nothing runs yet."""
         self.cfg, self.phase, self.begin, self.mesh = cfg["train"], phase, begin, mesh
-        self.checkpoints, self.log, self.root, self.stop = checkpoints, log, root, stop
         self.end = begin + phase.steps
         micro = phase.microbatch or phase.global_batch
         if phase.global_batch % micro:
@@ -135,6 +134,11 @@ class _PhaseRunner:
                                      microbatches=phase.global_batch // micro),
             donate_argnums=0, out_shardings=(self.layout, None))
 
+    def open(self, checkpoints: Checkpointer, log: metrics_log.MetricsLog, root: epath.Path,
+             stop: Callable[[int], bool]) -> None:
+        """Says where the phase writes, and what tells it to stop."""
+        self.checkpoints, self.log, self.root, self.stop = checkpoints, log, root, stop
+
     def start(self, params: Params) -> tuple[TrainState, Iterator]:
         """The first state of the phase."""
         return self.new_state(params), self.phase.data()
@@ -156,10 +160,13 @@ class _PhaseRunner:
 
     def train(self, state: TrainState, data: Iterator) -> TrainState:
         """Steps until the end of the phase; saves on the way, at the end, and on SIGTERM."""
-        self.log.say(f"{self.phase.task.name}: trains {self.sizes}; the first step compiles")
         interval = metrics_log.Interval()
-        for step in range(int(state.step) + 1, self.end + 1):
-            state, metrics = self.step(state, sharding.global_batch(self.mesh, next(data)))
+        first = int(state.step) + 1
+        for step in range(first, self.end + 1):
+            batch = sharding.global_batch(self.mesh, next(data))
+            if step == first:
+                self.log.say(f"{self.phase.task.name}: trains {self.sizes}; the first step compiles")
+            state, metrics = self.step(state, batch)
             interval.add(metrics)
             self.log.advance()
             last = step == self.end

@@ -14,7 +14,6 @@ import numpy as np
 
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.train import vqvae_loss
-
 from argenseg_jax.vocab import IGNORE
 
 Array = jax.Array

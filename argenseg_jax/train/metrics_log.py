@@ -37,8 +37,10 @@ class MetricsLog:
             self._rewrite()
             if not self._remote:
                 self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=step + 1)
-        self._bar = tqdm(total=total, initial=step, file=sys.stderr, dynamic_ncols=True, unit="step",
-                         mininterval=0.5 if sys.stderr.isatty() else 30, disable=not active)
+        self._bar: tqdm | None = None  # comes with the first step, so that an early error is alone
+        self._new_bar = lambda: tqdm(
+            total=total, initial=step, file=sys.stderr, dynamic_ncols=True, unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 30, disable=not active)
 
     def write(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Adds a line; numbers that are not finite become null."""
@@ -55,16 +57,19 @@ class MetricsLog:
                 if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(name, value, step)
         shown = {k: f"{v:.4f}" for k, v in line.items() if k.endswith("loss") and v is not None}
-        self._bar.set_postfix(shown, refresh=False)
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
 
     def advance(self) -> None:
         """One step is done."""
+        if self._bar is None:
+            self._bar = self._new_bar()
         self._bar.update()
 
     def say(self, text: str) -> None:
         """A line for people, above the bar."""
         if self._active:
-            self._bar.write(text, file=sys.stderr)
+            tqdm.write(text, file=sys.stderr)
 
     def last(self) -> dict[str, Any]:
         """The newest line, or {}."""
@@ -74,7 +79,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
         if self._board is not None:
             self._board.close()
 

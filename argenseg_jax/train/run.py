@@ -102,7 +102,9 @@ def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer) -> lis
             cfg["data"], tokenizer, geometry(model), seed=seed, batch_size=rows // processes,
             process_index=jax.process_index(), process_count=processes, task=task)
 
-    vq, lm = cfg["vqvae"], cfg["train"]
+    vq, lm, width = cfg["vqvae"], cfg["train"], cfg["data"]["max_tokens"]
+    if lm["loss"]["chunk"] and width % lm["loss"]["chunk"]:
+        raise UserError(f"train.loss.chunk={lm['loss']['chunk']} does not divide data.max_tokens={width}")
     listed = []
     if vq["steps"]:
         listed.append(Phase(losses.vqvae_task(model), vq["steps"], vq["batch"], 0, vq,

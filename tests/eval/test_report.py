@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from argenseg_jax.data.shapes import ShapesSource
+from argenseg_jax import files
 from argenseg_jax.eval import pictures, report
 from argenseg_jax.eval.evaluator import Evaluator
 
@@ -32,7 +33,7 @@ def test_report_is_complete_and_self_contained(tmp_path):
         json.dumps({"step": s, "phase": "lm", "loss": 3.0 / s, "gen_loss": None}) + "\n"
         for s in range(1, 40)))
     (tmp_path / "config.json").write_text('{"model": {"variant": "<nano>"}}')
-    pictures.write_bytes(tmp_path / "pictures" / "a & b.png",
+    files.write(tmp_path / "pictures" / "a & b.png",
                          pictures.encode_png(np.zeros((4, 4, 3), np.uint8)))
 
     page = report.write_report(tmp_path).read_text()

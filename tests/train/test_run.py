@@ -1,0 +1,93 @@
+"""init_from: whatever a checkpoint holds is taken over, the rest starts fresh and is named."""
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from argenseg_jax import trees
+from argenseg_jax.ckpt import checkpoint
+from argenseg_jax.errors import UserError
+from argenseg_jax.interop import hf_folder
+from argenseg_jax.models import variants
+from argenseg_jax.train import run
+from tests import tiny
+
+OLD_WORDS = tiny.made()[0].vocab.base + 9  # before <mask> and the codes
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """{kind: path}: a workdir, its step, an HF folder, and a folder from before ARGenSeg."""
+    root = tmp_path_factory.mktemp("sources")
+    workdir = tiny.workdir(root / "run")
+    folder, base = tiny.hf(root / "hf", workdir), root / "base"
+    base.mkdir()
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (base / file).write_bytes((folder / file).read_bytes())
+    kept = {}
+    for name, tensor in dict(hf_folder.open_tensors(folder)).items():
+        if name.startswith(("vision_model.", "language_model.", "mlp1.")):
+            words = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+            kept[name] = tensor[:OLD_WORDS] if words else tensor
+    (base / "model.safetensors").write_bytes(safetensors.numpy.save(kept))
+    return {"workdir": workdir, "step": workdir / "checkpoints" / "1", "hf": folder, "base": base}
+
+
+@pytest.mark.parametrize("kind", ["workdir", "step", "hf", "nano"])
+def test_whole_checkpoints(sources, monkeypatch, capsys, kind):
+    monkeypatch.setattr(checkpoint, "NANO", sources["hf"])
+    model, params = tiny.made()
+    source = checkpoint.open_checkpoint("nano" if kind == "nano" else str(sources[kind]))
+    assert checkpoint.tokenizer_for(model, source).vocab == model.vocab
+    known = run.known_weights(source, hf_folder.param_shapes(model))
+    jax.tree.map(np.testing.assert_array_equal, dict(known), params)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_released_folder_lacks_what_argenseg_adds(sources, capsys):
+    """New words start as the mean of the old rows, tables and VQ-VAE fresh; all of it is said."""
+    model, params = tiny.made()
+    source = checkpoint.open_checkpoint(str(sources["base"]))
+    assert checkpoint.tokenizer_for(model, source).vocab == model.vocab
+    known = trees.flatten(run.known_weights(source, hf_folder.param_shapes(model)))
+    want = trees.flatten(params)
+    assert {n.split("/")[0] for n in known} == {"vision", "connector", "llm"}
+    for name, array in known.items():
+        words = np.s_[:OLD_WORDS] if "embedding" in name else np.s_[:, :OLD_WORDS]
+        where = words if name in ("llm/embed/embedding", "llm/lm_head/kernel") else ...
+        np.testing.assert_array_equal(array[where], want[name][where])
+    embed = known["llm/embed/embedding"]
+    np.testing.assert_allclose(embed[OLD_WORDS:model.vocab.size].std(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(embed[OLD_WORDS], embed[:OLD_WORDS].mean(0), atol=1e-5)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "these start fresh: visual/*, vqvae/*" in said
+
+
+def test_other_sizes_start_fresh_and_another_model_is_refused(sources, capsys):
+    cfg = tiny.config()
+    cfg["llm"]["mlp"] = 40
+    source = checkpoint.open_checkpoint(str(sources["workdir"]))
+    run.known_weights(source, hf_folder.param_shapes(variants.build(cfg)))
+    assert ("fresh: llm/layers/mlp/down/kernel, llm/layers/mlp/gate/kernel, llm/layers/mlp/up/kernel"
+            in capsys.readouterr().err)
+    strange = {"other": {"kernel": jax.ShapeDtypeStruct((3,), np.float32)}}
+    with pytest.raises(UserError, match="none of its parameters fits"):
+        run.known_weights(source, strange)
+
+
+def test_training_goes_on_from_a_released_folder(sources, tmp_path):
+    """The whole way: `train` with init_from; frozen vision stays what the folder held."""
+    from configs import common
+    cfg = common.base().to_dict()
+    cfg |= {"model": tiny.config(), "init_from": str(sources["base"])}
+    cfg["data"] |= {"sources": ("shapes:simple:train",), "max_tokens": 96, "system": ""}
+    cfg["train"] |= {"steps": 1, "global_batch": 8, "dtype": "float32", "remat": "none"}
+    assert run.train(cfg, str(tmp_path / "w"))["step"] == 1
+    opened = checkpoint.open_checkpoint(str(tmp_path / "w"))
+    trained, want = opened.load_params(), tiny.made()[1]
+    jax.tree.map(np.testing.assert_array_equal, trained["vision"], want["vision"])
+    assert np.any(trained["connector"]["fc1"]["kernel"] != want["connector"]["fc1"]["kernel"])
+    assert opened.tokenizer().vocab == opened.model().vocab
+    assert json.loads((tmp_path / "w" / "config.json").read_text())["init_from"] == cfg["init_from"]
