@@ -19,7 +19,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = common.parse_arg(arg, devices=2)
     cfg = nano.get_config(f"devices={arg.devices}")
     cfg.init_from = "nano"
-    cfg.data.update(sources=("meta_train.json",), root="camvid", augment=True, drop_colour=0.0)
+    cfg.data.update(sources=("meta_train.json",), root="camvid", augment=True)
     cfg.vqvae.update(steps=3000)
     cfg.train.update(steps=2400, checkpoint_every=600, log_every=100)
     cfg.optim.update(lr=0.005, adam_lr=1e-3)

@@ -54,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "78b": _released(_VIT_6B, _qwen(8192, 80, 64, 8, 29568), _QWEN_VOCAB),
     "nano": dict(
         image_size=64,
-        vision=dict(image_size=64, patch=8, width=96, depth=2, heads=3, mlp=256, ls_init=1.0),
+        vision=dict(image_size=64, patch=8, width=96, depth=1, heads=3, mlp=256, ls_init=1.0),
         connector=dict(ratio=1.0),
         llm=dict(width=96, depth=4, heads=3, kv_heads=3, head_dim=32, mlp=256, eps=1e-6,
                  rope_theta=1e4, max_positions=2048, tied=True, qk_norm=True, rope_2d=True),
