@@ -1,10 +1,12 @@
-"""Test set-up: eight CPU devices, exact matmuls, and tests that cannot run here are deselected."""
+"""Test set-up: eight CPU devices, exact matmuls, quick compiling; what cannot run here is left out."""
 import importlib.util
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
-                           + " --xla_force_host_platform_device_count=8").strip()
+                           + " --xla_force_host_platform_device_count=8"
+                           # Tests compile much and run little: half the time without LLVM's passes.
+                           + " --xla_backend_optimization_level=0").strip()
 # The cache of compiled programs would make a test depend on the runs before it.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 

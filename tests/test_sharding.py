@@ -62,7 +62,7 @@ def test_a_parameter_without_a_rule_and_a_rule_without_a_parameter(shapes):
 
 def test_a_dimension_that_does_not_divide_is_named(shapes):
     with pytest.raises(UserError, match=r"mesh.tensor=8 does not divide dimension 2 of llm/layers/attn/"
-                                        r"[kqv]/kernel .*these sizes would: \[1, 2, 4\]"):
+                                        r"[kqv]/kernel .*these sizes would: \[1, [0-9, ]+\]"):
         sharding.shardings(shapes["nano"], mesh(tensor=8))
 
 

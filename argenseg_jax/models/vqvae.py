@@ -48,7 +48,7 @@ class VQVAE(nn.Module):
         shared = dict(ch=self.ch, ch_mult=tuple(self.ch_mult), num_res_blocks=self.num_res_blocks,
                       using_sa=self.using_sa, using_mid_sa=self.using_mid_sa, dtype=self.dtype,
                       local=self.local)
-        self.encoder = Encoder(**shared, z_channels=self.z_channels)
+        self.encoder = Encoder(**shared, out_channels=self.z_channels)
         self.decoder = Decoder(
             **shared, out_channels=self.patch_size**2 if self.patch_size > 1 else 3)
         self.quant_conv = _conv(self.z_channels, self.dtype, 1 if self.local else 3)
@@ -103,17 +103,21 @@ class VQVAE(nn.Module):
         return x.astype(jnp.float32)
 
 
-class Encoder(nn.Module):
-    """[B,H,W,c] -> [B,S,S,C], halving the side between the entries of `ch_mult`."""
+class Tower(nn.Module):
+    """The sizes that encoder and decoder share."""
 
+    out_channels: int
     ch: int
     ch_mult: tuple[int, ...]
     num_res_blocks: int
-    z_channels: int
     using_sa: bool
     using_mid_sa: bool
     dtype: Dtype
     local: bool
+
+
+class Encoder(Tower):
+    """[B,H,W,c] -> [B,S,S,C], halving the side between the entries of `ch_mult`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -126,20 +130,11 @@ class Encoder(nn.Module):
                       name=f"down_{i}")(x)
         x = Middle(self.using_mid_sa, self.dtype, self.local, kernel, name="mid")(x)
         x = nn.silu(_norm(x, self.local, name="norm_out"))
-        return _conv(self.z_channels, self.dtype, kernel, name="conv_out")(x)
+        return _conv(self.out_channels, self.dtype, kernel, name="conv_out")(x)
 
 
-class Decoder(nn.Module):
+class Decoder(Tower):
     """[B,S,S,C] -> [B,H,W,out_channels], doubling the side between the entries of `ch_mult`."""
-
-    ch: int
-    ch_mult: tuple[int, ...]
-    num_res_blocks: int
-    out_channels: int
-    using_sa: bool
-    using_mid_sa: bool
-    dtype: Dtype
-    local: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

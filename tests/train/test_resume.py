@@ -41,8 +41,7 @@ def whole(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [2, 7])
 def test_resume_after_kill_is_bit_exact(kill, whole, tmp_path):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-                        "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    env = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # as conftest.py sets it here
     child = subprocess.run([sys.executable, "-m", "tests.train.resume_child", str(tmp_path), str(kill)],
                            env=env, capture_output=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
