@@ -13,9 +13,8 @@ from etils import epath
 from PIL import Image, ImageOps
 
 from argenseg_jax.errors import SampleError
+from argenseg_jax.pixels import IMAGENET_MEAN
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 64 * 2**20  # a larger picture is taken for a decompression bomb
 FOREGROUND = 128  # grey level from which a pixel of a predicted mask counts: L / 255 > 0.5
 MASK_STEP = 512  # the reference resizes masks to this side first
@@ -29,11 +28,6 @@ Size = tuple[int, int]  # (width, height), Pillow's order
 def read_image(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """u8[H, W, 3] of a picture file, turned upright; SampleError names what cannot be read."""
     return np.array(_open(path, max_pixels).convert("RGB"))
-
-
-def decode_image(content: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """u8[H, W, 3] of a picture file's bytes; `name` names it in messages."""
-    return np.array(_decode(content, name, max_pixels).convert("RGB"))
 
 
 def read_mask(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:

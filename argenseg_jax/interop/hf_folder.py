@@ -6,6 +6,7 @@ and the tokenizer's files. Single files may be .safetensors, .safetensors.xz, or
 """
 from __future__ import annotations
 
+import functools
 import json
 import lzma
 import os
@@ -26,6 +27,7 @@ from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_config
 from argenseg_jax.interop import torch as torch_convert
 from argenseg_jax.models import variants
+from argenseg_jax.models.argenseg import init_params
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 SHARD_BYTES = 4 << 30
@@ -162,11 +164,7 @@ def _load_torch(file: epath.Path) -> dict[str, np.ndarray]:
 
 def param_shapes(model: Any) -> dict[str, Any]:
     """Abstract parameters (jax.ShapeDtypeStruct leaves) of an ARGenSeg; nothing is computed."""
-    line = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    tiles = jax.ShapeDtypeStruct((1, 1, model.image_size, model.image_size, 3), jnp.uint8)
-    masks = jax.ShapeDtypeStruct((1, 1, model.mask_size, model.mask_size, 3), jnp.uint8)
-    variables = jax.eval_shape(model.init, jax.random.key(0), line, line, line, tiles, masks)
-    return variables["params"]
+    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
 
 
 def load_params(path: epath.PathLike, model_or_shapes: Any, *, optional: Sequence[str] = (),

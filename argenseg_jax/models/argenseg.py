@@ -15,11 +15,10 @@ from argenseg_jax.models import decoder_lm, vqvae
 from argenseg_jax.models.connector import Connector
 from argenseg_jax.models.intern_vit import InternViT
 from argenseg_jax.models.kv_cache import KVCache
+from argenseg_jax.pixels import IMAGENET_MEAN, IMAGENET_STD
 from argenseg_jax.vocab import Vocab
 
 Array = jax.Array
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class VisualEmbed(nn.Module):
@@ -179,3 +178,11 @@ class ARGenSeg(nn.Module):
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         return self.llm.empty_cache(batch, capacity)
+
+
+def init_params(model: ARGenSeg, rng: Array) -> dict:
+    """Fresh parameters of the whole model; under `jax.eval_shape`, their shapes."""
+    line = jnp.zeros((1, 8), jnp.int32)
+    tiles = jnp.zeros((1, 1, model.image_size, model.image_size, 3), jnp.uint8)
+    masks = jnp.zeros((1, 1, model.mask_size, model.mask_size, 3), jnp.uint8)
+    return model.init(rng, line, line, line, tiles, masks)["params"]

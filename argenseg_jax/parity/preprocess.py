@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from argenseg_jax import pixels
 from argenseg_jax.data import prompt, transforms
 from argenseg_jax.data.tokenizer import Tokenizer
 from argenseg_jax.parity.recording import EQUAL, Recording
@@ -137,7 +138,7 @@ def _compare_images(record: Recording) -> None:
         kind = m[3] or ""
         tile = transforms.image_tiles(record.input(f"tf/input{number}_u8"), int(side),
                                       pad=kind == "_pad2square")[0]
-        mean, std = (np.asarray(x) for x in (transforms.IMAGENET_MEAN, transforms.IMAGENET_STD))
+        mean, std = (np.asarray(x) for x in (pixels.IMAGENET_MEAN, pixels.IMAGENET_STD))
         x = ((tile.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)
         step, want = re.fullmatch(r"_s(\d+)", kind), record.input(m[0])
         if step:

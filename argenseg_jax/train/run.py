@@ -1,6 +1,7 @@
 """From a config to a run: builds model, tokenizer, tasks and data, and hands them to the loop."""
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from argenseg_jax.decode.predictor import Predictor
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval import evaluator, pictures
 from argenseg_jax.models import variants
-from argenseg_jax.models.argenseg import ARGenSeg
+from argenseg_jax.models.argenseg import ARGenSeg, init_params
 from argenseg_jax.train import loop, losses
 from argenseg_jax.train.state import Params, Phase
 
@@ -38,10 +39,7 @@ def train(cfg: Mapping[str, Any], workdir: str) -> dict[str, Any]:
 
 def init_fn(model: ARGenSeg) -> Callable[[jax.Array], Params]:
     """rng -> fresh parameters of the whole model."""
-    line = np.zeros((1, 8), np.int32)
-    tiles = np.zeros((1, 1, model.image_size, model.image_size, 3), np.uint8)
-    masks = np.zeros((1, 1, model.mask_size, model.mask_size, 3), np.uint8)
-    return lambda rng: model.init(rng, line, line, line, tiles, masks)["params"]
+    return functools.partial(init_params, model)
 
 
 def known_weights(source: checkpoint.Checkpoint, shapes: Params) -> Params:

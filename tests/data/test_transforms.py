@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from argenseg_jax import pixels
 from argenseg_jax.data import transforms
 from argenseg_jax.errors import SampleError
 
@@ -22,7 +23,7 @@ def recorded():
 
 
 def normalize(tile):
-    x = (tile.astype(np.float32) / 255 - transforms.IMAGENET_MEAN) / transforms.IMAGENET_STD
+    x = (tile.astype(np.float32) / 255 - pixels.IMAGENET_MEAN) / pixels.IMAGENET_STD
     return x.transpose(2, 0, 1)
 
 
