@@ -50,6 +50,24 @@ class Engine:
         self._text = jax.jit(nn.apply(text_decode.write_text, model), donate_argnums=1)
         self._mask = jax.jit(nn.apply(_mask_phase, model), donate_argnums=1, static_argnums=2)
 
+    def capacity(self, width: int, max_text: int, max_masks: int) -> int:
+        """Places of the cache for prompts padded to `width`; multiples, so that few sizes occur."""
+        need = width + max_text + max_masks * (self.model.scales.num_codes + 1)
+        return -(-need // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+
+    def prefill(self, tokens, lengths, tiles, capacity: int, max_text: int) -> text_decode.Answer:
+        """The first phase; arguments as in `generate`."""
+        return self._prefill({"params": self.params}, tokens, lengths, tiles, capacity, max_text)
+
+    def text(self, answer: text_decode.Answer) -> text_decode.Answer:
+        """Writes until every row has ended or stands at a mask."""
+        return self._text({"params": self.params}, answer)
+
+    def mask(self, answer: text_decode.Answer, previews: bool = False
+             ) -> tuple[text_decode.Answer, dict[str, jax.Array]]:
+        """Writes the mask of every row that stands at one: (answer, fields of Generated)."""
+        return self._mask({"params": self.params}, answer, previews)
+
     def generate(self, tokens: np.ndarray, lengths: np.ndarray, tiles: np.ndarray | None, *,
                  max_text: int, max_masks: int, previews: bool = False) -> Generated:
         """Answers a batch of prompts.
@@ -69,19 +87,17 @@ class Engine:
             raise UserError(f"a prompt of {longest} tokens with up to {max_masks} masks needs "
                             f"{longest + answer_places} places, the model has {room} "
                             "(model.llm.max_positions); shorten the prompt")
-        need = tokens.shape[1] + answer_places  # by the bucket, so that few capacities occur
-        capacity = -(-need // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
-        weights = {"params": self.params}
-        answer = self._text(weights, self._prefill(weights, tokens, lengths, tiles, capacity, max_text))
+        capacity = self.capacity(tokens.shape[1], max_text, max_masks)
+        answer = self.text(self.prefill(tokens, lengths, tiles, capacity, max_text))
         found: list[tuple[np.ndarray, Any]] = []
         while len(found) < max_masks:
             at_mask = np.asarray(answer.at_mask)
             if not at_mask.any():
                 break
-            answer, mask = self._mask(weights, answer, previews)
+            answer, mask = self.mask(answer, previews)
             found.append((at_mask, mask))
             if len(found) < max_masks:
-                answer = self._text(weights, answer)
+                answer = self.text(answer)
         return self._collect(answer, found, previews)
 
     def _collect(self, answer: text_decode.Answer, found: list, previews: bool) -> Generated:
