@@ -1,7 +1,9 @@
 """Files, local or gs://: JSON that must be readable, and writing whole files or none."""
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -35,6 +37,30 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
         if temporary.exists():
             temporary.unlink()
         raise UserError(f"{path} cannot be written ({_reason(error)})") from None
+
+
+@contextlib.contextmanager
+def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
+    """A folder to fill, which takes its name `path` when the block ends well, and else vanishes.
+
+    What an interrupted process left of an earlier attempt is removed first. Raises UserError where
+    `path` exists.
+    """
+    path = epath.Path(path)
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another name or remove it")
+    temporary = path.parent / f"{path.name}.partial"
+    temporary.rmtree(missing_ok=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({_reason(error)})") from None
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        temporary.rmtree(missing_ok=True)
+        raise
 
 
 def _reason(error: OSError) -> str:

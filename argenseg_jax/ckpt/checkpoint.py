@@ -62,6 +62,12 @@ class Checkpoint:
                 return Tokenizer.load(folder / TOKENIZER)
         return Tokenizer.load(self.path, self.model().vocab.num_codes)
 
+    def tokenizer_files(self) -> list[epath.Path]:
+        """Its files, as they are copied beside the weights."""
+        folders = [f / TOKENIZER for f in (self.path, *list(self.path.parents)[:2])]
+        found = next((f for f in folders if f.is_dir()), self.path)
+        return hf_folder.tokenizer_files(found)
+
 
 def open_checkpoint(path: str) -> Checkpoint:
     """Finds out what `path` is by its content; UserError if it is no checkpoint."""

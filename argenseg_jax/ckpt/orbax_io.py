@@ -6,22 +6,28 @@ complete, so a kill at any time leaves the last whole one. `ema` is absent where
 from __future__ import annotations
 
 import base64
+import collections
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
 from argenseg_jax import files, trees
 from argenseg_jax.errors import UserError
+from argenseg_jax.interop.tensor_files import contiguous
 
 DIRECTORY = "checkpoints"  # within a workdir
 CONFIG = "config.json"
+_IN_FLIGHT_BYTES = 256 << 20  # of ParamsWriter
 
 
 class Checkpointer:
@@ -48,10 +54,10 @@ class Checkpointer:
           meta: JSON-able facts about the run, the same on every process.
           data_state: this process's place in the data: bytes or JSON-able.
         """
-        items = {"params": ocp.args.StandardSave(params), "train": ocp.args.StandardSave(train),
+        items = {"params": ocp.args.StandardSave(params, _by_layer(params)), "train": ocp.args.StandardSave(train),
                  "meta": ocp.args.JsonSave({**meta, "data": _all_processes(_encode(data_state))})}
         if ema:
-            items["ema"] = ocp.args.StandardSave(ema)
+            items["ema"] = ocp.args.StandardSave(ema, _by_layer(ema))
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -158,7 +164,119 @@ def read_train(path: epath.PathLike) -> dict[str, Any]:
 def save_params(path: str, params: Any) -> None:
     """Writes parameters alone, as a step that find_step and restore_params understand."""
     with ocp.StandardCheckpointer() as writer:
-        writer.save(epath.Path(path).resolve() / "params", params)
+        writer.save(epath.Path(path).resolve() / "params", params, save_args=_by_layer(params))
+
+
+class ParamsWriter:
+    """As save_params, for parameters that do not fit into memory: slice by slice.
+
+    Orbax writes the names, with placeholders; TensorStore then puts each array in its place, one
+    chunk a layer, uncompressed (the bits of weights hardly compress).
+    """
+
+    def __init__(self, path: epath.PathLike, leaves: Mapping[str, jax.ShapeDtypeStruct]):
+        """Creates the arrays {leaf: shape and dtype}; every leaf must be written."""
+        item = epath.Path(path).resolve() / "params"
+        blanks = trees.unflatten({name: np.zeros(1) for name in leaves})
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)  # Orbax warns that there is no OCDBT to merge
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
+            writer.save(item, args=ocp.args.PyTreeSave(blanks))
+        logging.set_verbosity(verbosity)
+        layout = _read_layout(item)
+        self._arrays, self._running, self._held = {}, collections.deque(), 0
+        for name, leaf in leaves.items():
+            chunks = [1 if is_stacked(name) else leaf.shape[0], *leaf.shape[1:]]
+            self._arrays[name] = tensorstore.open(
+                {**_spec(item, layout, name), "create": True, "delete_existing": True,
+                 "store_data_equal_to_fill_value": True,  # Orbax takes an absent chunk for damage
+                 "metadata": {"compressor": None, "shape": leaf.shape, "chunks": chunks}},
+                dtype=np.dtype(leaf.dtype)).result()
+
+    def write(self, name: str, where: tuple[int | slice, ...], values: np.ndarray) -> None:
+        """Puts values at an index of a leaf, in the leaf's dtype; the files may come later."""
+        array = self._arrays[name]
+        values = contiguous(values, array.dtype.numpy_dtype)
+        self._running.append((array[where].write(values), values.nbytes))
+        self._held += values.nbytes
+        self._wait(_IN_FLIGHT_BYTES)
+
+    def close(self) -> None:
+        """Waits for all files."""
+        self._wait(0)
+
+    def _wait(self, limit: int) -> None:
+        """Until no more than so many bytes are on their way to the disk."""
+        while self._running and self._held > limit:
+            future, size = self._running.popleft()
+            future.result()
+            self._held -= size
+
+
+class StoredLeaf:
+    """A saved array of which one layer at a time is read, by numpy's indexing of the first axis."""
+
+    def __init__(self, array: tensorstore.TensorStore):
+        self.shape, self.dtype = array.shape, array.dtype.numpy_dtype
+        self._array = array
+        self._rows = array.chunk_layout.read_chunk.shape[:1]  # layers in a chunk
+        self._block: tuple[int, np.ndarray] | None = None  # the chunk read last, and its number
+
+    def __getitem__(self, index: int | type(...)) -> np.ndarray:
+        if index is ...:
+            return self._array.read().result()
+        block, place = divmod(index, *self._rows)
+        if self._block is None or self._block[0] != block:
+            self._block = None  # frees it before the next is read
+            start, size = block * self._rows[0], self._rows[0]
+            self._block = block, self._array[start:min(start + size, self.shape[0])].read().result()
+        return self._block[1][place]
+
+
+def open_params(path: epath.PathLike) -> dict[str, StoredLeaf]:
+    """{leaf: array} as restore_params gives them, but read when asked for."""
+    step = find_step(path)
+    leaves = {}
+    for item in ("params", "ema"):
+        folder = step.resolve() / item
+        if not folder.exists():
+            continue
+        names, layout = trees.flatten(_saved_shapes(step, item)), _read_layout(folder)
+        with _readable(folder):
+            for name in names:
+                leaves[name] = StoredLeaf(tensorstore.open(_spec(folder, layout, name)).result())
+    return leaves
+
+
+def is_stacked(name: str) -> bool:
+    """Whether the first axis of a leaf is the layers'."""
+    return "layers" in name.split("/")
+
+
+def _by_layer(params: Any) -> Any:
+    """Orbax's options to save each layer of a stack apart, so that one can be read without the rest."""
+    return trees.map_named(
+        lambda name, leaf: ocp.SaveArgs(shard_axes=(0,) if is_stacked(name) else ()), params)
+
+
+def _read_layout(item: epath.Path) -> Mapping[str, Any]:
+    return files.read_json(item / "_METADATA")
+
+
+def _spec(item: epath.Path, layout: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """TensorStore's description of a saved array; Orbax joins the names of a path by dots."""
+    key = name.replace("/", ".") + "/"
+    text = os.fspath(item)
+    if "://" in text:
+        def store(path: str) -> Any:
+            return f"{text}/{path}"
+    else:
+        def store(path: str) -> Any:
+            return {"driver": "file", "path": f"{text}/{path}"}
+    driver = "zarr3" if layout.get("use_zarr3") else "zarr"
+    if layout.get("use_ocdbt"):
+        return {"driver": driver, "kvstore": {"driver": "ocdbt", "base": store(""), "path": key}}
+    return {"driver": driver, "kvstore": store(key)}
 
 
 def _restore_item(step: epath.Path, item: str, want: Any) -> Any:

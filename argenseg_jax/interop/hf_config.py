@@ -111,7 +111,7 @@ def _vocab(llm: Mapping[str, Any], num_codes: int) -> dict[str, int]:
     return {"base": base, "eos": 0 if eos is None else eos, "pad": 0 if pad is None else pad}
 
 
-def model_cfg_to_hf(model_cfg: Mapping[str, Any], dtype: str = "float32") -> dict[str, Any]:
+def model_cfg_to_hf(model_cfg: Mapping[str, Any], dtype: str = "float32", layout: str = "official") -> dict[str, Any]:
     """The `model` section -> config.json, such that model_cfg_from_hf builds the same model."""
     model = variants.build(model_cfg)
     vision, llm = _fields(model.vision), _fields(model.llm)

@@ -1,36 +1,30 @@
-"""HF-style folders and weight files: read tensors lazily, load parameters, write a folder.
+"""HF-style folders: read their tensors lazily, load parameters, write a folder.
 
-A folder holds config.json (interop/hf_config), safetensors in one or several files with an index,
-and the tokenizer's files. Single files may be .safetensors, .safetensors.xz, or PyTorch's own
-.pth/.bin/.pt, which needs torch and is read with weights_only=True: nothing is unpickled freely.
+A folder holds config.json (interop/hf_config), safetensors in one or several files with an index
+(or PyTorch's .bin files, interop/tensor_files), and the tokenizer's files.
 """
 from __future__ import annotations
 
 import functools
 import json
-import lzma
-import os
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 from etils import epath
 
 from argenseg_jax import files, trees
 from argenseg_jax.errors import UserError
-from argenseg_jax.interop import hf_config
+from argenseg_jax.interop import hf_config, tensor_files
 from argenseg_jax.interop import torch as torch_convert
+from argenseg_jax.interop.tensor_files import Lazy, Tensors
 from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import init_params
 
-TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 SHARD_BYTES = 4 << 30
+# What the keys of ARGenSeg's own parts start with; a released InternVL has none of them.
+OWN_PARTS = ("image_tokenizer.", "word_embed.", "lvl_embed.", "pos_1LC")
 INDEX = "model.safetensors.index.json"
 # What a folder may hold besides weights: copied along when a folder is written from another.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
@@ -43,8 +37,7 @@ def is_hf(path: epath.PathLike) -> bool:
     path = epath.Path(path)
     if path.is_dir():
         return bool(_weight_files(path))
-    suffixes = (".safetensors", ".safetensors.xz", *TORCH_SUFFIXES)
-    return path.is_file() and path.name.endswith(suffixes)
+    return path.is_file() and path.name.endswith(tensor_files.SUFFIXES)
 
 
 def read_config(path: epath.PathLike) -> dict[str, Any]:
@@ -60,22 +53,6 @@ def model_cfg(path: epath.PathLike) -> dict[str, Any]:
     return hf_config.model_cfg_from_hf(read_config(path))
 
 
-class Tensors(Mapping[str, np.ndarray]):
-    """{torch key: array} over one or several files; an array is read when it is asked for."""
-
-    def __init__(self, readers: Mapping[str, Callable[[], np.ndarray]]):
-        self._readers = dict(readers)
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        return self._readers[key]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        return len(self._readers)
-
-
 def open_tensors(path: epath.PathLike) -> Tensors:
     """All tensors of a folder or a single file.
 
@@ -86,16 +63,21 @@ def open_tensors(path: epath.PathLike) -> Tensors:
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    parts = _weight_files(path) if path.is_dir() else [path]
+    if not path.is_dir():
+        return tensor_files.open_file(path)
+    parts = _weight_files(path)
     if not parts:
         raise UserError(f"{path} holds no weights (*.safetensors, pytorch_model*.bin or *.pth)")
-    readers: dict[str, Callable[[], np.ndarray]] = {}
+    lazy: dict[str, Lazy] = {}
     for file in parts:
-        for key, reader in _open_file(file).items():
-            if key in readers:
+        if not file.exists():
+            raise UserError(f"{file} does not exist, though the index of its folder names it")
+        tensors = tensor_files.open_file(file)
+        for key in tensors:
+            if key in lazy:
                 raise UserError(f"{file}: '{key}' also stands in another file of {path}")
-            readers[key] = reader
-    return Tensors(readers)
+            lazy[key] = tensors.lazy(key)
+    return Tensors(lazy)
 
 
 def _weight_files(folder: epath.Path) -> list[epath.Path]:
@@ -111,55 +93,6 @@ def _weight_files(folder: epath.Path) -> list[epath.Path]:
         if found := sorted(folder.glob(pattern)):
             return found
     return []
-
-
-def _open_file(file: epath.Path) -> dict[str, Callable[[], np.ndarray]]:
-    if not file.exists():
-        raise UserError(f"{file} does not exist, though the index of its folder names it")
-    try:
-        if file.name.endswith(TORCH_SUFFIXES):
-            return _readers(_load_torch(file))
-        if file.name.endswith(".xz"):
-            return _readers(safetensors.numpy.load(lzma.decompress(file.read_bytes())))
-        if not file.name.endswith(".safetensors"):
-            raise UserError(f"{file} is no weight file: expected .safetensors, .pth or .bin")
-        if not os.path.exists(os.fspath(file)):  # a remote file
-            return _readers(safetensors.numpy.load(file.read_bytes()))
-        opened = safetensors.safe_open(os.fspath(file), framework="numpy")
-        return {key: (lambda k=key: opened.get_tensor(k)) for key in opened.keys()}
-    except (safetensors.SafetensorError, lzma.LZMAError, EOFError) as error:
-        raise UserError(f"{file} is broken or incomplete: {error}") from None
-
-
-def _readers(arrays: Mapping[str, np.ndarray]) -> dict[str, Callable[[], np.ndarray]]:
-    return {key: (lambda a=array: a) for key, array in arrays.items()}
-
-
-def _load_torch(file: epath.Path) -> dict[str, np.ndarray]:
-    """A PyTorch state dict as numpy arrays, bit for bit (bfloat16 included)."""
-    try:
-        import torch  # pylint: disable=g-import-not-at-top
-    except ImportError:
-        raise UserError(f"{file} needs PyTorch to be read: `pip install torch`, or convert it to "
-                        ".safetensors elsewhere") from None
-    try:
-        with file.open("rb") as stream:
-            state = torch.load(stream, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds; all mean that the file is not usable
-        raise UserError(f"{file} cannot be read as PyTorch weights (weights_only): "
-                        f"{str(error).splitlines()[0]}") from None
-    while isinstance(state, Mapping) and not any(torch.is_tensor(v) for v in state.values()):
-        inner = next((state[k] for k in ("state_dict", "model", "module") if k in state), None)
-        if inner is None:
-            raise UserError(f"{file} holds no tensors under their names")
-        state = inner
-
-    def to_numpy(t) -> np.ndarray:
-        if t.dtype == torch.bfloat16:
-            return t.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return t.numpy()
-
-    return {key: to_numpy(t.detach()) for key, t in state.items() if torch.is_tensor(t)}
 
 
 def param_shapes(model: Any) -> dict[str, Any]:
@@ -184,61 +117,61 @@ def load_params(path: epath.PathLike, model_or_shapes: Any, *, optional: Sequenc
                                 optional=optional, dtype=dtype, source=str(path))
 
 
-def load_base(path: epath.PathLike, vqvae: epath.PathLike, model: Any, dtype: Any = None
-              ) -> dict[str, Any]:
-    """Parameters to start from: an InternVL folder as released, and VAR's VQ-VAE in its own file.
+def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None = None
+                ) -> torch_convert.Import:
+    """How a folder or weight file fills a model; nothing is read yet.
 
-    The three tables that ARGenSeg adds start as zeros, the rows of the new tokens as the mean of
-    the old rows, as in the reference.
+    Args:
+      path: folder or file.
+      model: the ARGenSeg.
+      vqvae: file of the VQ-VAE, for an InternVL folder as released. The three tables that ARGenSeg
+        adds are not filled then: they start as zeros, and the rows of new tokens as the mean of the
+        old ones, as in the reference.
     """
-    shapes = dict(param_shapes(model))
+    shapes, size = dict(param_shapes(model)), model.vocab.size
+    tensors = open_tensors(path)
+    if vqvae is None:
+        if not any(key.startswith(OWN_PARTS) for key in tensors):
+            raise UserError(f"{path} has no VQ-VAE, as InternVL was released: give the file of VAR's "
+                            "(vae_ch160v4096z32.pth) with --vqvae")
+        return torch_convert.Import(tensors, shapes, vocab_size=size, source=str(path))
     own = {"vqvae": shapes.pop("vqvae")}
-    params = torch_convert.to_jax(open_tensors(path), shapes, vocab_size=model.vocab.size,
-                                  optional=("visual/.*",), dtype=dtype, source=str(path))
-    added = {name: np.zeros(leaf.shape, dtype or leaf.dtype)
-             for name, leaf in trees.flatten({"visual": shapes["visual"]}).items()}
-    found = trees.flatten(params)
-    params = trees.unflatten({**added, **found})
-    return {**params, **load_params(vqvae, own, dtype=dtype)}
+    return (torch_convert.Import(tensors, shapes, vocab_size=size, optional=("visual/.*",),
+                                 source=str(path))
+            + torch_convert.Import(open_tensors(vqvae), own, source=str(vqvae)))
 
 
 def save_folder(path: epath.PathLike, params: Mapping[str, Any], model_cfg: Mapping[str, Any],
                 tokenizer_files: Sequence[epath.PathLike] = (), dtype: Any = None,
-                texts: Mapping[str, str] | None = None) -> int:
+                texts: Mapping[str, str] | None = None, *, layout: str = "official",
+                done: Callable[[int], None] = lambda n: None) -> int:
     """Writes an HF-style folder with the official key names; returns the bytes of the tensors.
 
     The folder appears under its name when it is complete. An existing one is an error.
 
     Args:
       path: the folder to make.
-      params: the whole parameter tree.
+      params: the whole parameter tree; arrays, or anything that torch_convert.export takes.
       model_cfg: the `model` section that built it.
       tokenizer_files: copied into the folder.
       dtype: of the weights in the file ('bfloat16', ...); None keeps each leaf's own.
       texts: {file name: content} of further files.
+      layout: 'official', or 'hf' for transformers' own InternVL.
+      done: called with the bytes of each tensor that was written.
     """
-    path = epath.Path(path)
-    if path.exists():
-        raise UserError(f"{path} exists already; choose another name or remove it")
-    dtype = None if dtype is None else jnp.dtype(dtype)
-    model = variants.build(model_cfg)
-    name = str(dtype or jax.tree.leaves(params)[0].dtype)
-    config = hf_config.model_cfg_to_hf(model_cfg, name)
-    temporary = path.parent / f"{path.name}.partial-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir(parents=True)
-    try:
-        total = _write_tensors(temporary, torch_convert.to_torch(
-            params, vocab_size=model.vocab.size, dtype=dtype))
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    flat = trees.flatten(params)
+    tensors = torch_convert.export(flat, layout=layout, vocab_size=variants.build(model_cfg).vocab.size,
+                                   dtype=dtype)
+    name = str(np.dtype(dtype or flat["llm/embed/embedding"].dtype))
+    config = hf_config.model_cfg_to_hf(model_cfg, name, layout)
+    with files.new_folder(path) as folder:
+        total = write_tensors(folder, tensors, done)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file, text in (texts or {}).items():
-            (temporary / file).write_text(text)
+            (folder / file).write_text(text)
         for file in tokenizer_files:
             file = epath.Path(file)
-            (temporary / file.name).write_bytes(file.read_bytes())
-        temporary.rename(path)
-    except BaseException:
-        temporary.rmtree(missing_ok=True)
-        raise
+            (folder / file.name).write_bytes(file.read_bytes())
     return total
 
 
@@ -247,34 +180,24 @@ def tokenizer_files(folder: epath.PathLike) -> list[epath.Path]:
     return [f for f in (epath.Path(folder) / name for name in TOKENIZER_FILES) if f.exists()]
 
 
-def _write_tensors(folder: epath.Path, pairs: Iterator[tuple[str, np.ndarray]]) -> int:
-    """Writes (key, array) pairs in shards of at most SHARD_BYTES, and an index if there are several."""
-    shards: list[list[str]] = []
-    shard: dict[str, np.ndarray] = {}
-    total = held = 0
-
-    def flush() -> None:
-        (folder / f"{len(shards)}.tmp").write_bytes(
-            safetensors.numpy.save(shard, metadata={"format": "pt"}))
-        shards.append(list(shard))
-        shard.clear()
-
-    for key, array in pairs:
-        if shard and held + array.nbytes > SHARD_BYTES:
-            flush()
+def write_tensors(folder: epath.PathLike, tensors: Mapping[str, Lazy],
+                  done: Callable[[int], None] = lambda n: None) -> int:
+    """Writes shards of at most SHARD_BYTES, and an index if there are several; returns the bytes."""
+    folder = epath.Path(folder)
+    shards: list[dict[str, Lazy]] = [{}]
+    held = 0
+    for key, lazy in tensors.items():
+        if shards[-1] and held + lazy.nbytes > SHARD_BYTES:
+            shards.append({})
             held = 0
-        shard[key] = array
-        held += array.nbytes
-        total += array.nbytes
-    flush()
-    if len(shards) == 1:
-        (folder / "0.tmp").rename(folder / "model.safetensors")
-        return total
-    where = {}
-    for i, keys in enumerate(shards):
-        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{i}.tmp").rename(folder / name)
-        where.update(dict.fromkeys(keys, name))
-    (folder / INDEX).write_text(json.dumps(
-        {"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
+        shards[-1][key] = lazy
+        held += lazy.nbytes
+    total, n, where = sum(lazy.nbytes for lazy in tensors.values()), len(shards), {}
+    for i, shard in enumerate(shards):
+        name = "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
+        tensor_files.write_safetensors(folder / name, shard, done)
+        where.update(dict.fromkeys(shard, name))
+    if n > 1:
+        (folder / INDEX).write_text(json.dumps(
+            {"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
     return total

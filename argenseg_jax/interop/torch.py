@@ -6,6 +6,7 @@ UserError that names everything that does not fit.
 """
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -17,9 +18,62 @@ import numpy as np
 
 from argenseg_jax import trees
 from argenseg_jax.errors import UserError
+from argenseg_jax.interop.tensor_files import Lazy, Tensors, contiguous
 from argenseg_jax.interop.weight_map import HITS, IGNORED, TABLE, Row, full_name, template_regex
 
 Params = Mapping[str, Any]
+
+
+class Import:
+    """How the tensors of one or several sources fill the leaves of a model.
+
+    Attributes:
+      dtypes: {leaf: dtype in the source}, of the leaves that are filled; the widest where the
+        layers of one leaf differ.
+      total: bytes of the tensors that will be read.
+    """
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], shapes: Params, *,
+                 vocab_size: int | None = None, optional: Sequence[str] = (),
+                 source: str = "the checkpoint"):
+        """Gives every tensor its place; arguments and errors as for to_jax. Nothing is read."""
+        want = trees.flatten(shapes)
+        jobs, faults = _assign(tensors, want, optional)
+        self.dtypes: dict[str, np.dtype] = {}
+        self.total = 0
+        steps = []
+        for job in () if faults else jobs:
+            for layer, key in job.keys.items():
+                stored = _lazy(tensors, key)
+                self.total += stored.nbytes
+                try:
+                    steps.append(_Step(job, layer, key, stored, want, vocab_size))
+                except ValueError as error:
+                    faults.append(str(error))
+                for path in job.paths:
+                    self.dtypes[path] = np.promote_types(self.dtypes.get(path, stored.dtype),
+                                                         stored.dtype)
+        if faults:
+            raise UserError(f"{source} does not fit the model: " + "; ".join(faults))
+        self._steps = steps
+
+    def __add__(self, other: Import) -> Import:
+        """Both, one after the other; their leaves are disjoint."""
+        both = copy.copy(self)
+        both.dtypes = {**self.dtypes, **other.dtypes}
+        both.total = self.total + other.total
+        both._steps = self._steps + other._steps
+        return both
+
+    def slices(self) -> Iterator[tuple[str, int | None, np.ndarray]]:
+        """(leaf, layer or None, array), one tensor in memory at a time.
+
+        With a layer the array is that layer of the leaf, otherwise its leading corner: rows of the
+        padded vocabulary are missing, and shall be zero.
+        """
+        for step in self._steps:
+            for path, array in zip(step.job.paths, step.read()):
+                yield path, step.layer, array
 
 
 def to_jax(tensors: Mapping[str, np.ndarray], shapes: Params, *, vocab_size: int | None = None,
@@ -41,59 +95,103 @@ def to_jax(tensors: Mapping[str, np.ndarray], shapes: Params, *, vocab_size: int
       Nested dict of numpy arrays. Rows of the padded vocabulary beyond the true one are zero.
 
     Raises:
-      UserError: one message with every unmatched key, its nearest candidate, and every empty leaf.
+      UserError: one message with every unmatched key, its nearest candidate, every empty leaf, and
+        every tensor of a wrong shape.
     """
     want = trees.flatten(shapes)
-    jobs, faults = _assign(tensors, want, optional)
+    plan = Import(tensors, shapes, vocab_size=vocab_size, optional=optional, source=source)
     flat: dict[str, np.ndarray] = {}
-    for job in () if faults else jobs:
-        try:
-            flat.update(_import(tensors, job, want, vocab_size, dtype))
-        except ValueError as error:
-            faults.append(str(error))
-    if faults:
-        raise UserError(f"{source} does not fit the model: " + "; ".join(faults))
+    for path, layer, array in plan.slices():
+        if path not in flat:
+            flat[path] = np.zeros(want[path].shape, dtype or want[path].dtype)
+        flat[path][corner(layer, array)] = array
     return trees.unflatten({path: flat[path] for path in want if path in flat})
 
 
-def to_torch(params: Params, *, family: str | None = None, vocab_size: int | None = None,
-             dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+def corner(layer: int | None, array: np.ndarray) -> tuple[int | slice, ...]:
+    """Where in its leaf a slice of Import.slices lies."""
+    return (*(() if layer is None else (layer,)), *map(slice, array.shape))
+
+
+def to_torch(params: Params, *, family: str | None = None, layout: str = "official",
+             vocab_size: int | None = None, dtype: Any = None
+             ) -> Iterator[tuple[str, np.ndarray]]:
     """Parameter tree -> (torch key, contiguous array) pairs, one at a time, in the table's order.
 
+    Arguments and errors: see `export`.
+    """
+    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+    for key, lazy in export(flat, family=family, layout=layout, vocab_size=vocab_size,
+                            dtype=dtype).items():
+        yield key, lazy.read()
+
+
+def export(flat: Mapping[str, Any], *, family: str | None = None, layout: str = "official",
+           vocab_size: int | None = None, dtype: Any = None) -> dict[str, Lazy]:
+    """{torch key: tensor} of the leaves {path: leaf}, in the table's order; nothing is read yet.
+
     Args:
-      params: the whole tree or some of its parts (vision, connector, llm, visual, vqvae).
+      flat: leaves of the whole tree or of some of its parts (vision, connector, llm, visual,
+        vqvae); anything with .shape, .dtype and numpy's way of indexing the first axis.
       family: key names of the language model, 'internlm2' or 'qwen2'; None: the latter where it has
         biases or qk-norm, as InternLM2 has neither.
+      layout: 'official', or 'hf' for the names of transformers' own InternVL, which knows no fused
+        attention: there every language model has the names of Qwen2.
       vocab_size: the true vocabulary, to which the padded rows are cut; None keeps them.
       dtype: of floating-point tensors in the file; None keeps each leaf's.
 
     Raises:
       UserError: a leaf that no row of the table covers.
     """
-    flat = trees.flatten(params)
     if family is None:
         marks = ("llm/layers/attn/q/bias", "llm/layers/attn/q_norm/scale")
         family = "qwen2" if any(mark in flat for mark in marks) else "internlm2"
-    todo = set(flat)
+    families = ("", layout, "qwen2" if layout == "hf" else family)
+    todo, out = set(flat), {}
     for row in TABLE:
-        if row.family not in ("", family):
+        if row.family not in families:
             continue
         for paths, names in _instances(row, flat):
             missing = [p for p in paths if p not in flat]
             if missing:
                 raise UserError(f"cannot export '{paths[0]}' without {missing}")
             todo -= set(paths)
-            leaves = [np.asarray(flat[p]) for p in paths]
+            leaves = [flat[p] for p in paths]
+            stored = np.dtype(dtype or leaves[0].dtype)
+            shape = _torch_shape(row, leaves, vocab_size)
             for i in range(leaves[0].shape[0]) if row.stacked else (None,):
-                tensor = row.op.to_torch(tuple(x if i is None else x[i] for x in leaves))
-                if row.op.vocab_axis is not None:
-                    tensor = tensor[:vocab_size]
-                yield row.key.format(i=i, **names), _as(tensor, dtype)
+                read = functools.partial(_export, row, leaves, i, vocab_size, stored)
+                out[row.key.format(i=i, **names)] = Lazy(shape, stored, read)
     if todo:
         raise UserError(f"the weight map has no row ({family}) for {sorted(todo)}")
     if "vqvae/quantizer/codebook" in flat and "visual/lvl_embed" in flat:
-        size = flat["visual/lvl_embed"].shape[0], flat["vqvae/quantizer/codebook"].shape[0]
-        yield HITS, np.zeros(size, np.float32)  # PyTorch's strict loading asks for the buffer
+        codebook = flat["vqvae/quantizer/codebook"]
+        # PyTorch's strict loading asks for the buffer.
+        out[HITS] = Lazy.of(np.zeros((flat["visual/lvl_embed"].shape[0], codebook.shape[0]),
+                                     dtype or codebook.dtype))
+    return out
+
+
+def _export(row: Row, leaves: Sequence[Any], layer: int | None, vocab_size: int | None,
+            dtype: np.dtype) -> np.ndarray:
+    """The torch tensor of one layer."""
+    where = ... if layer is None else layer
+    tensor = row.op.to_torch(tuple(np.asarray(leaf[where]) for leaf in leaves))
+    if row.op.vocab_axis is not None:
+        tensor = tensor[:vocab_size]
+    return contiguous(tensor, dtype)
+
+
+def _torch_shape(row: Row, leaves: Sequence[Any], vocab_size: int | None) -> tuple[int, ...]:
+    """Shape of the torch tensor (of one layer), found without reading the leaves."""
+    blanks = tuple(_blank(leaf.shape[row.stacked:]) for leaf in leaves)
+    shape = row.op.to_torch(blanks).shape
+    return shape if row.op.vocab_axis is None else (min(vocab_size or shape[0], shape[0]), *shape[1:])
+
+
+def _blank(shape: Sequence[int]) -> np.ndarray:
+    """An array of any size that takes a single byte, to try an op's shapes on."""
+    return np.broadcast_to(np.zeros((), np.uint8), tuple(shape))
 
 
 @functools.cache
@@ -176,44 +274,51 @@ def _instances(row: Row, flat: Mapping[str, Any]) -> Iterator[tuple[tuple[str, .
             yield tuple(p.format(**m.groupdict()) for p in row.paths), m.groupdict()
 
 
-def _import(tensors: Mapping[str, np.ndarray], job: _Job, want: Mapping[str, Any],
-            vocab_size: int | None, dtype: Any) -> dict[str, np.ndarray]:
-    """Reads the tensors of one job; layers go straight into their stacked leaves."""
-    row, first = job.row, want[job.paths[0]]
-    out = {p: np.zeros(want[p].shape, dtype or want[p].dtype) for p in job.paths}
-    for layer, key in job.keys.items():
-        tensor = tensors[key]
-        shapes = [tuple(want[p].shape[layer is not None:]) for p in job.paths]
-        if row.op.vocab_axis is not None:
-            tensor = _grow(tensor, vocab_size)
-            size = list(shapes[0])
-            size[row.op.vocab_axis] = min(tensor.shape[0], size[row.op.vocab_axis])
-            shapes = [tuple(size)]
+class _Step:
+    """One tensor on its way into its leaves (or into one layer of them)."""
+
+    def __init__(self, job: _Job, layer: int | None, key: str, stored: Lazy,
+                 want: Mapping[str, Any], vocab_size: int | None):
+        """Raises ValueError where the shapes do not fit."""
+        self.job, self.layer, self._stored = job, layer, stored
+        shape = stored.shape
+        self._shapes = [tuple(want[p].shape[layer is not None:]) for p in job.paths]
+        self._rows = None
+        axis = job.row.op.vocab_axis
+        if axis is not None:
+            self._rows = vocab_size or shape[0]
+            if shape[0] > self._rows:
+                raise ValueError(f"a vocabulary of {shape[0]} rows in the file, {vocab_size} in the "
+                                 "model")
+            shape = (self._rows, *shape[1:])
+            size = list(self._shapes[0])
+            size[axis] = min(self._rows, size[axis])
+            self._shapes = [tuple(size)]
         try:
-            leaves = row.op.to_jax(tensor, tuple(shapes))
-            fits = [leaf.shape for leaf in leaves] == shapes
+            leaves = job.row.op.to_jax(_blank(shape), tuple(self._shapes))
+            fits = [leaf.shape for leaf in leaves] == self._shapes
         except ValueError:
             fits = False
         if not fits:
-            raise ValueError(f"'{key}' {tuple(tensor.shape)} does not fit '{job.paths[0]}' "
-                             f"{tuple(first.shape)} ({row.op.name})")
-        for path, leaf in zip(job.paths, leaves):
-            where = layer if row.stacked else tuple(slice(n) for n in leaf.shape)
-            out[path][where] = leaf
-    return out
+            raise ValueError(f"'{key}' {tuple(stored.shape)} does not fit '{job.paths[0]}' "
+                             f"{tuple(want[job.paths[0]].shape)} ({job.row.op.name})")
+
+    def read(self) -> tuple[np.ndarray, ...]:
+        """The leaves (of the layer)."""
+        tensor = self._stored.read()
+        return self.job.row.op.to_jax(_grow(tensor, self._rows), tuple(self._shapes))
 
 
-def _grow(tensor: np.ndarray, size: int | None) -> np.ndarray:
-    """[V, ...] with fewer rows than `size` gets rows that are the mean of its own."""
-    new = 0 if size is None else size - tensor.shape[0]
-    if new == 0:
+def _lazy(tensors: Mapping[str, np.ndarray], key: str) -> Lazy:
+    return tensors.lazy(key) if isinstance(tensors, Tensors) else Lazy.of(tensors[key])
+
+
+def _grow(tensor: np.ndarray, rows: int | None) -> np.ndarray:
+    """[V, ...] with fewer than `rows` rows gets more, each the mean of its own."""
+    if rows is None or rows == tensor.shape[0]:
         return tensor
-    if new < 0:
-        raise ValueError(f"a vocabulary of {tensor.shape[0]} rows in the file, {size} in the model")
-    mean = tensor.astype(np.float32).mean(0, keepdims=True).astype(tensor.dtype)
-    return np.concatenate([tensor, np.repeat(mean, new, 0)])
-
-
-def _as(tensor: np.ndarray, dtype: Any) -> np.ndarray:
-    """Contiguous, in the file's dtype."""
-    return np.ascontiguousarray(tensor, dtype or tensor.dtype).reshape(tensor.shape)
+    grown = np.empty((rows, *tensor.shape[1:]), tensor.dtype)
+    grown[:len(tensor)] = tensor
+    blocks = (tensor[i:i + 4096] for i in range(0, len(tensor), 4096))  # in f64, and not all at once
+    grown[len(tensor):] = sum(b.astype(np.float64).sum(0) for b in blocks) / len(tensor)
+    return grown

@@ -1,0 +1,115 @@
+"""Whole checkpoints from one form to the other, one tensor in memory at a time."""
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+
+from argenseg_jax import files, trees
+from argenseg_jax.ckpt import checkpoint, orbax_io
+from argenseg_jax.errors import UserError
+from argenseg_jax.interop import hf_folder
+from argenseg_jax.interop import torch as torch_convert
+
+VOCAB_LEAVES = ("llm/embed/embedding", "llm/lm_head/kernel")  # padded in memory
+
+
+def to_orbax(source: checkpoint.Checkpoint, weights: epath.PathLike, target: epath.PathLike, *,
+             vqvae: epath.PathLike | None = None, dtype: Any = None) -> dict[str, int]:
+    """HF folder -> workdir with one checkpoint, the config, and the tokenizer with the added words.
+
+    Args:
+      source: the folder.
+      weights: the folder again, or one weight file in it.
+      target: the workdir to make; it appears when it is complete.
+      vqvae: file of the VQ-VAE, for an InternVL as released (interop/hf_folder.plan_import).
+      dtype: of the parameters; None keeps the file's.
+
+    Returns:
+      {params, bytes} without the padding of the vocabulary.
+
+    Raises:
+      UserError: what does not fit, before anything is written; a target that exists; a full disk.
+    """
+    model = source.model()
+    plan = hf_folder.plan_import(weights, model, vqvae)
+    shapes = trees.flatten(hf_folder.param_shapes(model))
+    missing = np.dtype(dtype or plan.dtypes["llm/embed/embedding"])  # of tables that start as zeros
+    leaves = {name: jax.ShapeDtypeStruct(leaf.shape, dtype or plan.dtypes.get(name, missing))
+              for name, leaf in shapes.items()}
+    with files.new_folder(target) as folder, _bar(target, _nbytes(leaves)) as bar:
+        writer = orbax_io.ParamsWriter(folder / orbax_io.DIRECTORY / "0", leaves)
+        for name, layer, array in plan.slices():
+            writer.write(name, torch_convert.corner(layer, array), array)
+            bar.update(array.size * leaves[name].dtype.itemsize)
+        for name in leaves.keys() - plan.dtypes.keys():
+            writer.write(name, (...,), np.zeros(leaves[name].shape, np.bool_))
+        writer.close()
+        (folder / orbax_io.CONFIG).write_text(json.dumps(dict(source.config), indent=2) + "\n")
+        if hf_folder.tokenizer_files(source.path):
+            source.tokenizer().save(folder / checkpoint.TOKENIZER)
+        else:
+            print(f"{source.path} has no tokenizer: none is written", file=sys.stderr)
+    return _sizes(model, leaves)
+
+
+def to_hf(source: checkpoint.Checkpoint, target: epath.PathLike, *, layout: str = "official",
+          dtype: Any = None) -> dict[str, int]:
+    """Orbax checkpoint -> HF folder; the run's config rides along: config.json has no name for it.
+
+    Args:
+      source: the checkpoint; averaged weights are taken where it has them.
+      target: the folder to make; it appears when it is complete.
+      layout: names of the keys and form of config.json: 'official', or 'hf' (transformers' own).
+      dtype: of the weights; None keeps the checkpoint's.
+
+    Returns:
+      {params, bytes} as to_orbax.
+    """
+    model = source.model()
+    orbax_io.check_shapes(orbax_io.find_step(source.path), hf_folder.param_shapes(model))
+    leaves = orbax_io.open_params(source.path)
+    config = {key: value for key, value in source.config.items() if key != "model"}
+    kept = {name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype) for name, leaf in leaves.items()}
+    with _bar(target, _nbytes(kept)) as bar:
+        hf_folder.save_folder(
+            target, trees.unflatten(leaves), source.config["model"], source.tokenizer_files(), dtype,
+            {checkpoint.RUN_CONFIG: json.dumps(config, indent=2) + "\n"}, layout=layout,
+            done=bar.update)
+    return _sizes(model, kept)
+
+
+def _nbytes(leaves: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+
+
+def _sizes(model: Any, leaves: Any) -> dict[str, int]:
+    """Number and bytes of the parameters, without the padding of the vocabulary."""
+    share = model.vocab.size / model.vocab.padded_size
+    real = {name: math.prod(leaf.shape) * (share if name in VOCAB_LEAVES else 1)
+            for name, leaf in leaves.items()}
+    return {"params": round(sum(real.values())),
+            "bytes": round(sum(n * leaves[name].dtype.itemsize for name, n in real.items()))}
+
+
+@contextlib.contextmanager
+def _bar(target: epath.PathLike, total: int) -> Iterator[tqdm.tqdm]:
+    """A progress bar of so many bytes; UserError if the disk has no room for them."""
+    parent = os.path.dirname(os.path.abspath(target))
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if "://" not in os.fspath(target) and (free := shutil.disk_usage(parent).free) < total:
+        raise UserError(f"{target} needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
+    with tqdm.tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, delay=1,
+                   desc=os.path.basename(os.fspath(target)), dynamic_ncols=True) as bar:
+        yield bar
