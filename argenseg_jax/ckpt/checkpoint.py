@@ -11,7 +11,7 @@ from etils import epath
 from argenseg_jax import files
 from argenseg_jax.ckpt import orbax_io
 from argenseg_jax.data.shapes import corpus
-from argenseg_jax.data.tokenizer import Tokenizer, nano_tokenizer
+from argenseg_jax.data.tokenizer import VOCABULARIES, Tokenizer, nano_tokenizer
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.models import variants
@@ -57,16 +57,20 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer saved beside the weights."""
-        for folder in (self.path, *list(self.path.parents)[:2]):
-            if (folder / TOKENIZER).is_dir():
-                return Tokenizer.load(folder / TOKENIZER)
-        return Tokenizer.load(self.path, self.model().vocab.num_codes)
+        folder = self._tokenizer_folder()
+        return Tokenizer.load(folder, self.model().vocab.num_codes if folder == self.path else None)
+
+    def has_tokenizer(self) -> bool:
+        """Whether there is one."""
+        return any((self._tokenizer_folder() / name).exists() for name in VOCABULARIES)
 
     def tokenizer_files(self) -> list[epath.Path]:
-        """Its files, as they are copied beside the weights."""
+        """Its files, and others that belong to it, as they are copied beside the weights."""
+        return hf_folder.tokenizer_files(self._tokenizer_folder())
+
+    def _tokenizer_folder(self) -> epath.Path:
         folders = [f / TOKENIZER for f in (self.path, *list(self.path.parents)[:2])]
-        found = next((f for f in folders if f.is_dir()), self.path)
-        return hf_folder.tokenizer_files(found)
+        return next((f for f in folders if f.is_dir()), self.path)
 
 
 def open_checkpoint(path: str) -> Checkpoint:

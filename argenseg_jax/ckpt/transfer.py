@@ -56,11 +56,19 @@ def to_orbax(source: checkpoint.Checkpoint, weights: epath.PathLike, target: epa
             writer.write(name, (...,), np.zeros(leaves[name].shape, np.bool_))
         writer.close()
         (folder / orbax_io.CONFIG).write_text(json.dumps(dict(source.config), indent=2) + "\n")
-        if hf_folder.tokenizer_files(source.path):
-            source.tokenizer().save(folder / checkpoint.TOKENIZER)
-        else:
-            print(f"{source.path} has no tokenizer: none is written", file=sys.stderr)
+        _copy_tokenizer(source, folder / checkpoint.TOKENIZER)
     return _sizes(model, leaves)
+
+
+def _copy_tokenizer(source: checkpoint.Checkpoint, folder: epath.Path) -> None:
+    """The tokenizer with the words that ARGenSeg adds, and the files that go along as they are."""
+    if not source.has_tokenizer():
+        print(f"{source.path} has no tokenizer: none is written", file=sys.stderr)
+        return
+    source.tokenizer().save(folder)
+    for file in source.tokenizer_files():
+        if not (folder / file.name).exists():
+            (folder / file.name).write_bytes(file.read_bytes())
 
 
 def to_hf(source: checkpoint.Checkpoint, target: epath.PathLike, *, layout: str = "official",

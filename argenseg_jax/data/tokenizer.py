@@ -21,6 +21,7 @@ from argenseg_jax.errors import UserError
 Part = str | int  # a text to be encoded, or the id of a control token
 # Harmless markup that may be written in a text: it neither opens nor closes anything by itself.
 MARKUP = tuple(t for t in vocab_lib.SPECIAL_TOKENS if re.fullmatch(r"</?(quad|ref|box|mask)>", t))
+VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json")  # a folder has one, by preference
 _CODE_WORD = r"<visual token \d{6}>"
 _QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -29,8 +30,8 @@ _QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 class _SentencePiece:
     """A sentencepiece model with added words, as the official slow tokenizer sees it."""
 
-    def __init__(self, proto: bytes, added: dict[str, int]):
-        self.proto, self.added = proto, dict(added)
+    def __init__(self, proto: bytes, added: dict[str, int], config: dict):
+        self.proto, self.added, self.config = proto, dict(added), config
         self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self.bos = self.model.bos_id() if self.model.bos_id() >= 0 else None
         self.pad = self.model.eos_id() if self.model.eos_id() >= 0 else None
@@ -56,11 +57,10 @@ class _SentencePiece:
         return self.model.decode([i for i in ids if i < self.model.get_piece_size()])
 
     def files(self) -> dict[str, bytes]:
-        config = {"tokenizer_class": "InternLM2Tokenizer", "eos_token": "</s>", "pad_token": "</s>",
-                  "bos_token": "<s>", "added_tokens_decoder": {
-                      str(i): {"content": w, "special": True} for w, i in self.added.items()}}
+        config = self.config or {"tokenizer_class": "InternLM2Tokenizer", "bos_token": "<s>",
+                                 "eos_token": "</s>", "pad_token": "</s>"}
         return {"tokenizer.model": self.proto, "added_tokens.json": _json(self.added),
-                "tokenizer_config.json": _json(config)}
+                "tokenizer_config.json": _json(_with_added(config, self.added))}
 
 
 class _Fast:
@@ -68,8 +68,9 @@ class _Fast:
 
     bos = None
 
-    def __init__(self, model: tokenizers.Tokenizer):
-        self.model = model
+    def __init__(self, model: tokenizers.Tokenizer, config: dict | None = None, slow: bool = False):
+        """slow: the files of the slow Qwen2 tokenizer belong to it too."""
+        self.model, self.config, self.slow = model, config or {}, slow
         self.model.no_truncation()
         self.model.no_padding()
         self.pad = model.token_to_id("<|endoftext|>")
@@ -90,10 +91,19 @@ class _Fast:
         return self.model.decode(ids, skip_special_tokens=False)
 
     def files(self) -> dict[str, bytes]:
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": vocab_lib.IM_END,
-                  "pad_token": vocab_lib.IM_END, "clean_up_tokenization_spaces": False}
-        return {"tokenizer.json": self.model.to_str(pretty=True).encode(),
-                "tokenizer_config.json": _json(config)}
+        out = {"tokenizer.json": self.model.to_str(pretty=True).encode()}
+        if not self.config:
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": vocab_lib.IM_END,
+                      "pad_token": vocab_lib.IM_END, "clean_up_tokenization_spaces": False}
+            return {**out, "tokenizer_config.json": _json(config)}
+        added = {t.content: i for i, t in self.model.get_added_tokens_decoder().items()}
+        out["tokenizer_config.json"] = _json(_with_added(self.config, added))
+        if self.slow:
+            bpe = json.loads(self.model.to_str())["model"]
+            pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"])
+            out |= {"vocab.json": _json(bpe["vocab"]), "added_tokens.json": _json(added),
+                    "merges.txt": ("#version: 0.2\n" + "".join(f"{p}\n" for p in pairs)).encode()}
+        return out
 
 
 class Tokenizer:
@@ -149,10 +159,9 @@ class Tokenizer:
         path = epath.Path(path)
         folder = path if path.is_dir() else path.parent
         if path.is_dir():
-            found = [n for n in ("tokenizer.model", "tokenizer.json", "vocab.json")
-                     if (folder / n).exists()]
+            found = [name for name in VOCABULARIES if (folder / name).exists()]
             if not found:
-                raise UserError(f"{path}: no tokenizer.model, tokenizer.json or vocab.json in it")
+                raise UserError(f"{path}: no {', '.join(VOCABULARIES[:-1])} or {VOCABULARIES[-1]} in it")
             path = folder / found[0]
         elif not path.exists():
             raise UserError(f"{path}: no such tokenizer file")
@@ -218,21 +227,23 @@ def _open(path: epath.Path, folder: epath.Path) -> _SentencePiece | _Fast:
         file = folder / name
         return json.loads(file.read_text()) if file.exists() else {}
 
+    config = read("tokenizer_config.json")
     if path.name == "vocab.json":
         merges = (folder / "merges.txt").read_text()
-        return _qwen(read("vocab.json"), merges, read("added_tokens.json"))
+        return _qwen(read("vocab.json"), merges, read("added_tokens.json"), config)
     if path.suffix == ".json":
-        return _Fast(tokenizers.Tokenizer.from_str(path.read_text()))
-    listed = read("tokenizer_config.json").get("added_tokens_decoder", {})
+        slow = all((folder / name).exists() for name in ("vocab.json", "merges.txt"))
+        return _Fast(tokenizers.Tokenizer.from_str(path.read_text()), config, slow)
+    listed = config.get("added_tokens_decoder", {})
     added = {word["content"]: int(i) for i, word in listed.items()} | read("added_tokens.json")
     proto = path.read_bytes()
     plain = sentencepiece.SentencePieceProcessor(model_proto=proto)
     own = (plain.unk_id(), plain.bos_id(), plain.eos_id())
     ends = {plain.id_to_piece(i) for i in own if i >= 0}
-    return _SentencePiece(proto, {word: i for word, i in added.items() if word not in ends})
+    return _SentencePiece(proto, {w: i for w, i in added.items() if w not in ends}, config)
 
 
-def _qwen(words: dict[str, int], merges: str, added: dict[str, int]) -> _Fast:
+def _qwen(words: dict[str, int], merges: str, added: dict[str, int], config: dict) -> _Fast:
     """The slow Qwen2 files (vocab.json, merges.txt, added_tokens.json) as one fast tokenizer."""
     pairs = [tuple(line.split(" ")) for line in merges.splitlines() if line and line[0] != "#"]
     model = tokenizers.Tokenizer(models.BPE(vocab=words, merges=pairs))
@@ -241,13 +252,20 @@ def _qwen(words: dict[str, int], merges: str, added: dict[str, int]) -> _Fast:
         pre_tokenizers.Split(tokenizers.Regex(_QWEN_SPLIT), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     model.decoder = decoders.ByteLevel()
-    backend = _Fast(model)
+    backend = _Fast(model, config, slow=True)
     backend.add(sorted(added, key=added.get))
     wrong = [word for word, i in added.items() if backend.id(word) != i]
     if wrong:
         raise UserError(f"added_tokens.json leaves gaps: {wrong[0]} cannot be {added[wrong[0]]}")
     backend.pad = model.token_to_id("<|endoftext|>")
     return backend
+
+
+def _with_added(config: dict, added: dict[str, int]) -> dict:
+    """A tokenizer_config.json that lists the added words as well."""
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    listed = {str(i): {"content": word, **flags, "special": True} for word, i in added.items()}
+    return {**config, "added_tokens_decoder": {**listed, **config.get("added_tokens_decoder", {})}}
 
 
 def _json(value) -> bytes:

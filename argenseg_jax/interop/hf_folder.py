@@ -25,11 +25,14 @@ from argenseg_jax.models.argenseg import init_params
 SHARD_BYTES = 4 << 30
 # What the keys of ARGenSeg's own parts start with; a released InternVL has none of them.
 OWN_PARTS = ("image_tokenizer.", "word_embed.", "lvl_embed.", "pos_1LC")
+# They stand apart in a folder for transformers, which would complain of tensors that it does not know.
+OWN_FILE = "argenseg.safetensors"
 INDEX = "model.safetensors.index.json"
 # What a folder may hold besides weights: copied along when a folder is written from another.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
                    "merges.txt", "special_tokens_map.json", "added_tokens.json",
-                   "generation_config.json")
+                   "generation_config.json", "chat_template.jinja", "chat_template.json",
+                   "preprocessor_config.json", "processor_config.json")
 
 
 def is_hf(path: epath.PathLike) -> bool:
@@ -50,7 +53,12 @@ def read_config(path: epath.PathLike) -> dict[str, Any]:
 
 def model_cfg(path: epath.PathLike) -> dict[str, Any]:
     """The `model` section that a folder's config.json describes."""
-    return hf_config.model_cfg_from_hf(read_config(path))
+    config = read_config(path)
+    cfg = hf_config.model_cfg_from_hf(config)
+    if config.get("model_type") == hf_config.HF and cfg["llm"]["tied"]:
+        # transformers wrote "tied" by default, whatever the model was; the file knows.
+        cfg["llm"]["tied"] = not any(key.endswith("lm_head.weight") for key in open_tensors(path))
+    return cfg
 
 
 def open_tensors(path: epath.PathLike) -> Tensors:
@@ -86,7 +94,9 @@ def _weight_files(folder: epath.Path) -> list[epath.Path]:
         if (folder / index).exists():
             content = files.read_json(folder / index)
             try:
-                return [folder / name for name in sorted(set(content["weight_map"].values()))]
+                names = {*content["weight_map"].values(),
+                         *([OWN_FILE] if (folder / OWN_FILE).exists() else [])}
+                return [folder / name for name in sorted(names)]
             except (KeyError, TypeError, AttributeError):
                 raise UserError(f"{folder / index} has no weight_map {{key: file}}") from None
     for pattern in ("*.safetensors", "*.safetensors.xz", "pytorch_model*.bin", "*.pth"):
@@ -165,7 +175,12 @@ def save_folder(path: epath.PathLike, params: Mapping[str, Any], model_cfg: Mapp
     name = str(np.dtype(dtype or flat["llm/embed/embedding"].dtype))
     config = hf_config.model_cfg_to_hf(model_cfg, name, layout)
     with files.new_folder(path) as folder:
-        total = write_tensors(folder, tensors, done)
+        total = 0
+        if layout == "hf":
+            own = {key: tensors.pop(key) for key in list(tensors) if key.startswith(OWN_PARTS)}
+            tensor_files.write_safetensors(folder / OWN_FILE, own, done)
+            total = sum(lazy.nbytes for lazy in own.values())
+        total += write_tensors(folder, tensors, done)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file, text in (texts or {}).items():
             (folder / file).write_text(text)
@@ -176,8 +191,10 @@ def save_folder(path: epath.PathLike, params: Mapping[str, Any], model_cfg: Mapp
 
 
 def tokenizer_files(folder: epath.PathLike) -> list[epath.Path]:
-    """The tokenizer's files that a folder holds."""
-    return [f for f in (epath.Path(folder) / name for name in TOKENIZER_FILES) if f.exists()]
+    """The tokenizer's files that a folder holds; code of its own, which its config names, too."""
+    folder = epath.Path(folder)
+    return ([f for f in (folder / name for name in TOKENIZER_FILES) if f.exists()]
+            + sorted(folder.glob("tokenization_*.py")))
 
 
 def write_tensors(folder: epath.PathLike, tensors: Mapping[str, Lazy],

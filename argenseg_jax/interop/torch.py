@@ -234,7 +234,12 @@ def _assign(tensors: Mapping[str, Any], want: Mapping[str, Any], optional: Seque
             faults.append(f"'{key}' fills '{found.paths[0]}' a second time")
         layer = next(iter(found.keys))
         job.keys[layer] = key
-    filled = {path for job in jobs.values() for path in job.paths}
+    filled: dict[str, str] = {}
+    for job in jobs.values():
+        for path in job.paths:
+            if path in filled:
+                faults.append(f"{job.row.key} fills '{path}' a second time, after {filled[path]}")
+            filled[path] = job.row.key
     known = [key for path in want for key in torch_keys(path)]
     faults += [f"'{key}' has no place" + _nearest(name, known) for key, name in unused.items()]
     for job in jobs.values():
@@ -261,7 +266,7 @@ def _find(name: str) -> _Job | None:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    layer = next(iter(re.findall(r"layers\.(\d+)\.", name)), "0")
+    layer = next(iter(re.findall(r"layers?\.(\d+)\.", name)), "0")
     near = difflib.get_close_matches(name, [k.replace("{i}", layer) for k in known], 1, 0.5)
     return f" (nearest: '{near[0]}')" if near else ""
 

@@ -2,9 +2,10 @@
 
 A row is (torch key, flax path(s), op, family). In the names `{i}` is a layer whose tensors are
 stacked along a leading axis L in JAX; `{j}` and `{k}` are indices that stay in the flax name.
-Rows of a family ('internlm2' or 'qwen2') are alternatives for the same leaves. An op turns one
-torch tensor into the leaf (or the several leaves) of one layer, and back, without arithmetic: both
-directions are bit-exact.
+Rows of a family are alternatives for the same leaves: 'internlm2' or 'qwen2' for the language model,
+'official' or 'hf' (transformers' own InternVL, whose language model has the names of Qwen2) for the
+vision tower and the connector. An op turns one torch tensor into the leaf (or the several leaves) of
+one layer, and back, without arithmetic: both directions are bit-exact.
 
 Axis letters: D width, N query heads, K key/value heads, G = N/K, H head width, F MLP width, V
 vocabulary, C channels. Torch keeps Linear as [out, in] and convolutions as OIHW.
@@ -120,6 +121,8 @@ _DENSE = {"weight": ("kernel", LINEAR), "bias": ("bias", IDENTITY)}
 _CONV = {"weight": ("kernel", CONV), "bias": ("bias", IDENTITY)}
 _SCALE = {"weight": ("scale", IDENTITY)}
 _HEADS = {"weight": ("kernel", HEADS_IN), "bias": ("bias", HEADS_IN)}
+_HEADS_OUT = {"weight": ("kernel", HEADS_OUT), "bias": ("bias", IDENTITY)}
+_HF_LAYER = "vision_tower.encoder.layer.{i}"
 
 
 def _each(path: str, leaf: str) -> tuple[str, ...]:
@@ -127,10 +130,10 @@ def _each(path: str, leaf: str) -> tuple[str, ...]:
 
 
 def _vision() -> list[Row]:
-    """InternViT, LayerNorm (300M) and RMSNorm with qk-norm (6B) alike."""
+    """InternViT, LayerNorm (300M) and RMSNorm with qk-norm (6B) alike, and the connector."""
     key, path = "vision_model.encoder.layers.{i}", "vision/layers"
     emb = "vision_model.embeddings"
-    return [
+    rows = [
         *_rows(f"{emb}.patch_embedding", "vision/patch_embed", _CONV),
         Row(f"{emb}.class_embedding", ("vision/class_embed",), _squeeze(2)),
         Row(f"{emb}.position_embedding", ("vision/pos_embed",), _squeeze(1)),
@@ -139,8 +142,7 @@ def _vision() -> list[Row]:
         Row(f"{key}.attn.qkv.bias", _each(f"{path}/attn", "bias"), FUSED_QKV),
         *_rows(f"{key}.attn.q_norm", f"{path}/attn/q_norm", _SCALE),
         *_rows(f"{key}.attn.k_norm", f"{path}/attn/k_norm", _SCALE),
-        Row(f"{key}.attn.proj.weight", (f"{path}/attn/o/kernel",), HEADS_OUT),
-        Row(f"{key}.attn.proj.bias", (f"{path}/attn/o/bias",), IDENTITY),
+        *_rows(f"{key}.attn.proj", f"{path}/attn/o", _HEADS_OUT),
         Row(f"{key}.ls1", (f"{path}/ls1",), IDENTITY),
         *_rows(f"{key}.norm2", f"{path}/norm2", _NORM),
         *_rows(f"{key}.mlp.fc1", f"{path}/mlp/fc1", _DENSE),
@@ -150,6 +152,23 @@ def _vision() -> list[Row]:
         *_rows("mlp1.1", "connector/fc1", _DENSE),
         *_rows("mlp1.3", "connector/fc2", _DENSE),
     ]
+    hf = {f"{emb}.patch_embedding": "vision_tower.embeddings.patch_embeddings.projection",
+          f"{emb}.class_embedding": "vision_tower.embeddings.cls_token",
+          f"{emb}.position_embedding": "vision_tower.embeddings.position_embeddings",
+          f"{key}.norm1": f"{_HF_LAYER}.layernorm_before", f"{key}.ls1": f"{_HF_LAYER}.lambda_1",
+          f"{key}.norm2": f"{_HF_LAYER}.layernorm_after", f"{key}.ls2": f"{_HF_LAYER}.lambda_2",
+          f"{key}.attn.proj": f"{_HF_LAYER}.attention.projection_layer",
+          f"{key}.attn": f"{_HF_LAYER}.attention", f"{key}.mlp": f"{_HF_LAYER}.mlp",
+          "mlp1.0": "multi_modal_projector.layer_norm", "mlp1.1": "multi_modal_projector.linear_1",
+          "mlp1.3": "multi_modal_projector.linear_2"}
+    renamed = [row for row in rows if row.op is not FUSED_QKV]
+    for x in "qkv":
+        renamed += _rows(f"{key}.attn.{x}_proj", f"{path}/attn/{x}", _HEADS)
+    theirs = [dataclasses.replace(row, key=next(
+        new + row.key.removeprefix(old) for old, new in hf.items() if row.key.startswith(old)))
+        for row in renamed]
+    return [dataclasses.replace(row, family=family)
+            for family, part in (("official", rows), ("hf", theirs)) for row in part]
 
 
 def _decoder() -> list[Row]:
@@ -229,6 +248,12 @@ HITS = "image_tokenizer.quantize.ema_vocab_hit_SV"
 # Torch keys that have no leaf.
 IGNORED: tuple[str, ...] = (re.escape(HITS), r".*\.rotary_emb\.inv_freq")
 
+# In memory transformers' InternVL has other prefixes than in its files (versions 4.52 to 5 alike).
+_MODEL_PREFIXES: tuple[tuple[str, str], ...] = (
+    (r"model\.language_model\.(.*)", r"language_model.model.\1"),
+    (r"model\.((?:vision_tower|multi_modal_projector)\..*)", r"\1"),
+)
+
 # Files of a single part lack the prefix of the whole: (what their keys start with, the prefix).
 PART_PREFIXES: tuple[tuple[str, str], ...] = (
     (r"(encoder|decoder)\.(conv_in|conv_out|norm_out|mid|down|up)\..*|(post_)?quant_conv\..*"
@@ -241,7 +266,10 @@ PART_PREFIXES: tuple[tuple[str, str], ...] = (
 
 
 def full_name(key: str) -> str:
-    """The key, in the whole model, of a tensor from a file of one part (VQ-VAE, language model)."""
+    """The key, as the table has it, of a tensor from a file of one part or of transformers' memory."""
+    for pattern, name in _MODEL_PREFIXES:
+        if found := re.fullmatch(pattern, key):
+            return found.expand(name)
     for pattern, prefix in PART_PREFIXES:
         if re.fullmatch(pattern, key):
             return prefix + key

@@ -83,7 +83,7 @@ def test_config_of_a_checkpoint_before_the_visual_tokens():
 @pytest.mark.parametrize("change,message", [
     ({"select_layer": -2}, "select_layer"),
     ({"vision_config": None}, "vision_config"),
-    ({"llm_config": {"architectures": ["LlamaForCausalLM"]}}, "not supported"),
+    ({"llm_config": {"architectures": ["MistralForCausalLM"]}}, "not supported"),
     ({"llm_config": {"rope_scaling": {"type": "yarn", "factor": 4}}}, "yarn"),
 ])
 def test_foreign_configs_are_refused(change, message):
