@@ -40,6 +40,11 @@ def _qwen(width: int, depth: int, heads: int, kv_heads: int, mlp: int) -> dict[s
                 head_dim=64 if width == 896 else 128, rope_theta=1e6, qkv_bias=True)
 
 
+def _qwen_ntk(*sizes: int) -> dict[str, Any]:
+    """Qwen2.5 as in InternVL3."""
+    return dict(_qwen(*sizes), ntk_factor=2.0)
+
+
 def _released(vision: dict, llm: dict, vocab: dict) -> dict[str, Any]:
     return dict(image_size=448, vision=vision, connector={}, llm=llm, vqvae=_VAR, vocab=vocab)
 
@@ -52,6 +57,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "26b": _released(_VIT_6B, _internlm2(6144, 48, 48, 16384), _INTERNLM2_VOCAB),
     "38b": _released(_VIT_6B, _qwen(5120, 64, 40, 8, 27648), _QWEN_VOCAB),
     "78b": _released(_VIT_6B, _qwen(8192, 80, 64, 8, 29568), _QWEN_VOCAB),
+    "internvl3-1b": _released(_VIT_300M, _qwen_ntk(896, 24, 14, 2, 4864), _QWEN_VOCAB),
+    "internvl3-2b": _released(_VIT_300M, _qwen_ntk(1536, 28, 12, 2, 8960), _QWEN_VOCAB),
+    "internvl3-8b": _released(_VIT_300M, _qwen_ntk(3584, 28, 28, 4, 18944), _QWEN_VOCAB),
+    "internvl3-14b": _released(_VIT_300M, _qwen_ntk(5120, 48, 40, 8, 13824), _QWEN_VOCAB),
     "nano": dict(
         image_size=64,
         vision=dict(image_size=64, patch=8, width=96, depth=1, heads=3, mlp=256, ls_init=1.0),

@@ -21,20 +21,23 @@ from argenseg_jax.vocab import IGNORE, SPECIAL_TOKENS
 Params = Mapping[str, Any]
 
 
-def load_model(record: Recording) -> tuple[ARGenSeg, Params]:
-    """The model of the recording's config.json, with its weights."""
-    cfg = record.config
+def model_section(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A recording's config.json -> the `model` section of our configuration."""
     vae = {ours: cfg["vae"][theirs] for theirs, ours in (
         ("ch", "ch"), ("ch_mult", "ch_mult"), ("num_res_blocks", "num_res_blocks"),
         ("z_channels", "z_channels"), ("vocab_size", "codebook_size"))}
-    model_cfg = hf_config.model_cfg_from_hf({
+    return hf_config.model_cfg_from_hf({
         "downsample_ratio": cfg.get("downsample_ratio", 0.5),
         "ps_version": cfg.get("ps_version", "v2"), **cfg,
         hf_config.OWN: {"vqvae": {**vae, "patch_nums": cfg["patch_nums"]},
                         "vocab": {"base": cfg["tokens"][SPECIAL_TOKENS[0]],
                                   "eos": cfg["eos_token_id_in_generate"],
                                   "pad": cfg["pad_token_id_in_generate"]}}})
-    model = variants.build(model_cfg)
+
+
+def load_model(record: Recording) -> tuple[ARGenSeg, Params]:
+    """The model of the recording's config.json, with its weights."""
+    model = variants.build(model_section(record.config))
     params = torch_convert.to_jax(record.weights(), hf_folder.param_shapes(model),
                                   vocab_size=model.vocab.size, source=str(record.folder))
     return model, jax.tree.map(jnp.asarray, params)

@@ -4,6 +4,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -88,6 +89,46 @@ def test_another_model_is_refused(tmp_path):
             checkpoints.restore(3, other, {}, {"step": jnp.int32(0)})
         with pytest.raises(UserError, match="another optimizer or task"):
             checkpoints.restore(3, abstract(params()), {}, abstract({"step": jnp.int32(0), "mu": jnp.ones(3)}))
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_layers_are_read_one_by_one(tmp_path, ema):
+    """As training saves them, as save_params does, and in one chunk as older checkpoints have them."""
+    tree = {"llm": {"layers": {"w": jnp.arange(60.0).reshape(5, 4, 3)}, "scale": jnp.ones(3)}}
+    averaged = {"llm": {"layers": {"w": -tree["llm"]["layers"]["w"]}}} if ema else {}
+    with orbax_io.Checkpointer(str(tmp_path / "a")) as checkpoints:
+        checkpoints.save(1, tree, averaged, {"step": jnp.int32(1)}, {}, {})
+    orbax_io.save_params(str(tmp_path / "b"), tree)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(tmp_path / "c" / "params", tree)
+    for name in "abc":
+        leaves = orbax_io.open_params(tmp_path / name)
+        want = orbax_io.restore_params(tmp_path / name)["llm"]
+        assert set(leaves) == {"llm/layers/w", "llm/scale"}
+        stack = leaves["llm/layers/w"]
+        assert stack.shape == (5, 4, 3) and stack._rows == ((5,) if name == "c" else (1,))
+        for i in (3, 0, 4):
+            same(stack[i], want["layers"]["w"][i])
+        same(leaves["llm/scale"][...], want["scale"])
+
+
+def test_slices_are_written_one_by_one(tmp_path):
+    tree = {"layers": {"w": np.arange(24.0, dtype=np.float32).reshape(3, 4, 2)}, "zero": np.zeros((2, 2), np.int32)}
+    shapes = {"layers/w": jax.ShapeDtypeStruct((3, 4, 2), jnp.bfloat16),
+              "zero": jax.ShapeDtypeStruct((2, 2), jnp.int32)}
+    writer = orbax_io.ParamsWriter(tmp_path / "0", shapes)
+    for i in (2, 0, 1):
+        writer.write("layers/w", (i,), tree["layers"]["w"][i])
+    writer.write("zero", (slice(2), slice(1)), tree["zero"][:, :1])  # the corner that is filled
+    writer.close()
+    got = orbax_io.restore_params(tmp_path)
+    assert got["layers"]["w"].dtype == jnp.bfloat16 and got["zero"].dtype == np.int32
+    same({**got, "layers": {"w": got["layers"]["w"].astype(np.float32)}}, tree)
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    want = {"layers": {"w": jax.ShapeDtypeStruct((3, 4, 2), jnp.float32, sharding=NamedSharding(
+                mesh, PartitionSpec(None, "x")))},
+            "zero": jax.ShapeDtypeStruct((2, 2), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))}
+    same(orbax_io.restore_params(tmp_path, want), tree)
 
 
 def test_nothing_there(tmp_path):

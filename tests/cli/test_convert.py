@@ -1,15 +1,20 @@
 """convert: there and back again without a changed byte, and nothing half-written."""
+import functools
 import json
+import tracemalloc
+import types
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from argenseg_jax.ckpt import checkpoint
+from argenseg_jax import trees
+from argenseg_jax.ckpt import checkpoint, orbax_io, transfer
 from argenseg_jax.cli import __main__ as cli
 from argenseg_jax.data import shapes
 from argenseg_jax.data.tokenizer import nano_tokenizer
+from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.models import variants
 
@@ -50,6 +55,61 @@ def test_there_and_back_again(folder, tmp_path, capsys):
     run = json.loads((tmp_path / "again" / checkpoint.RUN_CONFIG).read_text())
     assert run["data"] == {"image_last": True}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "workdir"]
+
+
+def test_memory_holds_a_tensor_and_not_the_model(tmp_path, monkeypatch):
+    """Both directions, and dtypes are kept: the peak is far below the size of the weights."""
+    monkeypatch.setattr(orbax_io, "_IN_FLIGHT_BYTES", 0)
+    monkeypatch.setattr(hf_folder, "SHARD_BYTES", 6 << 20)
+    cfg = variants.resolve(CFG)
+    cfg["llm"].update(depth=16, mlp=4096)
+    model = variants.build(cfg)
+    params = trees.map_named(
+        lambda name, s: np.random.default_rng(0).standard_normal(s.shape).astype(
+            "float16" if name.startswith("vision/") else "bfloat16"), hf_folder.param_shapes(model))
+    hf_folder.save_folder(tmp_path / "a", params, cfg)
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    del params
+    for source, target in (("a", "b"), ("b", "c")):
+        tracemalloc.start()
+        move = transfer.to_hf if source == "b" else functools.partial(transfer.to_orbax,
+                                                                      weights=tmp_path / "a")
+        sizes = move(checkpoint.open_checkpoint(str(tmp_path / source)), target=tmp_path / target)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert sizes["bytes"] == 2 * sizes["params"] > 0.9 * size and peak < 0.25 * size
+    names = sorted(f.name for f in (tmp_path / "a").glob("*.safetensors"))
+    assert len(names) > 4
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+
+
+def test_an_interrupted_conversion_starts_again(folder, tmp_path, monkeypatch):
+    stale = tmp_path / "w.partial" / "checkpoints" / "0"  # what a killed process leaves
+    stale.mkdir(parents=True)
+    (stale / "rest").write_text("x")
+    source = checkpoint.open_checkpoint(str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(orbax_io.ParamsWriter, "close", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            transfer.to_orbax(source, folder, tmp_path / "w")
+    assert not list(tmp_path.iterdir())
+    stale.mkdir(parents=True)
+    transfer.to_orbax(source, folder, tmp_path / "w")
+    assert [p.name for p in tmp_path.iterdir()] == ["w"]
+    assert not list((tmp_path / "w").rglob("rest"))
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_folder.tensor_files, "write_safetensors", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            transfer.to_hf(checkpoint.open_checkpoint(str(tmp_path / "w")), tmp_path / "hf")
+    assert [p.name for p in tmp_path.iterdir()] == ["w"]
+
+
+def test_no_room_is_told_before_anything_is_written(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="0.0 GB are free"):
+        transfer.to_orbax(checkpoint.open_checkpoint(str(folder)), folder, tmp_path / "w")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_weight_file_and_another_dtype(folder, tmp_path):

@@ -1,6 +1,7 @@
 """HF-style folders: what is written is read back; broken and foreign files are named."""
 import json
 import lzma
+import pathlib
 
 import ml_dtypes
 import numpy as np
@@ -9,10 +10,13 @@ import safetensors.numpy
 
 from argenseg_jax import trees
 from argenseg_jax.errors import UserError
-from argenseg_jax.interop import hf_config, hf_folder
+from argenseg_jax.interop import hf_config, hf_folder, tensor_files, weight_map
+from argenseg_jax.interop import torch as torch_convert
 from argenseg_jax.models import variants
+from argenseg_jax.parity import recording, whole
 
 CFG = {"variant": "nano"}
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +124,53 @@ def test_bad_files_are_named(tmp_path):
         hf_folder.read_config(folder)
 
 
+def test_safetensors_as_the_library_has_them(tmp_path):
+    """Our reader and writer against the library, for every dtype and shape of tensor."""
+    rng = np.random.default_rng(0)
+    arrays = {f"{dtype}{shape}": rng.integers(0, 2, shape).astype(dtype)
+              for dtype in ("float32", "float16", "bfloat16", "float64", "int64", "uint8", "bool")
+              for shape in ((), (3,), (2, 3), (0, 4))}
+    arrays["transposed"] = rng.standard_normal((300, 200)).T
+    (tmp_path / "theirs.safetensors").write_bytes(
+        safetensors.numpy.save({k: np.ascontiguousarray(a).reshape(a.shape) for k, a in arrays.items()}))
+    tensor_files.write_safetensors(tmp_path / "ours.safetensors",
+                                   {k: tensor_files.Lazy.of(a) for k, a in arrays.items()})
+    for back in (safetensors.numpy.load_file(tmp_path / "ours.safetensors"),
+                 hf_folder.open_tensors(tmp_path / "theirs.safetensors"),
+                 hf_folder.open_tensors(tmp_path / "ours.safetensors")):
+        assert set(back) == set(arrays)
+        for key, array in arrays.items():
+            assert back[key].dtype == array.dtype and back[key].shape == array.shape
+            assert back[key].tobytes() == array.tobytes(), key
+
+
+@pytest.mark.parametrize("shape,axes", [((300, 200), (1, 0)), ((130, 7, 40), (1, 2, 0)),
+                                        ((130, 7, 40), (2, 0, 1)), ((6, 5, 4), (1, 0, 2)), ((9,), (0,))])
+def test_contiguous_copies(shape, axes):
+    array = np.random.default_rng(0).standard_normal(shape).transpose(axes)
+    got = tensor_files.contiguous(array, np.float32)
+    assert got.flags.c_contiguous and np.array_equal(got, array.astype(np.float32))
+
+
+def test_golden_f_goes_out_as_it_came(tmp_path):
+    """The recorded model of the official code: same keys, shapes, dtypes, bits, and config fields."""
+    record = recording.Recording(GOLDEN / "F_argenseg")
+    cfg, official = whole.model_section(record.config), record.weights()
+    params = torch_convert.to_jax(official, hf_folder.param_shapes(variants.build(cfg)))
+    hf_folder.save_folder(tmp_path / "out", params, cfg)
+    with safetensors.safe_open(tmp_path / "out" / "model.safetensors", "numpy") as file:
+        assert set(file.keys()) == set(official)
+        for key in file.keys():
+            got, want = file.get_tensor(key), official[key]
+            assert (got.dtype, got.shape) == (want.dtype, want.shape), key
+            assert key == weight_map.HITS or got.tobytes() == want.tobytes(), key
+    written = hf_folder.read_config(tmp_path / "out")
+    unread = {"use_flash_attn", "attn_implementation", "eos_token_id"}  # ours: id of <|im_end|>
+    for part in ("vision_config", "llm_config"):
+        for field, value in record.config[part].items():
+            assert field in unread or written[part][field] == value, field
+
+
 @pytest.mark.torch
 def test_pytorch_files(tmp_path):
     import pickle
@@ -147,8 +198,6 @@ def test_pytorch_files(tmp_path):
 def test_linear_layouts_agree_with_torch(nano):
     """A kernel [in, out] here is a torch Linear's weight [out, in]; convolutions likewise."""
     import torch
-
-    from argenseg_jax.interop import weight_map
 
     rng = np.random.default_rng(2)
     x, w = rng.standard_normal((2, 5, 5, 3)), rng.standard_normal((4, 3, 3, 3))

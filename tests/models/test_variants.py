@@ -40,11 +40,9 @@ def llm_by_hand(m, words):
     return m.depth * layer + m.width + words * m.width * (1 if m.tied else 2)
 
 
-@pytest.mark.parametrize("variant, total", [("1b", 938.2e6), ("2b", 2.206e9), ("4b", 3.713e9),
-                                            ("8b", 8.075e9), ("26b", 25.51e9), ("38b", 38.39e9),
-                                            ("78b", 78.41e9)])
+@pytest.mark.parametrize("variant, total", [("1b", 938.2e6), ("26b", 25.51e9)])
 def test_released_sizes(variant, total):
-    """InternVL2.5 as published: vision, connector and language model with its own vocabulary."""
+    """As published: vision, connector and language model (tests/interop/test_released.py: all of them)."""
     sizes, model = counted(variant)
     assert sum(sizes[p] for p in ("vision", "connector", "llm")) == pytest.approx(total, rel=1e-3)
     assert sizes["vision"] == vision_by_hand(model.vision)
