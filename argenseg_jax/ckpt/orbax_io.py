@@ -201,8 +201,11 @@ class ParamsWriter:
         self._held += values.nbytes
         self._wait(_IN_FLIGHT_BYTES)
 
-    def close(self) -> None:
-        """Waits for all files."""
+    def __enter__(self) -> ParamsWriter:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Waits for all files, also when the conversion ends by an error."""
         self._wait(0)
 
     def _wait(self, limit: int) -> None:

@@ -41,30 +41,40 @@ def to_orbax(source: checkpoint.Checkpoint, weights: epath.PathLike, target: epa
     Raises:
       UserError: what does not fit, before anything is written; a target that exists; a full disk.
     """
-    model = source.model()
+    model, config = source.model(), dict(source.config)
+    if source.has_tokenizer():
+        config["model"] = {**config["model"], "vocab": _vocab(source, model)}
+    else:
+        print(f"{source.path} has no tokenizer: none is written", file=sys.stderr)
     plan = hf_folder.plan_import(weights, model, vqvae)
     shapes = trees.flatten(hf_folder.param_shapes(model))
     missing = np.dtype(dtype or plan.dtypes["llm/embed/embedding"])  # of tables that start as zeros
     leaves = {name: jax.ShapeDtypeStruct(leaf.shape, dtype or plan.dtypes.get(name, missing))
               for name, leaf in shapes.items()}
     with files.new_folder(target) as folder, _bar(target, _nbytes(leaves)) as bar:
-        writer = orbax_io.ParamsWriter(folder / orbax_io.DIRECTORY / "0", leaves)
-        for name, layer, array in plan.slices():
-            writer.write(name, torch_convert.corner(layer, array), array)
-            bar.update(array.size * leaves[name].dtype.itemsize)
-        for name in leaves.keys() - plan.dtypes.keys():
-            writer.write(name, (...,), np.zeros(leaves[name].shape, np.bool_))
-        writer.close()
-        (folder / orbax_io.CONFIG).write_text(json.dumps(dict(source.config), indent=2) + "\n")
-        _copy_tokenizer(source, folder / checkpoint.TOKENIZER)
+        with orbax_io.ParamsWriter(folder / orbax_io.DIRECTORY / "0", leaves) as writer:
+            for name, layer, array in plan.slices():
+                writer.write(name, torch_convert.corner(layer, array), array)
+                bar.update(array.size * leaves[name].dtype.itemsize)
+            for name in leaves.keys() - plan.dtypes.keys():
+                writer.write(name, (...,), np.zeros(leaves[name].shape, np.bool_))
+        (folder / orbax_io.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if source.has_tokenizer():
+            _copy_tokenizer(source, folder / checkpoint.TOKENIZER)
     return _sizes(model, leaves)
+
+
+def _vocab(source: checkpoint.Checkpoint, model: Any) -> dict[str, int]:
+    """The ids that the tokenizer of a folder knows best; UserError if it is of another model."""
+    vocab = source.tokenizer().vocab
+    if vocab.base != model.vocab.base:
+        raise UserError(f"{source.path}: its tokenizer has <img> at {vocab.base}, its config.json at "
+                        f"{model.vocab.base}")
+    return {"base": vocab.base, "eos": vocab.eos, "pad": vocab.pad}
 
 
 def _copy_tokenizer(source: checkpoint.Checkpoint, folder: epath.Path) -> None:
     """The tokenizer with the words that ARGenSeg adds, and the files that go along as they are."""
-    if not source.has_tokenizer():
-        print(f"{source.path} has no tokenizer: none is written", file=sys.stderr)
-        return
     source.tokenizer().save(folder)
     for file in source.tokenizer_files():
         if not (folder / file.name).exists():

@@ -116,11 +116,10 @@ def test_slices_are_written_one_by_one(tmp_path):
     tree = {"layers": {"w": np.arange(24.0, dtype=np.float32).reshape(3, 4, 2)}, "zero": np.zeros((2, 2), np.int32)}
     shapes = {"layers/w": jax.ShapeDtypeStruct((3, 4, 2), jnp.bfloat16),
               "zero": jax.ShapeDtypeStruct((2, 2), jnp.int32)}
-    writer = orbax_io.ParamsWriter(tmp_path / "0", shapes)
-    for i in (2, 0, 1):
-        writer.write("layers/w", (i,), tree["layers"]["w"][i])
-    writer.write("zero", (slice(2), slice(1)), tree["zero"][:, :1])  # the corner that is filled
-    writer.close()
+    with orbax_io.ParamsWriter(tmp_path / "0", shapes) as writer:
+        for i in (2, 0, 1):
+            writer.write("layers/w", (i,), tree["layers"]["w"][i])
+        writer.write("zero", (slice(2), slice(1)), tree["zero"][:, :1])  # the corner that is filled
     got = orbax_io.restore_params(tmp_path)
     assert got["layers"]["w"].dtype == jnp.bfloat16 and got["zero"].dtype == np.int32
     same({**got, "layers": {"w": got["layers"]["w"].astype(np.float32)}}, tree)

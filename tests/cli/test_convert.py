@@ -1,6 +1,7 @@
 """convert: there and back again without a changed byte, and nothing half-written."""
 import functools
 import json
+import pathlib
 import tracemalloc
 import types
 
@@ -13,12 +14,14 @@ from argenseg_jax import trees
 from argenseg_jax.ckpt import checkpoint, orbax_io, transfer
 from argenseg_jax.cli import __main__ as cli
 from argenseg_jax.data import shapes
-from argenseg_jax.data.tokenizer import nano_tokenizer
+from argenseg_jax.data.tokenizer import Tokenizer, nano_tokenizer
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.models import variants
+from tests import tiny
 
 CFG = {"variant": "nano"}
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "G_preprocess"
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,7 @@ def test_an_interrupted_conversion_starts_again(folder, tmp_path, monkeypatch):
     (stale / "rest").write_text("x")
     source = checkpoint.open_checkpoint(str(folder))
     with monkeypatch.context() as patch:
-        patch.setattr(orbax_io.ParamsWriter, "close", lambda self: 1 / 0)
+        patch.setattr(transfer, "_copy_tokenizer", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             transfer.to_orbax(source, folder, tmp_path / "w")
     assert not list(tmp_path.iterdir())
@@ -135,27 +138,63 @@ def test_user_errors(folder, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 
-def test_the_released_parts_make_a_model_to_start_from(folder, tmp_path):
+def test_the_released_parts_make_a_model_to_start_from(tmp_path):
     """An InternVL folder from before the visual tokens, and the VQ-VAE in its own file."""
-    model = variants.build(CFG)
-    tensors = dict(hf_folder.open_tensors(folder))
-    prefix, added = "image_tokenizer.", ("word_embed.weight", "word_embed.bias", "lvl_embed.weight",
-                                         "pos_1LC")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer.model").write_bytes((GOLDEN / "spm_prefix.model").read_bytes())
+    (tmp_path / "base" / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+    words = Tokenizer.load(tmp_path / "base", tiny.NUM_CODES).vocab
+    cfg = {**tiny.config("internlm2"), "vocab": {"base": words.base, "eos": words.eos, "pad": words.pad}}
+    model = variants.build(cfg)
+    params = tiny.params(model)
+    hf_folder.save_folder(tmp_path / "whole", params, cfg)
+    tensors = dict(hf_folder.open_tensors(tmp_path / "whole"))
+    old = words.base + 9
+    prefix = "image_tokenizer."
     vae = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    rest = {k: v for k, v in tensors.items() if not k.startswith(prefix) and k not in added}
-    old = model.vocab.base + 9
-    rest["language_model.model.embed_tokens.weight"] = tensors[
-        "language_model.model.embed_tokens.weight"][:old]
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "config.json").write_bytes((folder / "config.json").read_bytes())
-    (base / "model.safetensors").write_bytes(safetensors.numpy.save(rest))
+    rest = {k: v for k, v in tensors.items() if not k.startswith(hf_folder.OWN_PARTS)}
+    for key in ("language_model.model.tok_embeddings.weight", "language_model.output.weight"):
+        rest[key] = rest[key][:old].astype("bfloat16")
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    config["llm_config"]["vocab_size"] = old
+    config["argenseg"]["vocab"]["eos"] = 7  # the tokenizer knows better
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "base" / "model.safetensors").write_bytes(safetensors.numpy.save(rest))
     (tmp_path / "vae.safetensors").write_bytes(safetensors.numpy.save(vae))
-    assert convert(base, tmp_path / "w", f"--vqvae={tmp_path / 'vae.safetensors'}") == 0
-    params = checkpoint.open_checkpoint(str(tmp_path / "w")).load_params()
-    assert not any(x.any() for x in jax.tree.leaves(params["visual"]))
-    embed = params["llm"]["embed"]["embedding"]
-    np.testing.assert_allclose(embed[old:model.vocab.size],
-                               np.tile(embed[:old].mean(0), (model.vocab.size - old, 1)), atol=1e-5)
-    np.testing.assert_array_equal(params["vqvae"]["quantizer"]["codebook"],
+
+    source = checkpoint.open_checkpoint(str(tmp_path / "base"))
+    with pytest.raises(UserError, match="has no VQ-VAE.*--vqvae"):
+        transfer.to_orbax(source, tmp_path / "base", tmp_path / "w")
+    transfer.to_orbax(source, tmp_path / "base", tmp_path / "w", vqvae=tmp_path / "vae.safetensors")
+    made = checkpoint.open_checkpoint(str(tmp_path / "w"))
+    assert made.model() == model and made.tokenizer().vocab == words
+    got = made.load_params()
+    assert not any(x.any() for x in jax.tree.leaves(got["visual"]))
+    head, embed = got["llm"]["lm_head"]["kernel"], got["llm"]["embed"]["embedding"]
+    assert head.dtype == embed.dtype == "bfloat16"  # kept
+    for rows in (head.T, embed):
+        mean = np.tile(rows[:old].astype(np.float64).mean(0).astype("bfloat16"), (words.size - old, 1))
+        np.testing.assert_array_equal(rows[old:words.size], mean)
+        assert not rows[words.size:].any()
+    np.testing.assert_array_equal(head.T[:old], rest["language_model.output.weight"])
+    np.testing.assert_array_equal(got["vqvae"]["quantizer"]["codebook"],
                                   tensors[f"{prefix}quantize.embedding.weight"])
+
+    # Back to PyTorch: the whole key set, and the tokenizer's files with the added words.
+    transfer.to_hf(made, tmp_path / "hf")
+    assert set(hf_folder.open_tensors(tmp_path / "hf")) == set(tensors)
+    assert Tokenizer.load(tmp_path / "hf").vocab == words
+    listed = json.loads((tmp_path / "hf" / "added_tokens.json").read_text())
+    assert listed["<MASK_CONTEXT>"] == words.mask_context and len(listed) == 2 + 13 + tiny.NUM_CODES
+    assert (tmp_path / "hf" / "special_tokens_map.json").exists()
+
+
+def test_a_tokenizer_of_another_model(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    config["argenseg"]["vocab"]["base"] += 1
+    (tmp_path / "a").mkdir()
+    for file in folder.iterdir():
+        (tmp_path / "a" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="its tokenizer has <img> at 498, its config.json at 499"):
+        transfer.to_orbax(checkpoint.open_checkpoint(str(tmp_path / "a")), folder, tmp_path / "w")

@@ -4,9 +4,11 @@ import json
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from argenseg_jax import trees
 from argenseg_jax.ckpt import checkpoint, transfer
+from argenseg_jax.data.tokenizer import Tokenizer
 from argenseg_jax.interop import hf_folder, tensor_files
 from argenseg_jax.interop import torch as convert
 from argenseg_jax.models import variants
@@ -121,3 +123,34 @@ def test_names_in_memory_and_a_wrong_flag(peer):
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     (folder / "model.safetensors").write_bytes((root / "hf" / "model.safetensors").read_bytes())
     assert hf_folder.model_cfg(folder)["llm"]["tied"] == theirs.config.tie_word_embeddings
+
+
+def test_saved_tokenizers(tmp_path):
+    """The files of a Qwen2-based release, slow and fast, with the added words and their own config."""
+    import transformers
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = {c: i for i, c in enumerate([*alphabet, "Ġt", "he", "Ġthe"])}
+    added = {w: len(words) + i for i, w in enumerate(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS[:9]])}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "chat_template": "{{ x }}",
+              "pad_token": "<|endoftext|>", "added_tokens_decoder": {
+                  str(i): {"content": w, "special": True} for w, i in added.items()}}
+    for name, content in (("vocab.json", words), ("added_tokens.json", added),
+                          ("tokenizer_config.json", config)):
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ t\nh e\nĠt he\n")
+    ours = Tokenizer.load(tmp_path, num_codes=8)
+    ours.save(tmp_path / "out")
+    assert {f.name for f in tmp_path.iterdir()} < {"out", *(f.name for f in (tmp_path / "out").iterdir())}
+    (tmp_path / "slow").mkdir()
+    for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json"):
+        (tmp_path / "slow" / name).write_bytes((tmp_path / "out" / name).read_bytes())
+    for folder in ("out", "slow"):
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert len(theirs) == ours.vocab.size and theirs.chat_template == "{{ x }}"
+        text = " the<ge_start><MASK_CONTEXT><visual token 000007><ge_end> été"
+        assert theirs(text)["input_ids"] == [
+            words["Ġthe"], ours.vocab.ge_start, ours.vocab.mask_context, ours.vocab.first_code + 7,
+            ours.vocab.ge_end, *ours.encode_text(" été")]
+        assert Tokenizer.load(tmp_path / folder).vocab == ours.vocab
