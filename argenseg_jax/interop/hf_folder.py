@@ -123,8 +123,18 @@ def load_params(path: epath.PathLike, model_or_shapes: Any, *, optional: Sequenc
     abstract = isinstance(model_or_shapes, Mapping)
     shapes = model_or_shapes if abstract else param_shapes(model_or_shapes)
     vocab_size = None if abstract else model_or_shapes.vocab.size
-    return torch_convert.to_jax(open_tensors(path), shapes, vocab_size=vocab_size,
-                                optional=optional, dtype=dtype, source=str(path))
+    tensors = open_tensors(path)
+    if not abstract and not optional:
+        _check_whole(tensors, path)
+    return torch_convert.to_jax(tensors, shapes, vocab_size=vocab_size, optional=optional,
+                                dtype=dtype, source=str(path))
+
+
+def _check_whole(tensors: Tensors, path: epath.PathLike) -> None:
+    """One hint instead of hundreds of names where a whole part is not there."""
+    if not any(key.startswith(OWN_PARTS) for key in tensors):
+        raise UserError(f"{path} has no VQ-VAE, as InternVL was released: `argenseg convert` completes "
+                        "it with VAR's (--vqvae=vae_ch160v4096z32.pth)")
 
 
 def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None = None
@@ -141,9 +151,7 @@ def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None =
     shapes, size = dict(param_shapes(model)), model.vocab.size
     tensors = open_tensors(path)
     if vqvae is None:
-        if not any(key.startswith(OWN_PARTS) for key in tensors):
-            raise UserError(f"{path} has no VQ-VAE, as InternVL was released: give the file of VAR's "
-                            "(vae_ch160v4096z32.pth) with --vqvae")
+        _check_whole(tensors, path)
         return torch_convert.Import(tensors, shapes, vocab_size=size, source=str(path))
     own = {"vqvae": shapes.pop("vqvae")}
     return (torch_convert.Import(tensors, shapes, vocab_size=size, optional=("visual/.*",),
