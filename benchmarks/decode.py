@@ -34,6 +34,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from argenseg_jax import trees  # noqa: E402
+from argenseg_jax.decode.choice import Rules  # noqa: E402
 from argenseg_jax.decode.engine import Engine  # noqa: E402
 from argenseg_jax.models import variants  # noqa: E402
 from argenseg_jax.models.argenseg import ARGenSeg, init_params  # noqa: E402
@@ -85,14 +86,15 @@ class Ours:
     """The engine's phases on one batch of equal prompts."""
 
     def __init__(self, model: ARGenSeg, params: Params, rows: int, text: int, picture: bool):
-        self.model, self.engine, self.rows = model, Engine(model, jax.device_put(params)), rows
+        self.engine, self.rows = Engine(model, params), rows
+        self.model = self.engine.model
         self.tokens, self.lengths, self.tiles = prompt(model, rows, picture)
         self.text_tokens = text
         self.capacity = self.engine.capacity(self.tokens.shape[1], max(text, 1), 1)
 
     def start(self):
         """Prefill and text; every row then stands at a mask, whatever random weights would write."""
-        answer = self.engine.prefill(self.tokens, self.lengths, self.tiles, self.capacity,
+        answer = self.engine.prefill(self.tokens, self.lengths, self.tiles, Rules(), self.capacity,
                                      max(self.text_tokens, 1))
         if self.text_tokens:
             answer = self.engine.text(answer)

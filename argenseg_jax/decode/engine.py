@@ -1,7 +1,7 @@
 """The compiled phases of decoding, and the order in which they run for a batch.
 
-prefill -> write_text -> (mask -> write_text)*: one jit each, shapes in buckets, nothing recompiled
-for another prompt, picture, answer length or number of masks. Axes as in text_decode, scale_decode.
+prefill -> text -> (mask -> text)*: one jit each, shapes in buckets, nothing recompiled for another
+prompt, picture, answer length or number of masks. Axes as in text_decode, scale_decode.
 """
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from argenseg_jax.decode import scale_decode, text_decode
+from argenseg_jax.decode.choice import Rules, Sampling
+from argenseg_jax.decode.weights import for_inference
 from argenseg_jax.errors import UserError
 from argenseg_jax.models.argenseg import ARGenSeg
+from argenseg_jax.models.kv_cache import BLOCK
 
-CAPACITY_MULTIPLE = 128
+GREEDY = Sampling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +44,38 @@ class Generated:
 
 
 class Engine:
-    """Greedy decoding. `params` may be exchanged (while a model trains, say): nothing recompiles."""
+    """Decodes batches. `params` may be exchanged (while a model trains, say): nothing recompiles."""
 
-    def __init__(self, model: ARGenSeg, params: Mapping[str, Any]):
-        self.model, self.params = model, params
-        self._prefill = jax.jit(nn.apply(text_decode.prefill, model), static_argnums=(4, 5))
-        self._text = jax.jit(nn.apply(text_decode.write_text, model), donate_argnums=1)
-        self._mask = jax.jit(nn.apply(_mask_phase, model), donate_argnums=1, static_argnums=2)
+    def __init__(self, model: ARGenSeg, params: Mapping[str, Any], *, int8: bool = False):
+        """int8: keep the decoder's matrices in eight bits (decode/weights)."""
+        split = jax.default_backend() != "tpu"
+        self.model = model.clone(llm=model.llm.clone(split=split))
+        self._int8, self._split = int8, split
+        self.params = params
+        self._prefill = jax.jit(nn.apply(text_decode.prefill, self.model), static_argnums=(5, 6))
+        self._text = jax.jit(nn.apply(text_decode.write_text, self.model), donate_argnums=1)
+        self._mask = jax.jit(nn.apply(_mask_phase, self.model), donate_argnums=1, static_argnums=2)
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The weights as they are decoded with; to be set as they are trained."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Mapping[str, Any]) -> None:
+        self._params = for_inference(self.model, params, int8=self._int8, split=self._split)
+
+    # ---- phases ----------------------------------------------------------------------------------
 
     def capacity(self, width: int, max_text: int, max_masks: int) -> int:
-        """Places of the cache for prompts padded to `width`; multiples, so that few sizes occur."""
+        """Places of the cache for prompts padded to `width`; whole blocks, so that few sizes occur."""
         need = width + max_text + max_masks * (self.model.scales.num_codes + 1)
-        return -(-need // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+        return -(-need // BLOCK) * BLOCK
 
-    def prefill(self, tokens, lengths, tiles, capacity: int, max_text: int) -> text_decode.Answer:
-        """The first phase; arguments as in `generate`."""
-        return self._prefill({"params": self.params}, tokens, lengths, tiles, capacity, max_text)
+    def prefill(self, tokens: np.ndarray, lengths: np.ndarray, tiles: np.ndarray | None, rules: Rules,
+                capacity: int, max_text: int) -> text_decode.Answer:
+        """See text_decode.prefill."""
+        return self._prefill({"params": self.params}, tokens, lengths, tiles, rules, capacity, max_text)
 
     def text(self, answer: text_decode.Answer) -> text_decode.Answer:
         """Writes until every row has ended or stands at a mask."""
@@ -68,8 +86,12 @@ class Engine:
         """Writes the mask of every row that stands at one: (answer, fields of Generated)."""
         return self._mask({"params": self.params}, answer, previews)
 
+    # ---- whole answers ---------------------------------------------------------------------------
+
     def generate(self, tokens: np.ndarray, lengths: np.ndarray, tiles: np.ndarray | None, *,
-                 max_text: int, max_masks: int, previews: bool = False) -> Generated:
+                 max_text: int, max_masks: int, previews: bool = False, text: Sampling = GREEDY,
+                 codes: Sampling = GREEDY, guidance: float = 0.0, nothing: np.ndarray | None = None,
+                 reference: bool = False) -> Generated:
         """Answers a batch of prompts.
 
         Args:
@@ -77,6 +99,10 @@ class Engine:
           max_text: A, tokens of an answer, each mask counted as one.
           max_masks: M; an answer stops behind so many.
           previews: also decode the picture after every scale.
+          text, codes: how words and codes are chosen.
+          guidance: strength of classifier-free guidance (SPEC 4.2); 0 = off.
+          nothing: int32[<= L], the unconditional prompt that guidance needs.
+          reference: guidance with the fault of the original; see choice.Rules.
 
         Raises:
           UserError: the prompt leaves no room (model.llm.max_positions).
@@ -87,8 +113,15 @@ class Engine:
             raise UserError(f"a prompt of {longest} tokens with up to {max_masks} masks needs "
                             f"{longest + answer_places} places, the model has {room} "
                             "(model.llm.max_positions); shorten the prompt")
-        capacity = self.capacity(tokens.shape[1], max_text, max_masks)
-        answer = self.text(self.prefill(tokens, lengths, tiles, capacity, max_text))
+        rules = Rules(text.on_device(len(tokens)), codes.on_device(len(tokens)), None, reference)
+        if guidance:
+            rules = rules.replace(guidance=np.float32(guidance))
+            twins = np.zeros_like(tokens)
+            twins[:, :len(nothing)] = nothing
+            tokens = np.concatenate([tokens, twins])
+            lengths = np.concatenate([lengths, np.full_like(lengths, len(nothing))])
+        answer = self.text(self.prefill(tokens, lengths, tiles, rules, self.capacity(
+            tokens.shape[1], max_text, max_masks), max_text))
         found: list[tuple[np.ndarray, Any]] = []
         while len(found) < max_masks:
             at_mask = np.asarray(answer.at_mask)
@@ -102,7 +135,7 @@ class Engine:
 
     def _collect(self, answer: text_decode.Answer, found: list, previews: bool) -> Generated:
         """Sorts the masks of each round to their rows."""
-        b, k = answer.token.shape[0], len(self.model.scales)
+        b, k = len(answer.at_mask), len(self.model.scales)
         side, n = self.model.mask_size, self.model.scales.num_codes
         num = sum((at for at, _ in found), np.zeros(b, np.int32))
         m = max(int(num.max(initial=0)), 1)
@@ -124,11 +157,11 @@ class Engine:
 def _mask_phase(m: ARGenSeg, answer: text_decode.Answer, previews: bool
                 ) -> tuple[text_decode.Answer, dict[str, jax.Array]]:
     """All scales, <ge_end>, and the VQ-VAE's pictures."""
-    mask, cache = scale_decode.decode_codes(m, answer.cache, answer.at_mask)
+    mask, cache = scale_decode.decode_codes(m, answer)
     out = {"images": scale_decode.to_image(m, mask.f_hats[:, -1]), "codes": mask.codes,
            "confidence": mask.confidence}
     if previews:
         b, k = mask.f_hats.shape[:2]
         images = scale_decode.to_image(m, mask.f_hats.reshape(b * k, *mask.f_hats.shape[2:]))
         out["scales"] = images.reshape(b, k, *images.shape[1:])
-    return text_decode.after_mask(m, answer, cache), out
+    return text_decode.after_mask(m, answer.replace(cache=cache)), out

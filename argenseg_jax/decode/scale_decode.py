@@ -9,6 +9,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from argenseg_jax.decode.choice import choose
+from argenseg_jax.decode.text_decode import Answer
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.kv_cache import KVCache
 
@@ -30,30 +32,30 @@ class MaskCodes:
     f_hats: Array
 
 
-def decode_codes(m: ARGenSeg, cache: KVCache, writing: Array) -> tuple[MaskCodes, KVCache]:
-    """Greedy codes of one mask for every row, all scales unrolled.
+def decode_codes(m: ARGenSeg, answer: Answer) -> tuple[MaskCodes, KVCache]:
+    """Codes of one mask for every row, all scales unrolled; rows not at a mask keep their cache.
 
     The input of place i predicts the code of place i: <ge_start> the only code of scale 0, then
-    each scale's places carry the interpolated sum of the scales before (SPEC 3.2, 4.1).
-
-    Args:
-      cache: filled up to, not including, <ge_start>.
-      writing: bool[B]; the caches of other rows stay as they are.
+    each scale's places carry the interpolated sum of the scales before (SPEC 3.2, 4.1). Guidance
+    grows with the scales (SPEC 4.2).
     """
-    b = writing.shape[0]
+    rules, cache, b = answer.rules, answer.cache, len(answer.at_mask)
     q = m.vqvae.quantizer
     within = "full" if m.block_causal else "causal"
     f_hat = jnp.zeros((b, m.scales.side, m.scales.side, q.channels), jnp.float32)
-    x = m.llm.embed_tokens(jnp.full((b, 1), m.vocab.ge_start, jnp.int32))
+    start = answer.token if rules.reference else jnp.full_like(answer.token, m.vocab.ge_start)
+    x = m.llm.embed_tokens(start[:, None])
     codes, chosen, f_hats = [], [], []
     for k, (begin, end) in enumerate(m.scales.bounds):
         if k:
-            x = m.scale_inputs(f_hat, k)
-        coords = jnp.broadcast_to(jnp.asarray(m.scales.centers[begin:end]), (b, end - begin, 2))
-        hidden, cache = m.extend(x, coords, cache, writing * (end - begin), within)
-        logits = m.code_logits(hidden)
-        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        chosen.append(jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)))
+            x = rules.paired(m.scale_inputs(f_hat, k))
+        coords = jnp.broadcast_to(jnp.asarray(m.scales.centers[begin:end]), (len(x), end - begin, 2))
+        places = cache.length[:b, None] + jnp.arange(end - begin)
+        hidden, cache = m.extend(x, coords, cache, rules.paired(answer.at_mask) * (end - begin), within)
+        logits = rules.guide(m.code_logits(hidden), k / max(len(m.scales) - 1, 1))
+        best = choose(logits, rules.codes, places)
+        likely = jnp.take_along_axis(logits, best[..., None], axis=-1)[..., 0]
+        chosen.append(jnp.exp(likely - jax.nn.logsumexp(logits, axis=-1)))
         codes.append(best)
         f_hat = q.accumulate(f_hat, best, k)
         f_hats.append(f_hat)

@@ -1,6 +1,7 @@
-"""Prefill and greedy text on the KV cache, row by row until <ge_start> or the end of the answer.
+"""Prefill and text on the KV cache, row by row until <ge_start> or the end of the answer.
 
-Axes: B rows, L prompt length (bucketed), P tiles a row, A capacity for answer tokens.
+Axes: B rows, R rows of the cache (twice as many under guidance, see decode/choice), L prompt length
+(bucketed), P tiles a row, A capacity for answer tokens.
 Functions take a bound ARGenSeg `m`; wrap them with `nn.apply(fn, model)`.
 """
 from __future__ import annotations
@@ -10,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from argenseg_jax.decode.choice import Rules
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.kv_cache import KVCache
 
@@ -22,11 +24,12 @@ class Answer:
 
     Attributes:
       cache: everything that has been fed.
-      token: int32[B], the next token, chosen but not fed.
+      token: int32[R], the next token, chosen but not fed.
       ids: int32[B, A], the tokens emitted so far; <ge_start> stands for a whole mask.
       count: int32[B], how many of them there are.
       ended: bool[B], the answer is complete (or has reached A tokens).
       at_mask: bool[B], the last emitted token is a <ge_start> whose codes are to be decoded.
+      rules: how tokens are chosen.
     """
 
     cache: KVCache
@@ -35,67 +38,63 @@ class Answer:
     count: Array
     ended: Array
     at_mask: Array
+    rules: Rules
 
 
-def prefill(m: ARGenSeg, tokens: Array, lengths: Array, tiles: Array | None, capacity: int,
-            max_text: int) -> Answer:
+def prefill(m: ARGenSeg, tokens: Array, lengths: Array, tiles: Array | None, rules: Rules,
+            capacity: int, max_text: int) -> Answer:
     """Reads the prompts.
 
     Args:
-      tokens: int32[B, L], right padded;  lengths: int32[B].
-      tiles: u8[B, P, S, S, 3] or None.
+      tokens: int32[R, L], right padded;  lengths: int32[R].
+      tiles: u8[B, P, S, S, 3] or None; unconditional prompts have the tiles of their twins, if any.
       capacity: places of the cache; the caller has checked that prompt and answer fit.
       max_text: A.
     """
-    b, t = tokens.shape
-    features = None if tiles is None else m.encode_images(tiles)
+    features = None if tiles is None else rules.paired(m.encode_images(tiles))
     x, coords = m.embed(tokens, features)
-    hidden, cache = m.extend(x, coords, m.empty_cache(b, capacity), lengths)
+    hidden, cache = m.extend(x, coords, m.empty_cache(len(tokens), capacity), lengths)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    token = rules.next_words(m.logits(last)[:, 0], cache.length)
+    b = len(tokens) if rules.guidance is None else len(tokens) // 2
     no = jnp.zeros((b,), bool)
-    return Answer(cache, next_token(m, last), jnp.zeros((b, max_text), jnp.int32),
-                  jnp.zeros((b,), jnp.int32), no, no)
+    return Answer(cache, token, jnp.zeros((b, max_text), jnp.int32), jnp.zeros((b,), jnp.int32), no,
+                  no, rules)
 
 
-def next_token(m: ARGenSeg, hidden: Array) -> Array:
-    """Greedy choice over the whole vocabulary: [B, 1, D] -> int32[B]."""
-    return jnp.argmax(m.logits(hidden)[:, 0], axis=-1).astype(jnp.int32)
-
-
-def feed(m: ARGenSeg, cache: KVCache, token: Array, rows: Array) -> tuple[KVCache, Array]:
-    """Feeds one token to the rows that want it (bool[B]): (cache, the token after it int32[B])."""
+def feed(m: ARGenSeg, answer: Answer, token: Array, rows: Array) -> Answer:
+    """Feeds int32[R], one token a row, to the rows that want it (bool[B]); chooses what follows."""
+    wanted = answer.rules.paired(rows)
     x = m.llm.embed_tokens(token[:, None])
-    hidden, cache = m.extend(x, jnp.zeros((*x.shape[:2], 2)), cache, rows.astype(jnp.int32))
-    return cache, next_token(m, hidden)
+    hidden, cache = m.extend(x, jnp.zeros((*x.shape[:2], 2)), answer.cache, wanted.astype(jnp.int32))
+    token = answer.rules.next_words(m.logits(hidden)[:, 0], cache.length)
+    return answer.replace(cache=cache, token=jnp.where(wanted, token, answer.token))
 
 
 def write_text(m: ARGenSeg, answer: Answer) -> Answer:
     """Emits text until every row has ended or stands at a mask; one while_loop."""
-    rows = jnp.arange(answer.token.shape[0])
+    b, limit = answer.ids.shape
 
     def writing(a: Answer) -> Array:
         return ~a.ended & ~a.at_mask
 
     def step(m: ARGenSeg, a: Answer) -> Answer:
-        emit = writing(a)
-        at = jnp.where(emit, a.count, a.ids.shape[1])  # out of range: dropped
-        ids = a.ids.at[rows, at].set(a.token, mode="drop")
+        emit, token = writing(a), a.token[:b]
+        at = jnp.where(emit, a.count, limit)  # out of range: dropped
+        ids = a.ids.at[jnp.arange(b), at].set(token, mode="drop")
         count = a.count + emit
-        at_mask = a.at_mask | (emit & (a.token == m.vocab.ge_start))
-        ended = a.ended | (emit & (a.token == m.vocab.eos)) | (~at_mask & (count >= a.ids.shape[1]))
-        cache, token = feed(m, a.cache, a.token, emit & ~at_mask & ~ended)
-        token = jnp.where(emit & ~at_mask & ~ended, token, a.token)
-        return Answer(cache, token, ids, count, ended, at_mask)
+        at_mask = a.at_mask | (emit & (token == m.vocab.ge_start))
+        ended = a.ended | (emit & (token == m.vocab.eos)) | (~at_mask & (count >= limit))
+        a = a.replace(ids=ids, count=count, ended=ended, at_mask=at_mask)
+        return feed(m, a, a.token, emit & writing(a))
 
     return nn.while_loop(lambda m, a: jnp.any(writing(a)), step, m, answer,
                          carry_variables=(), broadcast_variables="params")
 
 
-def after_mask(m: ARGenSeg, answer: Answer, cache: KVCache) -> Answer:
+def after_mask(m: ARGenSeg, answer: Answer) -> Answer:
     """Feeds <ge_end> behind the codes of the rows that stood at a mask, and lets text go on."""
-    ge_end = jnp.full_like(answer.token, m.vocab.ge_end)
-    cache, token = feed(m, cache, ge_end, answer.at_mask)
+    answer = feed(m, answer, jnp.full_like(answer.token, m.vocab.ge_end), answer.at_mask)
     full = answer.count >= answer.ids.shape[1]
-    return answer.replace(cache=cache, token=jnp.where(answer.at_mask, token, answer.token),
-                          ended=answer.ended | (answer.at_mask & full),
+    return answer.replace(ended=answer.ended | (answer.at_mask & full),
                           at_mask=jnp.zeros_like(answer.at_mask))

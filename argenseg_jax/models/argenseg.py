@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from argenseg_jax import scales as scales_lib
-from argenseg_jax.models import decoder_lm, vqvae
+from argenseg_jax.models import attention, decoder_lm, vqvae
 from argenseg_jax.models.connector import Connector
 from argenseg_jax.models.intern_vit import InternViT
 from argenseg_jax.models.kv_cache import KVCache
@@ -145,8 +145,7 @@ class ARGenSeg(nn.Module):
         """
         x, coords = self.embed(tokens, features, codes)
         last = self.last_visible(tokens) if self.block_causal else None
-        mask = decoder_lm.causal_mask(segment_ids, last)
-        y, _, _ = self.llm(x, positions, mask=mask, coords=coords)
+        y, _, _ = self.llm(x, positions, mask=attention.Mask(segment_ids, last), coords=coords)
         return y
 
     def last_visible(self, tokens: Array) -> Array:

@@ -5,15 +5,18 @@ F MLP width, V padded vocabulary, L layers.
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from argenseg_jax import sharding
-from argenseg_jax.models import kv_cache, layers
+from argenseg_jax.models import attention, layers
+from argenseg_jax.models.kv_cache import KVCache
 
 Array = jax.Array
-KVCache = kv_cache.KVCache
 
 
 class Attention(nn.Module):
@@ -25,10 +28,11 @@ class Attention(nn.Module):
     eps: float
     qkv_bias: bool
     qk_norm: bool
+    within: str
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, angles: Array, mask: Array, layer: Array,
+    def __call__(self, x: Array, angles: Array, mask: attention.Mask | None, layer: Array | int,
                  cache: KVCache | None) -> tuple[Array, KVCache | None]:
         def project(heads: int, name: str) -> Array:
             return layers.dense((heads, self.head_dim), self.dtype, bias=self.qkv_bias, name=name)(x)
@@ -39,11 +43,11 @@ class Attention(nn.Module):
             k = layers.RMSNorm(self.eps, name="k_norm")(k)
         q, k = layers.apply_rope(q, angles), layers.apply_rope(k, angles)
         q, k, v = (sharding.constrain(a, "act_batch", None, "act_heads", None) for a in (q, k, v))
-        if cache is not None:
-            cache = cache.replace(k=kv_cache.append(cache.k, layer, k, cache.length),
-                                  v=kv_cache.append(cache.v, layer, v, cache.length))
-            k, v = cache.k[layer].astype(k.dtype), cache.v[layer].astype(v.dtype)
-        y = layers.attention(q, k, v, mask)
+        if cache is None:
+            y = attention.attention(q, k, v, mask)
+        else:
+            cache = cache.append(layer, k, v)
+            y = attention.cached(q, cache, layer, self.within)
         return layers.dense(x.shape[-1], self.dtype, inputs=2, bias=False, name="o")(y), cache
 
 
@@ -72,15 +76,16 @@ class Block(nn.Module):
     eps: float
     qkv_bias: bool
     qk_norm: bool
+    within: str
     capture: bool
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, KVCache | None], layer: Array, angles: Array,
-                 mask: Array) -> tuple[tuple[Array, KVCache | None], Array | None]:
+    def __call__(self, carry: tuple[Array, KVCache | None], layer: Array | int, angles: Array,
+                 mask: attention.Mask | None) -> tuple[tuple[Array, KVCache | None], Array | None]:
         x, cache = carry
         y, cache = Attention(self.heads, self.kv_heads, self.head_dim, self.eps, self.qkv_bias,
-                             self.qk_norm, self.dtype, name="attn")(
+                             self.qk_norm, self.within, self.dtype, name="attn")(
             layers.RMSNorm(self.eps, name="attn_norm")(x), angles, mask, layer, cache)
         x = sharding.constrain(x + y, "act_batch", "act_len", "act_emb")
         x = x + Mlp(self.mlp, self.dtype, name="mlp")(layers.RMSNorm(self.eps, name="mlp_norm")(x))
@@ -92,7 +97,9 @@ class DecoderLM(nn.Module):
     """The language model. `vocab_rows` is `vocab_size` padded; the caller masks the padding.
 
     Fields named as in llm_config where it has them. Nano only (default off): `qk_norm` (RMS of each
-    head's q and k, as Qwen3) and `rope_2d` (layers.rope_angles_2d).
+    head's q and k, as Qwen3) and `rope_2d` (layers.rope_angles_2d). `split` (decoding only) takes the
+    weights of `split_layers`: a scan copies each layer's weights and cache out of their stacks before
+    it can multiply, except on TPUs.
     """
 
     vocab_rows: int
@@ -114,6 +121,7 @@ class DecoderLM(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     unroll: bool = False
+    split: bool = False
 
     def setup(self):
         self.embed = EmbedTable(self.vocab_rows, self.vocab_size, self.width)
@@ -127,7 +135,7 @@ class DecoderLM(nn.Module):
         return sharding.constrain(x, "act_batch", "act_len", "act_emb")
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array, *, mask: Array | None = None,
+    def __call__(self, x: Array, positions: Array, *, mask: attention.Mask | None = None,
                  coords: Array | None = None, cache: KVCache | None = None,
                  advance: Array | None = None, within: str = "causal", capture: bool = False
                  ) -> tuple[Array, KVCache | None, Array | None]:
@@ -135,7 +143,7 @@ class DecoderLM(nn.Module):
 
         Args:
           x: [B, T, D] embedded inputs;  positions: int32[B, T].
-          mask: bool[B, T, T], required without a cache.
+          mask: required without a cache.
           coords: f32[B, T, 2], picture coordinates for rope_2d.
           cache: appended to; a row's places beyond advance[b] are overwritten by its next call.
           advance: int32[B], how many of the T places are real (default all).
@@ -150,14 +158,17 @@ class DecoderLM(nn.Module):
         else:
             angles = layers.rope_angles(positions, self.head_dim, self.rope_theta, self.ntk_factor,
                                         self.max_positions)
-        if cache is not None:
-            mask = kv_cache.visible(cache.length, x.shape[1], cache.capacity, within)
-        block = layers.scan_layers(Block, self.depth, remat=self.remat, unroll=self.unroll,
-                                   in_axes=(0, nn.broadcast, nn.broadcast))
-        (y, cache), hidden = block(
-            self.heads, self.kv_heads, self.head_dim, self.mlp, self.eps, self.qkv_bias,
-            self.qk_norm, capture, self.dtype, name="layers",
-        )((x, cache), jnp.arange(self.depth), angles, mask)
+        fields = (self.heads, self.kv_heads, self.head_dim, self.mlp, self.eps, self.qkv_bias,
+                  self.qk_norm, within, capture, self.dtype)
+        carry, hidden = (x, cache), None
+        if self.split:
+            for i in range(self.depth):
+                carry, _ = Block(*fields, name=f"layers_{i}")(carry, i, angles, mask)
+        else:
+            block = layers.scan_layers(Block, self.depth, remat=self.remat, unroll=self.unroll,
+                                       in_axes=(0, nn.broadcast, nn.broadcast))
+            carry, hidden = block(*fields, name="layers")(carry, jnp.arange(self.depth), angles, mask)
+        y, cache = carry
         y = self.norm(y)
         if cache is not None:
             cache = cache.replace(length=cache.length + (x.shape[1] if advance is None else advance))
@@ -177,7 +188,8 @@ class DecoderLM(nn.Module):
         return sharding.constrain(y, "act_batch", "act_len", "act_vocab")
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        return KVCache.empty(self.depth, batch, capacity, self.kv_heads, self.head_dim, self.dtype)
+        return KVCache.empty(self.depth, batch, capacity, self.kv_heads, self.head_dim, self.dtype,
+                             self.split)
 
 
 class EmbedTable(nn.Module):
@@ -214,15 +226,9 @@ def _words_first(words: int, axis: int) -> nn.initializers.Initializer:
     return init
 
 
-def causal_mask(segment_ids: Array, last_visible: Array | None = None) -> Array:
-    """bool[B, T, T]: same non-zero segment, and no later than the query (or its last_visible).
-
-    Args:
-      segment_ids: int32[B, T], 0 at padding.
-      last_visible: int32[B, T], index of the last key each query sees; default the query itself.
-    """
-    t = segment_ids.shape[1]
-    place = jnp.arange(t)
-    last = place[None] if last_visible is None else last_visible
-    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, None, :] > 0)
-    return same & (place[None, None, :] <= last[:, :, None])
+def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights of the decoder with a subtree for each layer instead of one stack for all."""
+    stacked = params["layers"]
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    return {**{name: part for name, part in params.items() if name != "layers"},
+            **{f"layers_{i}": jax.tree.map(lambda x: x[i], stacked) for i in range(depth)}}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from argenseg_jax import sharding
-from argenseg_jax.models import layers, resize
+from argenseg_jax.models import attention, layers, resize
 
 Array = jax.Array
 
@@ -70,7 +70,7 @@ class Attention(nn.Module):
             q = layers.RMSNorm(self.eps, name="q_norm")(q.reshape(flat)).reshape(q.shape)
             k = layers.RMSNorm(self.eps, name="k_norm")(k.reshape(flat)).reshape(k.shape)
         q, k, v = (sharding.constrain(a, "act_batch", None, "act_heads", None) for a in (q, k, v))
-        y = layers.attention(q, k, v, None)
+        y = attention.attention(q, k, v, None)
         return layers.dense(self.width, self.dtype, inputs=2, name="o")(y)
 
 

@@ -5,7 +5,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from argenseg_jax import sharding
+
 Array = jax.Array
+BLOCK = 128  # places that attention reads at once; capacities are multiples of it
 
 
 @flax.struct.dataclass
@@ -13,44 +16,70 @@ class KVCache:
     """Keys (after RoPE) and values of every layer.
 
     Attributes:
-      k, v: [L, B, S, K, H]; entries at and beyond a row's length are garbage.
+      k, v: [L, B, S, K, H], or where the decoder's layers are split a tuple of L arrays
+        [B, S, K, H]; entries at and beyond a row's length are garbage.
       length: int32[B], the number of filled places of each row.
     """
 
-    k: Array
-    v: Array
+    k: Array | tuple[Array, ...]
+    v: Array | tuple[Array, ...]
     length: Array
 
     @property
     def capacity(self) -> int:
-        return self.k.shape[2]
+        """S."""
+        return self.k[0].shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.k[0].shape[2]
 
     @classmethod
     def empty(cls, layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int,
-              dtype: jnp.dtype) -> "KVCache":
-        """A cache of zeros with nothing filled."""
-        zeros = jnp.zeros((layers, batch, capacity, kv_heads, head_dim), dtype)
-        return cls(zeros, zeros, jnp.zeros((batch,), jnp.int32))
+              dtype: jnp.dtype, split: bool = False) -> KVCache:
+        """A cache of zeros with nothing filled; the capacity is rounded up to whole blocks."""
+        shape = (batch, -(-capacity // BLOCK) * BLOCK, kv_heads, head_dim)
+
+        def zeros() -> Array | tuple[Array, ...]:
+            if split:
+                return tuple(_pinned(jnp.zeros(shape, dtype)) for _ in range(layers))
+            return _pinned(jnp.zeros((layers, *shape), dtype))
+
+        return cls(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+
+    def append(self, layer: Array | int, k: Array, v: Array) -> KVCache:
+        """Writes [B, T, K, H] behind each row's filled part of one layer; `length` stays.
+
+        A row that lacks room for T places is overwritten at its end: the caller sees to it that only
+        rows which are done can be so short.
+        """
+        return self.replace(k=_write(self.k, layer, k, self.length),
+                            v=_write(self.v, layer, v, self.length))
+
+    def read(self, layer: Array | int, start: Array | int, size: int) -> tuple[Array, Array]:
+        """Keys and values [B, size, K, H] of one layer from a place on."""
+        return _read(self.k, layer, start, size), _read(self.v, layer, start, size)
 
 
-def append(stack: Array, layer: Array, new: Array, length: Array) -> Array:
-    """Writes a block behind each row's filled part of one layer.
-
-    Args:
-      stack: [L, B, S, K, H];  layer: int32[];  new: [B, T, K, H];  length: int32[B].
-
-    Places beyond the capacity are dropped, so callers check T + length <= S on the host before.
-    """
-    b, t = new.shape[:2]
-    rows = jnp.arange(b)[:, None]
-    places = length[:, None] + jnp.arange(t)[None, :]
-    return stack.at[layer, rows, places].set(new.astype(stack.dtype), mode="drop")
+def _write(store: Array | tuple[Array, ...], layer: Array | int, new: Array, length: Array
+           ) -> Array | tuple[Array, ...]:
+    update = jax.lax.dynamic_update_slice
+    if isinstance(store, tuple):
+        rows = jax.vmap(lambda row, block, at: update(row, block, (at, 0, 0)))(
+            store[layer], new.astype(store[layer].dtype), length)
+        return *store[:layer], rows, *store[layer + 1:]
+    return jax.vmap(lambda rows, block, at: update(rows, block[None], (layer, at, 0, 0)),
+                    (1, 0, 0), 1)(store, new.astype(store.dtype), length)
 
 
-def visible(length: Array, t: int, capacity: int, within: str) -> Array:
-    """bool[B, T, S]: what T new places see of a cache that held `length` places before them.
+def _read(store: Array | tuple[Array, ...], layer: Array | int, start: Array | int, size: int) -> Array:
+    if isinstance(store, tuple):
+        return jax.lax.dynamic_slice_in_dim(store[layer], start, size, axis=1)
+    _, b, _, *rest = store.shape
+    return jax.lax.dynamic_slice(store, (layer, 0, start, 0, 0), (1, b, size, *rest))[0]
 
-    `within` tells how the new places see each other: 'causal' or 'full' (block-causal scales).
-    """
-    last = length[:, None] + (jnp.arange(t)[None] if within == "causal" else jnp.full((1, t), t - 1))
-    return jnp.arange(capacity)[None, None, :] <= last[:, :, None]
+
+def _pinned(store: Array) -> Array:
+    """Rows over the data axes, heads over the tensor axis."""
+    return sharding.constrain(store, *[None] * (store.ndim - 4), "act_batch", None, "act_heads", None)

@@ -13,8 +13,8 @@ import numpy as np
 from argenseg_jax.parity.recording import EQUAL, Recording
 from argenseg_jax.interop import hf_config, weight_map
 from argenseg_jax.interop import torch as torch_convert
-from argenseg_jax.models import layers
-from argenseg_jax.models.decoder_lm import DecoderLM, causal_mask
+from argenseg_jax.models import attention, layers
+from argenseg_jax.models.decoder_lm import DecoderLM
 
 Params = Mapping[str, Any]
 
@@ -43,7 +43,7 @@ def _whole(lm: DecoderLM, tokens, positions=None, segments=None):
     b, t = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(t), (b, t)) if positions is None else positions
     segments = jnp.ones((b, t), jnp.int32) if segments is None else segments
-    y, _, hidden = lm(lm.embed_tokens(tokens), positions, mask=causal_mask(segments), capture=True)
+    y, _, hidden = lm(lm.embed_tokens(tokens), positions, mask=attention.Mask(segments), capture=True)
     return lm.logits(y), hidden
 
 

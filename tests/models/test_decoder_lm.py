@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from argenseg_jax import trees
-from argenseg_jax.models import decoder_lm
+from argenseg_jax.models.attention import Mask
 from tests import tiny
 
 
@@ -38,7 +38,7 @@ def test_cached_equals_uncached(form):
     """Rows of 5 and 8 places, right padded, then three blocks; padding is overwritten."""
     whole, step = run(form)
     x, positions, coords = inputs()
-    want = whole(x, positions, decoder_lm.causal_mask(jnp.ones((2, 12), jnp.int32)), coords)
+    want = whole(x, positions, Mask(jnp.ones((2, 12), jnp.int32)), coords)
     cache = tiny.made(form)[0].llm.empty_cache(2, 16)
     filled, got = np.zeros(2, int), [[], []]
     for size, advance in ((8, [5, 8]), (4, [4, 1]), (4, [2, 2]), (4, [1, 1])):
@@ -65,7 +65,7 @@ def test_fields_on_and_off(field, on, off):
     assert ("lm_head/kernel" in names(on)) == (not getattr(tiny.made(on)[0].llm, "tied"))
     if field == "rope_2d":
         x, positions, coords = inputs()
-        mask = decoder_lm.causal_mask(jnp.ones((2, 12), jnp.int32))
+        mask = Mask(jnp.ones((2, 12), jnp.int32))
         for form, used in (("nano", True), ("qwen", False)):
             whole = run(form)[0]
             moved = np.abs(whole(x, positions, mask, coords) - whole(x, positions, mask, 1 - coords))
@@ -75,7 +75,7 @@ def test_fields_on_and_off(field, on, off):
 def test_qk_norm_makes_attention_blind_to_the_size_of_q():
     """Scaling the q kernel changes nothing behind an RMS norm, and something without one."""
     x, positions, coords = inputs()
-    mask = decoder_lm.causal_mask(jnp.ones((2, 12), jnp.int32))
+    mask = Mask(jnp.ones((2, 12), jnp.int32))
     for form, blind in (("nano", True), ("internlm2", False)):
         model, params = tiny.made(form)
         apply = jax.jit(lambda p: model.llm.apply({"params": p}, x, positions, mask=mask,
@@ -92,9 +92,9 @@ def test_segments_are_blind_to_each_other():
     x, positions, coords = inputs(rows=1)
     segments = jnp.array([[1] * 5 + [2] * 4 + [0] * 3])
     packed = whole(x, jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]]),
-                   decoder_lm.causal_mask(segments), coords)
+                   Mask(segments), coords)
     moved = jnp.roll(x, -5, axis=1)
-    alone = whole(moved, positions, decoder_lm.causal_mask(jnp.array([[1] * 4 + [0] * 8])), coords)
+    alone = whole(moved, positions, Mask(jnp.array([[1] * 4 + [0] * 8])), coords)
     np.testing.assert_allclose(packed[:, 5:9], alone[:, :4], atol=1e-5)
     assert np.isfinite(packed).all()
 
@@ -102,7 +102,7 @@ def test_segments_are_blind_to_each_other():
 def test_hidden_states_and_the_padding_of_the_vocabulary():
     model, params = tiny.made("qwen")
     x, positions, coords = inputs()
-    mask = decoder_lm.causal_mask(jnp.ones((2, 12), jnp.int32))
+    mask = Mask(jnp.ones((2, 12), jnp.int32))
     y, _, hidden = jax.jit(lambda p: model.llm.apply(
         {"params": p}, x, positions, mask=mask, coords=coords, capture=True))(params["llm"])
     assert hidden.shape == (3, 2, 12, 32)
