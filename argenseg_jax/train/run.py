@@ -50,7 +50,8 @@ def known_weights(source: checkpoint.Checkpoint, shapes: Params) -> Params:
     """
     have = source.load_params(optional=("vqvae/.*", "visual/.*"))
     flat, want = trees.flatten(have), trees.flatten(shapes)
-    known = {n: x for n, x in flat.items() if n in want and x.shape == want[n].shape}
+    known = {n: np.asarray(x, want[n].dtype) for n, x in flat.items()  # a converted one may be bfloat16
+             if n in want and x.shape == want[n].shape}
     if not known:
         raise UserError(f"init_from={source.path}: none of its parameters fits this model")
     if fresh := set(want) - set(known):

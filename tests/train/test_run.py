@@ -65,6 +65,15 @@ def test_a_released_folder_lacks_what_argenseg_adds(sources, capsys):
     assert said.count("\n") == 1 and "these start fresh: visual/*, vqvae/*" in said
 
 
+def test_a_bfloat16_checkpoint_trains_in_float32(tmp_path):
+    model, params = tiny.made()
+    half = jax.tree.map(lambda x: x.astype("bfloat16"), params)
+    source = checkpoint.open_checkpoint(str(tiny.workdir(tmp_path / "w", half)))
+    known = run.known_weights(source, hf_folder.param_shapes(model))
+    assert {x.dtype for x in jax.tree.leaves(known)} == {np.dtype("float32")}
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float32)), dict(known), half)
+
+
 def test_other_sizes_start_fresh_and_another_model_is_refused(sources, capsys):
     cfg = tiny.config()
     cfg["llm"]["mlp"] = 40
