@@ -39,6 +39,43 @@ def define_checkpoint(default: str | None = None) -> None:
     flags.DEFINE_string("checkpoint", default, "Orbax step, workdir, HF folder, or 'nano'.")
 
 
+def define_answering(max_masks: int = 8) -> None:
+    """Flags about how answers are written; `answering` reads them."""
+    flags.DEFINE_integer("max_masks", max_masks, "The answer ends behind so many masks.", lower_bound=1)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "int8"], "Of weights and "
+                      "computation; int8: the language model's matrices, the rest is bfloat16.")
+    flags.DEFINE_float("guidance", 0.0, "Strength of classifier-free guidance; 0 = off.", lower_bound=0)
+    flags.DEFINE_float("temperature", 0.0, "Of sampled words and codes; 0 = the likeliest.",
+                       lower_bound=0)
+    flags.DEFINE_integer("top_k", 0, "Sample among so many; 0 = all.", lower_bound=0)
+    flags.DEFINE_float("top_p", 1.0, "Sample among the likeliest with this probability together.",
+                       lower_bound=1e-6, upper_bound=1.0)
+    flags.DEFINE_integer("seed", 0, "Of the sampling.")
+
+
+def answering() -> dict[str, Any]:
+    """The options of Predictor.segment that the flags of `define_answering` stand for."""
+    from argenseg_jax.decode.choice import Sampling
+
+    sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
+    return {"max_masks": FLAGS.max_masks, "guidance": FLAGS.guidance, "sampling": sampling,
+            "code_sampling": sampling}
+
+
+def write_picture(target: str, number: int, picture: Any) -> str:
+    """Writes a PNG as `target`, or with a number > 0 beside it as name_1.png, ...; returns the path."""
+    from etils import epath
+
+    from argenseg_jax import files
+    from argenseg_jax.eval import pictures
+
+    path = epath.Path(target)
+    if number:
+        path = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    files.write(path, pictures.encode_png(picture))
+    return str(path)
+
+
 def parse_flags(command: str, args: Sequence[str]) -> None:
     """Reads the command line into FLAGS; whatever is wrong with it becomes one UserError."""
     for flag, value in zip(args, [*args[1:], ""]):

@@ -1,6 +1,7 @@
-"""One picture and a prompt to mask files.
+"""One picture and a prompt to mask files, or a prompt alone to a picture.
 
   python -m argenseg_jax segment --image photo.jpg --prompt "Segment the red circle." --out mask.png
+  python -m argenseg_jax segment --raw --prompt "Draw a red circle." --out picture.png --guidance 4
 
 An answer may hold several masks: mask.png, mask_1.png, ...; without any, no file is written.
 """
@@ -10,58 +11,51 @@ import time
 from typing import Any
 
 from absl import flags
-from etils import epath
 
 from argenseg_jax.cli import common
 from argenseg_jax.errors import UserError
 
 common.define_workdir("Run whose newest checkpoint is used.")
 common.define_checkpoint()
+common.define_answering()
 FLAGS = flags.FLAGS
-flags.DEFINE_string("image", None, "Picture file.")
-flags.DEFINE_string("prompt", None, "What to segment, in words.")
+flags.DEFINE_string("image", None, "Picture file; needless with --raw.")
+flags.DEFINE_string("prompt", None, "What to segment, or to draw, in words.")
 flags.DEFINE_string("out", "mask.png", "Mask file; further masks are numbered.")
+flags.DEFINE_bool("raw", False, "Write what the model draws, neither resized nor thresholded.")
 flags.DEFINE_string("overlay", None, "Also write the picture with the mask in the light (PNG).")
 flags.DEFINE_string("scales", None, "Also write the mask coarse to fine, as a strip (PNG).")
-flags.DEFINE_integer("max_masks", 8, "The answer ends behind so many masks.", lower_bound=1)
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
 
 
 def run() -> dict[str, Any]:
     """Returns {masks, text, seconds, files, scores}."""
-    common.require("image", "prompt")
+    common.require("prompt", *([] if FLAGS.raw else ["image"]))
     if not FLAGS.prompt.strip():
         raise UserError("--prompt is empty; say what to segment")
     for flag in ("out", "overlay", "scales"):
         if FLAGS[flag].value and not FLAGS[flag].value.endswith(".png"):
             raise UserError(f"--{flag}={FLAGS[flag].value}: the file is a PNG; name it so")
+    if FLAGS.overlay and not FLAGS.image:
+        raise UserError(f"--overlay={FLAGS.overlay} needs --image")
 
-    from argenseg_jax import files
-    from argenseg_jax.data.transforms import read_image
-    from argenseg_jax.decode.predictor import Predictor
+    import argenseg_jax
+    from argenseg_jax.decode.predictor import pixels
     from argenseg_jax.eval import pictures
 
-    image = read_image(FLAGS.image)
-    predictor = Predictor.load(FLAGS.checkpoint or FLAGS.workdir or "nano", FLAGS.dtype)
+    image = pixels(FLAGS.image)
+    predictor = argenseg_jax.load(FLAGS.checkpoint or FLAGS.workdir or "nano", FLAGS.dtype)
     begin = time.perf_counter()
-    result = predictor.segment(image, FLAGS.prompt, max_masks=FLAGS.max_masks,
-                               previews=bool(FLAGS.scales))
+    result = predictor.segment(image, FLAGS.prompt, previews=bool(FLAGS.scales), **common.answering())
     seconds = time.perf_counter() - begin
 
     written = []
-
-    def write(target: str, number: int, picture: Any) -> None:
-        path = epath.Path(target)
-        if number:
-            path = path.with_name(f"{path.stem}_{number}{path.suffix}")
-        files.write(path, pictures.encode_png(picture))
-        written.append(str(path))
-
     for i, mask in enumerate(result.masks):
-        write(FLAGS.out, i, mask.astype("uint8") * 255)
+        picture = result.images[i] if FLAGS.raw else mask.astype("uint8") * 255
+        written.append(common.write_picture(FLAGS.out, i, picture))
         if FLAGS.overlay:
-            write(FLAGS.overlay, i, pictures.overlay(image, mask))
+            written.append(common.write_picture(FLAGS.overlay, i, pictures.overlay(image, mask)))
         if FLAGS.scales:
-            write(FLAGS.scales, i, pictures.strip([image, *result.scales[i]]))
+            strip = [*([] if image is None else [image]), *result.scales[i]]
+            written.append(common.write_picture(FLAGS.scales, i, pictures.strip(strip)))
     return {"masks": len(result.masks), "text": result.text, "seconds": round(seconds, 3),
             "files": written, "scores": [round(s, 4) for s in result.scores]}

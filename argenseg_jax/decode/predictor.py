@@ -1,12 +1,15 @@
 """The public API: pictures and phrases in, text and masks at the pictures' own size out.
 
-  predictor = Predictor.load("nano")
+  predictor = argenseg_jax.load("nano")
   result = predictor.segment(image, "Segment the red circle.")
+  result, history = predictor.chat("And the blue square?", image, history)
 """
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,11 +17,15 @@ import numpy as np
 from argenseg_jax.ckpt.checkpoint import open_checkpoint
 from argenseg_jax.data import prompt, transforms
 from argenseg_jax.data.tokenizer import Tokenizer
-from argenseg_jax.decode.engine import Engine, Generated
+from argenseg_jax.decode.choice import Sampling
+from argenseg_jax.decode.engine import GREEDY, Engine, Generated
+from argenseg_jax.errors import UserError
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.vocab import MASK
 
 PROMPT_MULTIPLE = 64  # prompts and batches are padded to such buckets: few shapes, few compilations
+WEIGHTS = ("float32", "bfloat16", "int8")  # int8: the decoder's matrices; the rest is bfloat16
+Turns = list[Mapping[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +33,12 @@ class Request:
     """One question.
 
     Attributes:
-      image: u8[H, W, 3], or None for a question without a picture.
+      image: u8[H, W, 3], a PIL image or a file; None for a question without a picture.
       conversations: the text of a single question, or [{'from', 'value'}] that end with one.
       name: names it in messages, such as file and line; by default its number.
     """
 
-    image: np.ndarray | None
+    image: Any
     conversations: str | Sequence[Mapping[str, str]]
     name: str = ""
 
@@ -59,57 +66,85 @@ class Predictor:
     """A model with its weights, tokenizer and the settings that it was trained with."""
 
     def __init__(self, model: ARGenSeg, params: Mapping[str, Any], tokenizer: Tokenizer,
-                 config: Mapping[str, Any]):
+                 config: Mapping[str, Any], *, int8: bool = False):
         """config: nested dict; the sections `data` and `decode` of the training run are read."""
         data = config.get("data", {})
         self.model, self.tokenizer = model, tokenizer
-        self.engine = Engine(model, params)
+        self.engine = Engine(model, params, int8=int8)
         self.system, self.image_last = data.get("system"), data.get("image_last", False)
         self.pad, self.max_tiles = data.get("pad_to_square", False), data.get("max_tiles", 1)
         self.max_text = config.get("decode", {}).get("max_text_tokens", 64)
 
     @classmethod
     def load(cls, path: str, dtype: str = "float32") -> Predictor:
-        """From an Orbax step, a workdir, an HF folder, or `nano` for the shipped model."""
-        checkpoint = open_checkpoint(path)
-        return cls(checkpoint.model(dtype=dtype), checkpoint.load_params(), checkpoint.tokenizer(),
-                   checkpoint.config)
+        """From an Orbax step, a workdir, an HF folder, or `nano` for the shipped model.
 
-    def segment(self, image: np.ndarray | None, text: str, *, max_masks: int = 8,
-                previews: bool = False) -> Result:
-        """One picture, one question; `<image>` is put in front of the text where it lacks one."""
-        return self.segment_batch([Request(image, text)], max_masks=max_masks, previews=previews)[0]
+        Args:
+          dtype: of weights and computation, one of WEIGHTS.
+        """
+        if dtype not in WEIGHTS:
+            raise UserError(f"dtype {dtype!r} is unknown; there are {', '.join(WEIGHTS)}")
+        checkpoint, int8 = open_checkpoint(path), dtype == "int8"
+        return cls(checkpoint.model(dtype="bfloat16" if int8 else dtype), checkpoint.load_params(),
+                   checkpoint.tokenizer(), checkpoint.config, int8=int8)
 
-    def segment_batch(self, requests: Sequence[Request], *, max_masks: int = 1,
-                      previews: bool = False) -> list[Result]:
+    def segment(self, image: Any, text: str, *, max_masks: int = 8, **options: Any) -> Result:
+        """One picture (or None), one question; `<image>` is put in front where the text lacks one.
+
+        The options are those of `segment_batch`.
+        """
+        return self.segment_batch([Request(image, text)], max_masks=max_masks, **options)[0]
+
+    def chat(self, text: str, image: Any = None, history: Sequence[Mapping[str, str]] = (),
+             **options: Any) -> tuple[Result, Turns]:
+        """The next turn of a conversation: (answer, history that now ends with it).
+
+        The picture is that of the whole conversation; of earlier answers the model sees the text, as
+        in the original, not the masks. The options are those of `segment`.
+        """
+        turns = [*history, {"from": "human", "value": text}]
+        result = self.segment(image, turns, **options)
+        return result, [*turns, {"from": "gpt", "value": result.text}]
+
+    def segment_batch(self, requests: Sequence[Request], *, max_masks: int = 1, previews: bool = False,
+                      guidance: float = 0.0, sampling: Sampling = GREEDY,
+                      code_sampling: Sampling = GREEDY) -> list[Result]:
         """Answers all requests at once; the answer of a row does not depend on its neighbours.
+
+        Args:
+          max_masks: an answer ends behind so many.
+          previews: fill in `Result.scales`.
+          guidance: strength of classifier-free guidance of the codes; 0 = off.
+          sampling, code_sampling: how words and codes are chosen.
 
         Raises:
           SampleError, UserError: a picture or prompt that cannot be used, by the request's name.
         """
         if not requests:
             return []
-        rows = [self._encode(request, request.name or f"request {i}") for i, request in enumerate(requests)]
-        lengths = np.array([len(tokens) for tokens, _ in rows], np.int32)
-        width = -(-int(lengths.max()) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        requests = [dataclasses.replace(r, image=pixels(r.image), name=r.name or f"request {i}")
+                    for i, r in enumerate(requests)]
+        rows = [self._encode(request) for request in requests]
         size = 1 << (len(rows) - 1).bit_length()  # padded to a power of two by repeating row 0
-        tokens = np.full((size, width), self.tokenizer.vocab.pad, np.int32)
-        for i in range(size):
-            row = rows[i if i < len(rows) else 0][0]
-            tokens[i, :len(row)] = row
-        lengths = np.concatenate([lengths, np.full(size - len(rows), lengths[0], np.int32)])
-        tiles = None
-        if any(len(t) for _, t in rows):
-            side = self.model.image_size
-            tiles = np.zeros((size, max(len(t) for _, t in rows), side, side, 3), np.uint8)
-            for i in range(size):
-                row = rows[i if i < len(rows) else 0][1]
-                tiles[i, :len(row)] = row
-        out = self.engine.generate(tokens, lengths, tiles, max_text=self.max_text,
-                                   max_masks=max_masks, previews=previews)
-        return [self._result(request, out, i) for i, request in enumerate(requests)]
+        rows += rows[:1] * (size - len(rows))
+        nothing = self._encode(Request(None, prompt.NOTHING))[0]
+        lengths = np.array([len(tokens) for tokens, _ in rows], np.int32)
+        longest = max(lengths.max(), len(nothing) if guidance else 0)
+        tokens = np.full((size, -(-int(longest) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE),
+                         self.tokenizer.vocab.pad, np.int32)
+        side, most = self.model.image_size, max(len(t) for _, t in rows)
+        tiles = np.zeros((size, most, side, side, 3), np.uint8) if most else None
+        for i, (words, pictures) in enumerate(rows):
+            tokens[i, :len(words)] = words
+            if most:
+                tiles[i, :len(pictures)] = pictures
+        out = self.engine.generate(tokens, lengths, tiles, max_text=self.max_text, max_masks=max_masks,
+                                   previews=previews, text=sampling, codes=code_sampling,
+                                   guidance=guidance, nothing=nothing)
+        with ThreadPoolExecutor() as pool:  # Pillow resizes outside Python's lock
+            return list(pool.map(lambda i: self._result(requests[i], out, i), range(len(requests))))
 
-    def _encode(self, request: Request, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         """(prompt ids int32[T], tiles u8[P, S, S, 3])."""
         side = self.model.image_size
         tiles = np.zeros((0, side, side, 3), np.uint8)
@@ -119,7 +154,7 @@ class Predictor:
         tokens = prompt.encode_query(
             request.conversations, self.tokenizer, [len(tiles)] if len(tiles) else [],
             image_tokens=self.model.image_tokens, system=self.system, image_last=self.image_last,
-            name=name)
+            name=request.name)
         return tokens, tiles
 
     def _result(self, request: Request, out: Generated, row: int) -> Result:
@@ -133,3 +168,16 @@ class Predictor:
         scales = [] if out.scales is None else [out.scales[row, j] for j in range(len(images))]
         return Result(masks, [float(c) for c in out.confidence[row, :len(images)]], text.strip(),
                       images, scales)
+
+
+def pixels(image: Any) -> np.ndarray | None:
+    """u8[H, W, 3] of whatever people call a picture: an array, a PIL image, a file's path."""
+    if image is None:
+        return None
+    if isinstance(image, (str, os.PathLike)):
+        return transforms.read_image(image)
+    array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise UserError(f"a picture is u8[H, W, 3], a PIL image or a file, not {array.dtype}"
+                        f"{list(array.shape)}")
+    return array

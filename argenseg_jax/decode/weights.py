@@ -32,7 +32,7 @@ def for_inference(model: ARGenSeg, params: Params, *, int8: bool = False, split:
         found = _EIGHT_BITS.fullmatch(name)
         if int8 and found:
             return _eight_bits(jnp.asarray(x), 2 if found[2] in "qkv" else 1)
-        return x.astype(model.llm.dtype) if _CAST.fullmatch(name) else x
+        return x.astype(model.llm.dtype, copy=False) if _CAST.fullmatch(name) else x
 
     ready = trees.map_named(prepare, params)
     if split and "llm" in ready:

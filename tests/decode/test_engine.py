@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from argenseg_jax import sharding
 from argenseg_jax.decode.engine import Engine
 from argenseg_jax.errors import UserError
 from tests import tiny
@@ -24,6 +25,15 @@ def engine():
     return Engine(*tiny.scripted(ONCE))
 
 
+@functools.cache
+def weights(name):
+    return tiny.scripted({"once": ONCE, "again": AGAIN}[name])[1]
+
+
+def use(chain):
+    engine().params = weights("once" if chain is ONCE else "again")
+
+
 def prompts(*lasts, image=True, seed=0):
     """(tokens, lengths, tiles): random words around a picture, of different lengths."""
     rng = np.random.default_rng(seed)
@@ -38,7 +48,7 @@ def prompts(*lasts, image=True, seed=0):
 
 
 def generate(chain, tokens, lengths, tiles, max_masks=3, **kw):
-    engine().params = tiny.scripted(chain)[1]
+    use(chain)
     return engine().generate(tokens, lengths, tiles, max_text=5, max_masks=max_masks, **kw)
 
 
@@ -46,15 +56,20 @@ def answers(out):
     return [out.ids[i, :count].tolist() for i, count in enumerate(out.counts)]
 
 
-def test_a_batch_equals_its_rows_alone():
-    """Text and mask, text alone, <ge_start> as the very first token: ids, codes and pictures."""
-    tokens, lengths, tiles = prompts(TEXT_MASK, TEXT, MASK, TEXT_MASK)
+def test_a_batch_of_eight_equals_eight_singles():
+    """Text and mask, text alone, <ge_start> as the very first token, with a picture and without."""
+    kinds = (TEXT_MASK, TEXT, MASK, TEXT_MASK, MASK, TEXT, TEXT_MASK, MASK)
+    tokens, lengths, tiles = prompts(*kinds)
+    for row in (3, 4):  # no picture
+        tokens[row][tokens[row] == VOCAB.img_context] = 150
     both = generate(ONCE, tokens, lengths, tiles)
-    assert answers(both) == [[A, GE, C, EOS], [B, EOS], [GE, C, EOS], [A, GE, C, EOS]]
-    assert both.num_masks.tolist() == [1, 0, 1, 1] and both.scales is None
+    said = {TEXT_MASK: [A, GE, C, EOS], TEXT: [B, EOS], MASK: [GE, C, EOS]}
+    assert answers(both) == [said[kind] for kind in kinds] and both.scales is None
+    assert both.num_masks.tolist() == [int(kind != TEXT) for kind in kinds]
     assert not both.codes[1].any() and not both.images[1].any() and both.confidence[1] == 0
-    assert len({tuple(c) for c in both.codes[[0, 2, 3], 0]}) == 3  # codes depend on the prompt
-    for i in range(4):
+    masked = [i for i, kind in enumerate(kinds) if kind != TEXT]
+    assert len({tuple(c) for c in both.codes[masked, 0]}) == len(masked)  # they depend on the prompt
+    for i in range(8):
         one = generate(ONCE, tokens[i:i + 1], lengths[i:i + 1], tiles[i:i + 1])
         np.testing.assert_array_equal(one.ids[0], both.ids[i])
         assert one.num_masks[0] == both.num_masks[i]
@@ -67,7 +82,7 @@ def test_an_answer_with_a_mask_is_greedy_throughout():
     """The uncached model, fed the whole answer, chooses each of its tokens and codes."""
     tokens, lengths, tiles = prompts(TEXT_MASK)
     out = generate(ONCE, tokens, lengths, tiles)
-    model, params = engine().model, engine().params
+    model, params = tiny.scripted(ONCE)
     answer = [A, GE, *[VOCAB.mask_context] * 20, END, C, EOS]
     line = [*tokens[0, :lengths[0]], *answer]
     line = np.array([line + [VOCAB.pad] * (64 - len(line))])  # the padding comes later: unseen
@@ -113,6 +128,7 @@ def test_nothing_is_compiled_again_for_another_prompt():
     assert min(sizes) > 0
     generate(AGAIN, *prompts(MASK, MASK, TEXT, MASK, seed=1), max_masks=2)
     generate(AGAIN, *prompts(TEXT, TEXT, TEXT, TEXT, seed=2))
+    generate(AGAIN, *prompts(MASK, MASK, MASK, MASK, seed=3))
     out = generate(ONCE, *prompts(TEXT_MASK, TEXT, TEXT, TEXT))
     assert out.ids[0, :4].tolist() == [A, GE, C, EOS]
     assert [program._cache_size() for program in programs] == sizes
@@ -127,3 +143,51 @@ def test_a_prompt_that_leaves_no_room_is_named():
     tokens = np.full((1, 2048), 100, np.int32)
     with pytest.raises(UserError, match="prompt of 2000 tokens .* needs 2071 places.*2048"):
         generate(ONCE, tokens, np.array([2000]), None)
+
+
+def test_guided_codes_are_those_of_the_two_prompts_weighed():
+    """The chosen codes maximise (1 + t) * with - t * without, t growing to the guidance (SPEC 4.2)."""
+    tokens, lengths, tiles = prompts(TEXT_MASK, MASK)
+    nothing = np.array([101, 102, 103], np.int32)
+    out = generate(ONCE, tokens, lengths, tiles, guidance=3.0, nothing=nothing, max_masks=1)
+    plain = generate(ONCE, tokens, lengths, tiles, max_masks=1)
+    assert answers(out) == answers(plain) == [[A, GE], [GE]]
+    assert np.any(out.codes != plain.codes)
+    model, params = tiny.scripted(ONCE)
+
+    @jax.jit
+    def code_logits(params, lines, features, codes):
+        call = lambda method, *args: model.apply({"params": params}, *args, method=method)
+        places = np.tile(np.arange(64), (2, 1))
+        return call("code_logits", call("hidden", lines, places, np.ones((2, 64), int),
+                                        call("encode_images", features), codes))
+
+    for row, words in enumerate(([A, GE], [GE])):
+        lines, at = np.full((2, 64), VOCAB.pad), []
+        for line, head in zip(lines, (tokens[row, :lengths[row]], nothing)):
+            whole = [*head, *words, *[VOCAB.mask_context] * 20]
+            line[:len(whole)] = whole
+            at.append(len(head) + len(words) - 1)
+        logits = code_logits(params, lines, tiles[[row, row]], out.codes[[row, row]])
+        cond, uncond = (np.asarray(logits[i, at[i]:at[i] + 21]) for i in range(2))
+        t = 3.0 * model.scales.levels[:, None] / (len(model.scales) - 1)
+        np.testing.assert_array_equal(((1 + t) * cond - t * uncond).argmax(-1), out.codes[row, 0])
+
+
+@pytest.mark.parametrize("axes", [dict(data=8), dict(data=4, tensor=2)], ids=str)
+def test_devices_together_equal_one(axes):
+    """Weights laid out by the sharding table, quantizer and VQ-VAE among them: the same codes."""
+    asked = prompts(TEXT_MASK, TEXT, MASK, TEXT_MASK, MASK, TEXT, TEXT_MASK, MASK)
+    want = generate(ONCE, *asked, max_masks=1)
+    mesh = sharding.make_mesh({"dcn_data": 1, "data": 1, "fsdp": 1, "tensor": 1, **axes})
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(weights("once"), sharding.shardings(weights("once"), mesh))
+        many = Engine(tiny.made()[0], spread)
+        rows = [jax.device_put(x, sharding.batch_sharding(mesh)) for x in asked]
+        got = many.generate(*rows, max_text=5, max_masks=1)
+    kernel = many.params["llm"]["layers_0"]["mlp"]["gate"]["kernel"]
+    assert len(kernel.sharding.device_set) == 8
+    assert kernel.sharding.shard_shape(kernel.shape)[1] == 48 // axes.get("tensor", 1)
+    np.testing.assert_array_equal(got.ids, want.ids)
+    np.testing.assert_array_equal(got.codes, want.codes)
+    assert np.abs(got.images.astype(int) - want.images).max() <= 1

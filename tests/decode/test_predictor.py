@@ -2,9 +2,12 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+import argenseg_jax
 from argenseg_jax.data import transforms
-from argenseg_jax.decode.predictor import Predictor, Request
+from argenseg_jax.decode.choice import Sampling
+from argenseg_jax.decode.predictor import Predictor, Request, pixels
 from argenseg_jax.errors import UserError
 from tests import tiny
 
@@ -14,22 +17,21 @@ SURE, AND = WORDS.encode_text("It is")[0], WORDS.encode_text(".")[0]
 SETTINGS = {"data": {"system": ""}, "decode": {"max_text_tokens": 6}}
 
 
-def make(first, behind):
-    """A predictor whose every answer is known; see tiny.answers."""
-    return Predictor(*tiny.answers(first, behind), WORDS, SETTINGS)
+ONCE = tiny.answers([SURE, GE], [AND, EOS])[1]
 
 
 @pytest.fixture(scope="module")
 def predictor():
-    return make([SURE, GE], [AND, EOS])
+    """A predictor whose every answer is known; see tiny.answers."""
+    return Predictor(tiny.made()[0], ONCE, WORDS, SETTINGS)
 
 
 @pytest.fixture
 def twice(predictor):
     """The same predictor, with weights that write masks again and again."""
-    weights, predictor.engine.params = predictor.engine.params, make([SURE, GE], [AND, GE]).engine.params
+    predictor.engine.params = tiny.answers([SURE, GE], [AND, GE])[1]
     yield predictor
-    predictor.engine.params = weights
+    predictor.engine.params = ONCE
 
 
 def same(a, b):
@@ -83,12 +85,50 @@ def test_prompts_of_a_bucket_share_their_programs(predictor):
     assert [p._cache_size() for p in programs] == sizes
 
 
+def test_a_conversation_remembers_its_turns(predictor):
+    """The history grows by question and answer; the second answer depends on the first turn."""
+    image = tiny.picture(0)
+    first, history = predictor.chat("Segment the red circle.", image)
+    assert [t["from"] for t in history] == ["human", "gpt"] and history[1]["value"] == first.text
+    second, longer = predictor.chat("And now?", image, history)
+    assert longer[:2] == history and len(longer) == 4 and len(second.masks) == 1
+    alone, _ = predictor.chat("And now?", image)
+    assert np.any(second.images[0] != alone.images[0])
+
+
+def test_guidance_and_sampling_change_the_picture_and_a_seed_repeats_it(predictor):
+    """Row b of a batch draws with seed + b, so a batch of samples is that of single calls."""
+    draw = lambda seed: dict(code_sampling=Sampling(temperature=2.0, top_k=12, top_p=0.9, seed=seed))
+    codes = lambda out: out.images[0].tolist()
+    image, text = tiny.picture(0), "Segment the red circle."
+    greedy = predictor.segment(image, text, max_masks=1)
+    drawn = [predictor.segment(image, text, max_masks=1, **draw(s)) for s in (3, 3, 4)]
+    assert codes(drawn[0]) == codes(drawn[1]) != codes(drawn[2]) and codes(drawn[0]) != codes(greedy)
+    both = predictor.segment_batch([Request(image, text)] * 2, **draw(3))
+    for one, row in zip((drawn[0], drawn[2]), both):
+        assert np.abs(one.images[0].astype(int) - row.images[0]).max() <= 1
+    guided = predictor.segment(image, text, max_masks=1, guidance=4.0)
+    assert codes(guided) != codes(greedy) and guided.text == greedy.text
+    with pytest.raises(UserError, match="top_p"):
+        Sampling(top_p=0)
+
+
+def test_whatever_is_a_picture(predictor, tmp_path):
+    image = tiny.picture(7)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    for same_image in (image, Image.fromarray(image), tmp_path / "a.png", str(tmp_path / "a.png")):
+        np.testing.assert_array_equal(pixels(same_image), image)
+    assert pixels(None) is None
+    with pytest.raises(UserError, match=r"u8\[H, W, 3\]"):
+        predictor.segment(image / 255, "Segment it.")
+
+
 def test_settings_of_the_run_are_used():
     """image_last and the system message change the prompt; tiles and padding the picture."""
     model, params = tiny.made()
     image = tiny.picture(0, 32, 96)
     encode = lambda **data: Predictor(model, params, WORDS, {"data": {"system": "", **data}})._encode(
-        Request(image, "Segment it."), "r")
+        Request(image, "Segment it."))
     tokens, tiles = encode()
     assert tiles.shape == (1, 32, 32, 3)
     last, _ = encode(image_last=True)
@@ -111,11 +151,11 @@ def test_requests_that_cannot_be_used_are_named(predictor, request_, text):
 
 
 def test_a_workdir_and_an_hf_folder_answer_alike(tmp_path, predictor):
-    run = tiny.workdir(tmp_path / "run", predictor.engine.params, **SETTINGS)
+    run = tiny.workdir(tmp_path / "run", ONCE, **SETTINGS)
     image = tiny.picture(5)
     want = predictor.segment(image, "Segment the red circle.")
     for path in (run, run / "checkpoints" / "1", tiny.hf(tmp_path / "hf", run)):
-        loaded = Predictor.load(str(path))
+        loaded = argenseg_jax.load(str(path))
         assert (loaded.model, loaded.system, loaded.max_text) == (predictor.model, "", 6)
         jax.tree.map(np.testing.assert_array_equal, loaded.engine.params, predictor.engine.params)
         loaded.engine = predictor.engine  # its programs are compiled

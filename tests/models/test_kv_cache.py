@@ -1,25 +1,22 @@
-"""The cache: blocks land behind each row's own length; what a query may see."""
+"""The cache: blocks land behind each row's own length, in one stack and in split layers alike."""
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from argenseg_jax.models import kv_cache
+from argenseg_jax.models.kv_cache import BLOCK, KVCache
 
 
-def test_blocks_land_behind_each_rows_length():
-    cache = kv_cache.KVCache.empty(2, 3, 6, 1, 1, jnp.float32)
-    assert cache.capacity == 6 and cache.k.shape == (2, 3, 6, 1, 1) and not cache.length.any()
+@pytest.mark.parametrize("split", [False, True])
+def test_blocks_land_behind_each_rows_length(split):
+    cache = KVCache.empty(2, 3, BLOCK + 1, 1, 1, jnp.float32, split)
+    assert cache.capacity == 2 * BLOCK and cache.kv_heads == 1 and not cache.length.any()
+    assert isinstance(cache.k, tuple) == split
     new = jnp.arange(1.0, 7.0).reshape(3, 2, 1, 1)
-    k = kv_cache.append(cache.k, jnp.int32(1), new, jnp.array([0, 3, 5]))[..., 0, 0]
-    assert not k[0].any()
-    np.testing.assert_array_equal(k[1], [[1, 2, 0, 0, 0, 0], [0, 0, 0, 3, 4, 0],
-                                         [0, 0, 0, 0, 0, 5]])  # 6 is beyond the capacity: dropped
-
-
-@pytest.mark.parametrize("within, last", [("causal", [2, 3, 4]), ("full", [4, 4, 4])])
-def test_visible(within, last):
-    """Three new places behind 2 (and behind 0) old ones."""
-    seen = kv_cache.visible(jnp.array([2, 0]), 3, 6, within)
-    place = np.arange(6)
-    np.testing.assert_array_equal(seen[0], place <= np.array(last)[:, None])
-    np.testing.assert_array_equal(seen[1], place <= np.array(last)[:, None] - 2)
+    cache = cache.replace(length=jnp.array([0, 3, BLOCK])).append(1 if split else jnp.int32(1), new, -new)
+    k, v = (np.asarray(x)[..., 0, 0] for x in cache.read(1, 0, cache.capacity))
+    want = np.zeros((3, 2 * BLOCK))
+    want[0, :2], want[1, 3:5], want[2, BLOCK:BLOCK + 2] = [1, 2], [3, 4], [5, 6]
+    np.testing.assert_array_equal(k, want)
+    np.testing.assert_array_equal(v, -want)
+    assert not cache.read(0, 0, BLOCK)[0].any()
+    np.testing.assert_array_equal(cache.read(1, 3, 2)[0][1, :, 0, 0], [3, 4])

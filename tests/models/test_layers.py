@@ -23,15 +23,16 @@ def test_norms():
     assert layers.RMSNorm(1e-6).apply({"params": {"scale": jnp.ones(8)}}, big).dtype == jnp.bfloat16
 
 
-def test_attention_is_that_of_every_head_alone():
-    """Query head n uses key head n // G, as the official repeat_kv."""
-    q, k, v = normal(2, 3, 4, 8), normal(2, 5, 2, 8, seed=1), normal(2, 5, 2, 8, seed=2)
-    mask = np.tril(np.ones((3, 5), bool), 2)[None].repeat(2, 0)
-    y = layers.attention(q, k, v, mask)
-    for n in range(4):
-        scores = np.einsum("bth,bsh->bts", q[:, :, n], k[:, :, n // 2]) / np.sqrt(8)
-        weights = jax.nn.softmax(np.where(mask, scores, -np.inf), -1)
-        np.testing.assert_allclose(y[:, :, n], weights @ v[:, :, n // 2], atol=1e-5)
+def test_eight_bit_kernels_stand_where_kernels_are():
+    """One scale an output channel: each entry is off by half a step of its channel at most."""
+    x, kernel = normal(2, 3, 8), normal(3, 8, 5, 2, seed=1) * jnp.array([1.0, 100.0])
+    small = layers.Int8.of(kernel, outputs=2, stacked=True)
+    assert small.values.dtype == jnp.int8 and small.scale.shape == (3, 5, 2) and small.shape == kernel.shape
+    back = small.values * small.scale[:, None]
+    assert np.all(np.abs(back - kernel) <= 0.501 * small.scale[:, None])
+    one = layers.Int8(small.values[0], small.scale[0])
+    y = layers.dense((5, 2), jnp.float32, bias=False).apply({"params": {"kernel": one}}, x)
+    np.testing.assert_allclose(y, np.tensordot(x, back[0], 1), rtol=1e-4, atol=1e-3)
 
 
 def test_dense_equals_a_tensor_product():

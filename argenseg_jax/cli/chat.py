@@ -1,0 +1,56 @@
+"""Several turns about one picture, or none, in a terminal; masks go to files.
+
+  python -m argenseg_jax chat --image photo.jpg
+  python -m argenseg_jax chat --image photo.jpg --prompt "Segment the cat." --prompt "And the dog."
+
+With --prompt, those are the turns; otherwise they are read from the terminal until an empty line.
+The masks of turn t are written to OUT/turn_t.png, turn_t_1.png, ...
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+from argenseg_jax.cli import common
+
+common.define_workdir("Run whose newest checkpoint is used.")
+common.define_checkpoint()
+common.define_answering()
+FLAGS = flags.FLAGS
+flags.DEFINE_string("image", None, "Picture file that the conversation is about.")
+flags.DEFINE_multi_string("prompt", [], "A turn; may be given several times.")
+flags.DEFINE_string("out", "chat", "Directory of the masks.")
+
+
+def run() -> dict[str, Any]:
+    """Returns {turns, answers, files}."""
+    import argenseg_jax
+    from argenseg_jax.decode.predictor import pixels
+
+    image = pixels(FLAGS.image)
+    predictor = argenseg_jax.load(FLAGS.checkpoint or FLAGS.workdir or "nano", FLAGS.dtype)
+    history, answers, written = [], [], []
+    for number, text in enumerate(FLAGS.prompt or _typed()):
+        result, history = predictor.chat(text, image, history, **common.answering())
+        answers.append(result.text)
+        common.log(f"> {text}\n{result.text}")
+        for i, mask in enumerate(result.masks):
+            written.append(common.write_picture(f"{FLAGS.out}/turn_{number}.png", i,
+                                                mask.astype("uint8") * 255))
+            common.log(f"  {written[-1]}  score {result.scores[i]:.3f}")
+    return {"turns": len(answers), "answers": answers, "files": written}
+
+
+def _typed() -> Iterator[str]:
+    """Lines of the terminal up to an empty one."""
+    common.log("Type a question; an empty line ends the chat.")
+    while True:
+        try:
+            line = input().strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line

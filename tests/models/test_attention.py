@@ -1,0 +1,99 @@
+"""Attention: its definition, that the implementations agree, and that a cache changes nothing."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from argenseg_jax.models import attention
+from argenseg_jax.models.attention import Mask
+from argenseg_jax.models.kv_cache import BLOCK, KVCache
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def heads(t, n=4, k=2, h=8, dtype=jnp.float32):
+    return normal(2, t, n, h, dtype=dtype), *(normal(2, t, k, h, seed=s, dtype=dtype) for s in (1, 2))
+
+
+def test_attention_is_that_of_every_head_alone():
+    """Query head n uses key head n // G, as the official repeat_kv."""
+    q, k, v = heads(5)
+    mask = Mask(jnp.array([[1, 1, 1, 1, 1], [1, 1, 2, 2, 2]]))
+    y = attention.attention(q, k, v, mask)
+    for n in range(4):
+        scores = np.einsum("bth,bsh->bts", q[:, :, n], k[:, :, n // 2]) / np.sqrt(8)
+        weights = jax.nn.softmax(np.where(mask.dense(), scores, -np.inf), -1)
+        np.testing.assert_allclose(y[:, :, n], weights @ v[:, :, n // 2], atol=1e-5)
+
+
+def test_masks():
+    """Own segment, no padding, up to itself or up to `last`."""
+    np.testing.assert_array_equal(Mask(jnp.array([[1, 1, 2, 0]])).dense()[0].astype(int),
+                                  [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
+    full = Mask(jnp.ones((1, 3), int), jnp.array([[0, 2, 2]])).dense()[0]
+    np.testing.assert_array_equal(full.astype(int), [[1, 0, 0], [1, 1, 1], [1, 1, 1]])
+
+
+@pytest.mark.parametrize("within", ["causal", "full"])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_cache_changes_nothing(within, split):
+    """Two rows of 130 and 3 old places, five new ones, over more than one block."""
+    q, k, v = heads(BLOCK + 7)
+    old = np.array([BLOCK + 2, 3])
+    cache = KVCache.empty(1, 2, 2 * BLOCK, 2, 8, jnp.float32, split)
+    cache = cache.append(0, k, v).replace(length=jnp.array(old))
+    take = old[:, None] + np.arange(5)
+    new = [np.take_along_axis(np.asarray(x), take[..., None, None], 1) for x in (q, k, v)]
+    run = jax.jit(functools.partial(attention.cached, layer=0, within=within))
+    got = run(new[0], cache.append(0, *new[1:]))
+    last = np.tile(np.arange(BLOCK + 7), (2, 1))
+    if within == "full":
+        np.put_along_axis(last, take, (old + 4)[:, None].repeat(5, 1), 1)
+    whole = attention.attention(q, k, v, Mask(jnp.ones((2, BLOCK + 7), int), jnp.asarray(last)), "xla")
+    np.testing.assert_allclose(got, np.take_along_axis(np.asarray(whole), take[..., None, None], 1),
+                               atol=1e-5)
+
+
+def test_places_beyond_the_filled_part_are_not_even_read():
+    """Garbage, even NaN, in later blocks leaves no trace."""
+    q, k, v = heads(3)
+    cache = KVCache.empty(1, 2, 3 * BLOCK, 2, 8, jnp.float32)
+    poison = cache.k.at[:, :, BLOCK:].set(jnp.nan)
+    cache = cache.replace(k=poison, v=poison).append(0, k, v)
+    assert np.isfinite(attention.cached(q, cache, 0, "causal")).all()
+
+
+def test_who_is_chosen_where():
+    q = jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16)
+    half = jax.ShapeDtypeStruct((2, 100, 4, 64), jnp.float32)
+    assert [attention.choose(q, platform=p) for p in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
+    assert attention.choose(q, plain=False, platform="tpu") == "xla"
+    assert {attention.choose(half, platform=p) for p in ("cpu", "gpu", "tpu")} == {"xla"}
+
+
+def test_splash_agrees():
+    """Interpreted here: two segments and padding in a row, grouped heads."""
+    q, k, v = heads(256, h=128)
+    segments = jnp.array([[1] * 100 + [2] * 156, [1] * 200 + [0] * 56])
+    want = attention.attention(q, k, v, Mask(segments), "xla")
+    got = attention._splash(q, k, v, segments, interpret=True)
+    real = np.asarray(segments > 0)
+    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=1e-4)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_cudnn_agrees():
+    q, k, v = heads(256, h=64, dtype=jnp.bfloat16)
+    mask = Mask(jnp.array([[1] * 256, [1] * 100 + [2] * 156]))
+    for m in (mask, None):
+        np.testing.assert_allclose(attention.attention(q, k, v, m, "cudnn").astype(jnp.float32),
+                                   attention.attention(q, k, v, m, "xla").astype(jnp.float32), atol=2e-2)
+    cache = KVCache.empty(1, 2, 2 * BLOCK, 2, 64, jnp.bfloat16).append(0, k, v)
+    cache = cache.replace(length=jnp.array([100, 7])).append(0, k[:, :9], v[:, :9])
+    both = [attention.cached(q[:, :9], cache, 0, "causal", how).astype(jnp.float32)
+            for how in ("cudnn", "xla")]
+    np.testing.assert_allclose(*both, atol=2e-2)
