@@ -47,11 +47,13 @@ def prefill(m: ARGenSeg, tokens: Array, lengths: Array, tiles: Array | None, rul
 
     Args:
       tokens: int32[R, L], right padded;  lengths: int32[R].
-      tiles: u8[B, P, S, S, 3] or None; unconditional prompts have the tiles of their twins, if any.
+      tiles: u8[R, P, S, S, 3], or of B rows where the twins have the same pictures, or None.
       capacity: places of the cache; the caller has checked that prompt and answer fit.
       max_text: A.
     """
-    features = None if tiles is None else rules.paired(m.encode_images(tiles))
+    features = None if tiles is None else m.encode_images(tiles)
+    if features is not None and len(features) < len(tokens):
+        features = rules.paired(features)
     x, coords = m.embed(tokens, features)
     hidden, cache = m.extend(x, coords, m.empty_cache(len(tokens), capacity), lengths)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)

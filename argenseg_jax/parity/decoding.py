@@ -25,18 +25,20 @@ def compare_decoding(record: Recording, model: ARGenSeg, params: Params) -> None
     for part, scale in (("infer", 0.0), ("infer_cfg", record.config.get("cfg_scale", 0.0))):
         if f"{part}/input_ids" in record:
             _Replay(record, model, params, f"{part}/", scale).run()
-            if not scale:
-                _compare_engine(record, model, params, f"{part}/")
+            _compare_engine(record, model, params, f"{part}/", scale)
 
 
-def _compare_engine(record: Recording, model: ARGenSeg, params: Params, name: str) -> None:
-    """The compiled decoder on the same prompt: ids, codes, images."""
-    tokens, want = record.input(f"{name}input_ids"), record.input(f"{name}generated_tokens")
+def _compare_engine(record: Recording, model: ARGenSeg, params: Params, name: str, scale: float
+                    ) -> None:
+    """The compiled decoder on the same prompt, and with guidance on the other one: ids, codes, images."""
+    want = record.input(f"{name}generated_tokens")[:1]
     masks = int(record.input(f"{name}call_kinds_1_is_mask").sum())
-    pixels = jnp.asarray(nhwc(record.input(f"{name}pixel_values")))
-    got = engine.Engine(model, params).generate(
-        tokens, record.input(f"{name}attention_mask").sum(1), pixels[None],
-        max_text=want.shape[1], max_masks=masks + 1)
+    rows, lengths = unpadded(record.input(f"{name}input_ids"), record.input(f"{name}attention_mask"))
+    counts = (rows == model.vocab.img_context).sum(1) // model.image_tokens
+    tiles = per_row(nhwc(record.input(f"{name}pixel_values")), counts)
+    twin = dict(guidance=scale, nothing=rows[1, :lengths[1]], reference=True) if scale else {}
+    got = engine.Engine(model, params).generate(rows[:1], lengths[:1], tiles, max_text=want.shape[1],
+                                                max_masks=masks + 1, **twin)
     ids = np.where(got.ids == model.vocab.ge_start, model.vocab.ge_end, got.ids)
     record.compare(f"{name}generated_tokens by decode/", ids, want, EQUAL)
     for j in range(masks):
@@ -98,10 +100,7 @@ class _Replay:
 
     def prefill(self) -> np.ndarray:
         """Runs the prompt; returns the logits f32[B, V] of its last place."""
-        lengths = self.real.sum(1)
-        rows = np.zeros_like(self.tokens)
-        for row, source, real, n in zip(rows, self.tokens, self.real, lengths):
-            row[:n] = source[real]
+        rows, lengths = unpadded(self.tokens, self.real)
         pixels = nhwc(self.record.input(f"{self.name}pixel_values"))
         tiles = (rows == self.model.vocab.img_context).sum(1) // self.model.image_tokens
         features = self.call("encode_images", per_row(pixels, tiles))
@@ -204,6 +203,15 @@ class _Replay:
             if is_last:
                 every = to_u8(np.concatenate([self.decode(f_hat) for f_hat in f_hats]))
                 self.record.check(m[0], every[:, ::int(m[1]), ::int(m[1])], IMAGE_U8)
+
+
+def unpadded(tokens: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows padded on the left -> (int32[B, T] padded on the right, lengths int32[B])."""
+    rows = np.zeros_like(tokens)
+    lengths = np.sum(real != 0, axis=1)
+    for row, source, keep, n in zip(rows, tokens, real != 0, lengths):
+        row[:n] = source[keep]
+    return rows, lengths
 
 
 def to_u8(images: np.ndarray) -> np.ndarray:
