@@ -4,8 +4,8 @@
 
 Writes a sharded folder of random bits under the official key names (--dtype, bfloat16), runs the
 `convert` command in a process of its own each way, and compares every tensor bit by bit. It needs
-three copies on disk (3 x 16 GB for 8b), which are removed at the end; --scale takes that share of the
-layers. Prints one JSON line; exit code 1 when a bit differs.
+three copies on disk (3 x 16 GB for 8b), which are removed at the end; --scale takes that share of
+the layers. Prints one JSON line; exit code 1 when a bit differs.
 """
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def write(folder: pathlib.Path, cfg: dict[str, Any], dtype: str) -> int:
 def convert(source: pathlib.Path, target: pathlib.Path) -> dict[str, float]:
     """Runs the command; {seconds, MB/s, peak RSS in MiB} of its process."""
     start = time.monotonic()
-    command = [sys.executable, "-m", "argenseg_jax", "convert", f"--from={source}", f"--to={target}"]
+    command = [sys.executable, "-m", "argenseg_jax", "convert",
+               f"--from={source}", f"--to={target}"]
     child = subprocess.Popen(command, cwd=pathlib.Path(__file__).parent.parent,
                              stdout=subprocess.PIPE, text=True)
     result = json.loads(child.stdout.read().splitlines()[-1])

@@ -54,7 +54,8 @@ class Checkpointer:
           meta: JSON-able facts about the run, the same on every process.
           data_state: this process's place in the data: bytes or JSON-able.
         """
-        items = {"params": ocp.args.StandardSave(params, _by_layer(params)), "train": ocp.args.StandardSave(train),
+        items = {"params": ocp.args.StandardSave(params, _by_layer(params)),
+                 "train": ocp.args.StandardSave(train),
                  "meta": ocp.args.JsonSave({**meta, "data": _all_processes(_encode(data_state))})}
         if ema:
             items["ema"] = ocp.args.StandardSave(ema, _by_layer(ema))
@@ -226,8 +227,8 @@ class StoredLeaf:
         self._block: tuple[int, np.ndarray] | None = None  # the chunk read last, and its number
 
     def __getitem__(self, index: int | type(...)) -> np.ndarray:
-        if index is ...:
-            return self._array.read().result()
+        if index is ... or self._rows == (1,):
+            return self._array[index].read().result()
         block, place = divmod(index, *self._rows)
         if self._block is None or self._block[0] != block:
             self._block = None  # frees it before the next is read
@@ -257,7 +258,7 @@ def is_stacked(name: str) -> bool:
 
 
 def _by_layer(params: Any) -> Any:
-    """Orbax's options to save each layer of a stack apart, so that one can be read without the rest."""
+    """Orbax's options to save each layer of a stack apart: one can be read without the rest."""
     return trees.map_named(
         lambda name, leaf: ocp.SaveArgs(shard_axes=(0,) if is_stacked(name) else ()), params)
 

@@ -68,8 +68,8 @@ def _vocab(source: checkpoint.Checkpoint, model: Any) -> dict[str, int]:
     """The ids that the tokenizer of a folder knows best; UserError if it is of another model."""
     vocab = source.tokenizer().vocab
     if vocab.base != model.vocab.base:
-        raise UserError(f"{source.path}: its tokenizer has <img> at {vocab.base}, its config.json at "
-                        f"{model.vocab.base}")
+        raise UserError(f"{source.path}: its tokenizer has <img> at {vocab.base}, its config.json "
+                        f"at {model.vocab.base}")
     return {"base": vocab.base, "eos": vocab.eos, "pad": vocab.pad}
 
 
@@ -98,11 +98,12 @@ def to_hf(source: checkpoint.Checkpoint, target: epath.PathLike, *, layout: str 
     orbax_io.check_shapes(orbax_io.find_step(source.path), hf_folder.param_shapes(model))
     leaves = orbax_io.open_params(source.path)
     config = {key: value for key, value in source.config.items() if key != "model"}
-    kept = {name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype) for name, leaf in leaves.items()}
+    kept = {name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype)
+            for name, leaf in leaves.items()}
     with _bar(target, _nbytes(kept)) as bar:
         hf_folder.save_folder(
-            target, trees.unflatten(leaves), source.config["model"], source.tokenizer_files(), dtype,
-            {checkpoint.RUN_CONFIG: json.dumps(config, indent=2) + "\n"}, layout=layout,
+            target, trees.unflatten(leaves), source.config["model"], source.tokenizer_files(),
+            dtype, {checkpoint.RUN_CONFIG: json.dumps(config, indent=2) + "\n"}, layout=layout,
             done=bar.update)
     return _sizes(model, kept)
 

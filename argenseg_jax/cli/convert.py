@@ -7,8 +7,9 @@
                                                   the released parts -> a model to train
 
 --from may also be a weight file (.safetensors, .safetensors.xz, .pth, .bin) with its config.json
-beside it, and a folder in the layout of transformers (`-hf`). Tensors are moved one by one, in little
-memory. Nothing appears under --to before it is complete; an interrupted conversion is started again.
+beside it, and a folder in the layout of transformers (`-hf`). Tensors are moved one by one, in
+little memory. Nothing appears under --to before it is complete; an interrupted conversion is simply
+started again.
 """
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ flags.DEFINE_string("vqvae", None, "Weight file of the VQ-VAE, for a --from with
 flags.DEFINE_enum("save_dtype", None, ["float32", "bfloat16", "float16"],
                   "Of the written weights; default: as they are.")
 flags.DEFINE_enum("layout", "official", ["official", "hf"],
-                  "Key names and config.json of a written folder: those of the official code, or of "
-                  "transformers' own InternVL.")
+                  "Key names and config.json of a written folder: those of the official code, or "
+                  "of transformers' own InternVL.")
 
 
 def run() -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """config.json of an InternVL-family folder <-> the `model` section of our configuration.
 
 Two layouts: the field names of the official InternVLChatModel, and those of transformers' own
-InternVLForConditionalGeneration (the `-hf` folders; `model_type` is `internvl`). What it has no name for (the VQ-VAE's
-sizes, the first special id, the nano fields) stands under the key `argenseg`, and only where it
-differs from what the official fields and the released sizes imply.
+InternVLForConditionalGeneration (the `-hf` folders; `model_type` is `internvl`). What they have no
+name for (the VQ-VAE's sizes, the first special id, the nano fields) stands under the key
+`argenseg`, and only where it differs from what their fields and the released sizes imply.
 """
 from __future__ import annotations
 
@@ -125,7 +125,10 @@ def llm_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def llm_family(config: Mapping[str, Any]) -> str:
-    """'internlm2', 'llama' (its form in transformers), 'qwen2' or 'qwen3' by the architecture's name; InternLM2 where none is given."""
+    """'internlm2', 'llama' (its form in transformers), 'qwen2' or 'qwen3'.
+
+    By the architecture's name; InternLM2 where none is given.
+    """
     name = (config.get("architectures") or [config.get("model_type") or "internlm2"])[0].lower()
     for family in ("internlm2", "llama", "qwen2", "qwen3"):
         if name.startswith(family) and "moe" not in name:
@@ -181,8 +184,8 @@ def _official(model: Any, dtype: str) -> dict[str, Any]:
 def _hf(model: Any, dtype: str) -> dict[str, Any]:
     """config.json of transformers' own InternVLForConditionalGeneration."""
     if model.llm.rope_2d or model.block_causal or model.connector.version != "v2":
-        raise UserError("transformers has no rope_2d, block_causal or pixel shuffle v1: such a model "
-                        "has the official layout only")
+        raise UserError("transformers has no rope_2d, block_causal or pixel shuffle v1: such a "
+                        "model has the official layout only")
     config = _official(model, dtype)
     vision = dict(config["vision_config"], architectures=["InternVLVisionModel"],
                   model_type="internvl_vision")

@@ -25,7 +25,7 @@ from argenseg_jax.models.argenseg import init_params
 SHARD_BYTES = 4 << 30
 # What the keys of ARGenSeg's own parts start with; a released InternVL has none of them.
 OWN_PARTS = ("image_tokenizer.", "word_embed.", "lvl_embed.", "pos_1LC")
-# They stand apart in a folder for transformers, which would complain of tensors that it does not know.
+# They stand apart in a folder for transformers, which complains of tensors that it does not know.
 OWN_FILE = "argenseg.safetensors"
 INDEX = "model.safetensors.index.json"
 # What a folder may hold besides weights: copied along when a folder is written from another.
@@ -133,8 +133,8 @@ def load_params(path: epath.PathLike, model_or_shapes: Any, *, optional: Sequenc
 def _check_whole(tensors: Tensors, path: epath.PathLike) -> None:
     """One hint instead of hundreds of names where a whole part is not there."""
     if not any(key.startswith(OWN_PARTS) for key in tensors):
-        raise UserError(f"{path} has no VQ-VAE, as InternVL was released: `argenseg convert` completes "
-                        "it with VAR's (--vqvae=vae_ch160v4096z32.pth)")
+        raise UserError(f"{path} has no VQ-VAE, as InternVL was released: `argenseg convert` "
+                        "completes it with VAR's (--vqvae=vae_ch160v4096z32.pth)")
 
 
 def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None = None
@@ -177,9 +177,8 @@ def save_folder(path: epath.PathLike, params: Mapping[str, Any], model_cfg: Mapp
       layout: 'official', or 'hf' for transformers' own InternVL.
       done: called with the bytes of each tensor that was written.
     """
-    flat = trees.flatten(params)
-    tensors = torch_convert.export(flat, layout=layout, vocab_size=variants.build(model_cfg).vocab.size,
-                                   dtype=dtype)
+    flat, size = trees.flatten(params), variants.build(model_cfg).vocab.size
+    tensors = torch_convert.export(flat, layout=layout, vocab_size=size, dtype=dtype)
     name = str(np.dtype(dtype or flat["llm/embed/embedding"].dtype))
     config = hf_config.model_cfg_to_hf(model_cfg, name, layout)
     with files.new_folder(path) as folder:
@@ -207,7 +206,7 @@ def tokenizer_files(folder: epath.PathLike) -> list[epath.Path]:
 
 def write_tensors(folder: epath.PathLike, tensors: Mapping[str, Lazy],
                   done: Callable[[int], None] = lambda n: None) -> int:
-    """Writes shards of at most SHARD_BYTES, and an index if there are several; returns the bytes."""
+    """Writes shards of at most SHARD_BYTES and, for several, an index; returns the bytes."""
     folder = epath.Path(folder)
     shards: list[dict[str, Lazy]] = [{}]
     held = 0

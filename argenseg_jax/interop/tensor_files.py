@@ -2,8 +2,8 @@
 
 Files may be .safetensors, .safetensors.xz, or PyTorch's own .pth/.bin/.pt, which need torch and are
 read with weights_only=True: nothing is unpickled freely. Plain safetensors are read by seeking, not
-through the safetensors library: that maps whole files into memory, where every page once read counts
-as used.
+through the safetensors library: that maps whole files into memory, where every page once read
+counts as used.
 """
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def write_safetensors(file: epath.PathLike, tensors: Mapping[str, Lazy],
 
 
 def contiguous(array: np.ndarray, dtype: Any = None) -> np.ndarray:
-    """np.ascontiguousarray, twice as fast for a matrix that was transposed (its heads split, too)."""
+    """np.ascontiguousarray, twice as fast for a transposed matrix (also with its heads split)."""
     dtype = array.dtype if dtype is None else np.dtype(dtype)
     for axis, to in ((0, -1), (-1, 0)) if array.ndim > 1 and not array.flags.c_contiguous else ():
         base = np.moveaxis(array, axis, to)
@@ -152,7 +152,8 @@ def _open_safetensors(file: epath.Path) -> dict[str, Lazy]:
         start, end = entry["data_offsets"]
         if end - start != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
             raise ValueError(f"'{key}' is cut off")
-        lazy[key] = Lazy(shape, dtype, functools.partial(_read, file, 8 + length + start, shape, dtype))
+        read = functools.partial(_read, file, 8 + length + start, shape, dtype)
+        lazy[key] = Lazy(shape, dtype, read)
     return lazy
 
 
@@ -191,8 +192,8 @@ class _TorchFile:
         try:
             import torch  # pylint: disable=g-import-not-at-top
         except ImportError:
-            raise UserError(f"{self._file} needs PyTorch to be read: `pip install torch`, or convert "
-                            "it to .safetensors elsewhere") from None
+            raise UserError(f"{self._file} needs PyTorch to be read: `pip install torch`, or "
+                            "convert it to .safetensors elsewhere") from None
         load = functools.partial(torch.load, map_location="cpu", weights_only=True)
         try:
             if os.path.exists(self._file) and zipfile.is_zipfile(self._file):

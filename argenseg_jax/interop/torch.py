@@ -186,7 +186,9 @@ def _torch_shape(row: Row, leaves: Sequence[Any], vocab_size: int | None) -> tup
     """Shape of the torch tensor (of one layer), found without reading the leaves."""
     blanks = tuple(_blank(leaf.shape[row.stacked:]) for leaf in leaves)
     shape = row.op.to_torch(blanks).shape
-    return shape if row.op.vocab_axis is None else (min(vocab_size or shape[0], shape[0]), *shape[1:])
+    if row.op.vocab_axis is None or vocab_size is None:
+        return shape
+    return (min(vocab_size, shape[0]), *shape[1:])
 
 
 def _blank(shape: Sequence[int]) -> np.ndarray:
@@ -293,8 +295,8 @@ class _Step:
         if axis is not None:
             self._rows = vocab_size or shape[0]
             if shape[0] > self._rows:
-                raise ValueError(f"a vocabulary of {shape[0]} rows in the file, {vocab_size} in the "
-                                 "model")
+                raise ValueError(f"a vocabulary of {shape[0]} rows in the file, {vocab_size} in "
+                                 "the model")
             shape = (self._rows, *shape[1:])
             size = list(self._shapes[0])
             size[axis] = min(self._rows, size[axis])
@@ -324,6 +326,6 @@ def _grow(tensor: np.ndarray, rows: int | None) -> np.ndarray:
         return tensor
     grown = np.empty((rows, *tensor.shape[1:]), tensor.dtype)
     grown[:len(tensor)] = tensor
-    blocks = (tensor[i:i + 4096] for i in range(0, len(tensor), 4096))  # in f64, and not all at once
+    blocks = (tensor[i:i + 4096] for i in range(0, len(tensor), 4096))  # f64 of all is too much
     grown[len(tensor):] = sum(b.astype(np.float64).sum(0) for b in blocks) / len(tensor)
     return grown

@@ -2,10 +2,10 @@
 
 A row is (torch key, flax path(s), op, family). In the names `{i}` is a layer whose tensors are
 stacked along a leading axis L in JAX; `{j}` and `{k}` are indices that stay in the flax name.
-Rows of a family are alternatives for the same leaves: 'internlm2' or 'qwen2' for the language model,
-'official' or 'hf' (transformers' own InternVL, whose language model has the names of Qwen2) for the
-vision tower and the connector. An op turns one torch tensor into the leaf (or the several leaves) of
-one layer, and back, without arithmetic: both directions are bit-exact.
+Rows of a family are alternatives for the same leaves: 'internlm2' or 'qwen2' for the language
+model, 'official' or 'hf' (transformers' own InternVL, whose language model has the names of Qwen2)
+for the vision tower and the connector. An op turns one torch tensor into the leaf (or the several
+leaves) of one layer, and back, without arithmetic: both directions are bit-exact.
 
 Axis letters: D width, N query heads, K key/value heads, G = N/K, H head width, F MLP width, V
 vocabulary, C channels. Torch keeps Linear as [out, in] and convolutions as OIHW.
@@ -266,7 +266,7 @@ PART_PREFIXES: tuple[tuple[str, str], ...] = (
 
 
 def full_name(key: str) -> str:
-    """The key, as the table has it, of a tensor from a file of one part or of transformers' memory."""
+    """The table's key of a tensor from a file of one part, or from transformers' memory."""
     for pattern, name in _MODEL_PREFIXES:
         if found := re.fullmatch(pattern, key):
             return found.expand(name)

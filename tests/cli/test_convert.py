@@ -80,7 +80,8 @@ def test_memory_holds_a_tensor_and_not_the_model(tmp_path, monkeypatch):
         sizes = move(checkpoint.open_checkpoint(str(tmp_path / source)), target=tmp_path / target)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert sizes["bytes"] == 2 * sizes["params"] > 0.9 * size and peak < 0.25 * size
+        assert sizes["bytes"] == 2 * sizes["params"] > 0.9 * size
+        assert peak < 0.5 * size  # it would be more than 1 with a whole copy; jax takes some, too
     names = sorted(f.name for f in (tmp_path / "a").glob("*.safetensors"))
     assert len(names) > 4
     for name in names:

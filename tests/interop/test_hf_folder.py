@@ -2,6 +2,7 @@
 import json
 import lzma
 import pathlib
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -172,7 +173,7 @@ def test_golden_f_goes_out_as_it_came(tmp_path):
 
 
 @pytest.mark.torch
-def test_pytorch_files(tmp_path):
+def test_pytorch_files(tmp_path, monkeypatch):
     import pickle
 
     import torch
@@ -184,6 +185,11 @@ def test_pytorch_files(tmp_path):
     assert set(tensors) == {"a", "b"} and tensors["b"].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(tensors["a"], state["a"].numpy())
     np.testing.assert_array_equal(tensors["b"].astype(np.float32), [1.5, -2.25])
+    monkeypatch.setattr(tensor_files, "_MAPPED_BYTES", 0)  # the file is mapped anew each time
+    again = hf_folder.open_tensors(tmp_path / "x.pth")
+    assert all(np.array_equal(again[key], tensors[key]) for key in "abba")
+    torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    assert np.array_equal(hf_folder.open_tensors(tmp_path / "old.bin")["a"], tensors["a"])
 
     class Evil:
         def __reduce__(self):
@@ -192,6 +198,13 @@ def test_pytorch_files(tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(UserError, match="evil.pth"):
         hf_folder.open_tensors(tmp_path / "evil.pth")
+
+
+def test_pytorch_files_without_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "x.pth").write_bytes(b"")
+    with pytest.raises(UserError, match="x.pth needs PyTorch.*pip install torch"):
+        hf_folder.open_tensors(tmp_path / "x.pth")
 
 
 @pytest.mark.torch

@@ -56,17 +56,18 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_round_trip_is_bit_exact(made, name, dtype):
+@pytest.mark.parametrize("dtype,layout", [(np.float32, "official"), (ml_dtypes.bfloat16, "official"),
+                                          (np.float32, "hf")])
+def test_round_trip_is_bit_exact(made, name, dtype, layout):
     model, params = made[name]
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    tensors = to_torch(model, params)
+    tensors = to_torch(model, params, layout=layout)
     assert tensors[next(k for k in tensors if k.endswith(("embed_tokens.weight",
                                                           "tok_embeddings.weight")))
                    ].shape[0] == model.vocab.size
     back = convert.to_jax(tensors, params, vocab_size=model.vocab.size)
     assert_same(back, params)
-    again = to_torch(model, back)
+    again = to_torch(model, back, layout=layout)
     assert_same(again, tensors)
 
 
@@ -119,6 +120,11 @@ def test_shapes_and_layers_must_fit(made):
         "language_model.model.tok_embeddings.weight"]
     with pytest.raises(UserError, match="a second time"):
         convert.to_jax(tensors, params)
+    tensors = to_torch(model, params)  # one leaf of three that the fused tensor fills already
+    for i in range(2):
+        tensors[f"vision_tower.encoder.layer.{i}.attention.v_proj.bias"] = np.zeros(64, np.float32)
+    with pytest.raises(UserError, match="v_proj.bias fills 'vision/layers/attn/v/bias' a second time"):
+        convert.to_jax(tensors, params)
 
 
 def test_parts_without_their_prefix(made):
@@ -156,7 +162,8 @@ def test_every_row_of_the_table_is_used(made):
     """A row that no model needs is a mistake in the table."""
     used = set()
     for name in MODELS:
-        for key in to_torch(*made[name]):
-            used |= {row.key for row in weight_map.TABLE
-                     if weight_map.template_regex(row.key).fullmatch(key)}
+        for layout in ("official", "hf"):
+            for key in to_torch(*made[name], layout=layout):
+                used |= {row.key for row in weight_map.TABLE
+                         if weight_map.template_regex(row.key).fullmatch(key)}
     assert {row.key for row in weight_map.TABLE} == used
