@@ -234,7 +234,10 @@ class StoredLeaf:
             self._block = None  # frees it before the next is read
             start, size = block * self._rows[0], self._rows[0]
             self._block = block, self._array[start:min(start + size, self.shape[0])].read().result()
-        return self._block[1][place]
+        layer = self._block[1][place]
+        if place + 1 == len(self._block[1]):
+            self._block = None  # read to its end: the next leaf wants the memory
+        return layer
 
 
 def open_params(path: epath.PathLike) -> dict[str, StoredLeaf]:
