@@ -3,6 +3,7 @@
   python benchmarks/decode.py                     # width 512, 8 layers, CPU, 2 threads
   python benchmarks/decode.py --width 1024
   python benchmarks/decode.py --variant 8b        # on a GPU: bf16, 448 px picture, 10 words of text
+  OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/decode.py --threads 1 --clock cpu   # on a busy machine
 
 Both sides hold the same random weights and do the same work: prefill, the ten scales of one 256 px mask
 on a cache, the VQ-VAE's decoder, the picture on the host. On CPUs the prompt has 300 tokens, the
@@ -38,8 +39,10 @@ from argenseg_jax.decode.choice import Rules  # noqa: E402
 from argenseg_jax.decode.engine import Engine  # noqa: E402
 from argenseg_jax.models import variants  # noqa: E402
 from argenseg_jax.models.argenseg import ARGenSeg, init_params  # noqa: E402
+from benchmarks import timeline  # noqa: E402
 
 PROMPT = 300
+CLOCKS = [time.perf_counter]  # the one in use
 Params = Mapping[str, Any]
 
 
@@ -114,6 +117,22 @@ class Ours:
         whole = median(self.mask)
         image = median(lambda: jax.block_until_ready(draw(self.engine.params, f_hat)))
         return {"prefill_and_text": start, "scales": max(whole - start - image, 0.0), "vqvae": image}
+
+    def timeline(self) -> list[tuple[str, float, str]]:
+        """(phase, seconds, remark) in their order, each scale run alone on a cache of its length."""
+        model, phases = self.model, self.phases()
+        extend = jax.jit(functools.partial(model.apply, method="extend"))
+        cache, seconds = self.start().cache, []
+        for begin, end in model.scales.bounds:
+            x = jnp.zeros((self.rows, end - begin, model.llm.width), model.llm.dtype)
+            here = cache.replace(length=cache.length + begin)
+            run = functools.partial(extend, {"params": self.engine.params}, x,
+                                    jnp.zeros((*x.shape[:2], 2)), here)
+            seconds.append(median(lambda: jax.block_until_ready(run())))
+        sides = model.scales.patch_nums
+        return [("prefill", phases["prefill_and_text"], f"{self.tokens.shape[1]} places"),
+                *((f"scale {k}", s, f"{pn} x {pn} codes") for k, (s, pn) in enumerate(zip(seconds, sides))),
+                ("VQ-VAE", phases["vqvae"], f"{model.mask_size} px")]
 
     def one_by_one(self, count: int) -> Callable[[], Any]:
         """Behind a prefill: decodes so many codes in one jitted scan, each fed to predict the next."""
@@ -199,9 +218,9 @@ def device_speed(dtype: Any) -> tuple[float, float]:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
+    begin = CLOCKS[0]()
     run()
-    return time.perf_counter() - begin
+    return CLOCKS[0]() - begin
 
 
 def median(run: Callable[[], Any], rounds: int = 5) -> float:
@@ -290,10 +309,19 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8", help="rows; 32 too where there is time")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of the peer; jax takes every core")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu counts the seconds "
+                        "of all threads: on a machine that others use, pin one thread and take this")
+    parser.add_argument("--figure", default="", help="only draw the timeline of batch 1, as this SVG")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip torch.compile")
     args = parser.parse_args()
+    if args.clock == "cpu":
+        CLOCKS[0] = time.process_time
     model = variants.build(model_config(args))
     params = random_params(model, model.llm.dtype)
+    if args.figure:
+        phases = Ours(model, params, 1, 10 if args.variant else 0, bool(args.variant)).timeline()
+        title = f"One mask, width {model.llm.width}, {model.llm.depth} layers, {jax.devices()[0].device_kind}"
+        return timeline.draw(title, phases, args.figure)
     others = peers(model, params, args)
     result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "dtype": jnp.dtype(model.llm.dtype).name,
                               "width": model.llm.width, "layers": model.llm.depth}

@@ -58,6 +58,18 @@ def test_several_masks_are_numbered_and_none_is_no_file(runs, image, tmp_path, c
     assert files(tmp_path) == ["m.png", "m_1.png"]
 
 
+def test_a_prompt_alone_becomes_a_picture(runs, tmp_path, capfd):
+    """--raw writes what the model draws, at its own size; without it a picture is asked for."""
+    args = ("segment", "--workdir", runs["one"], "--prompt", "Draw it.", "--out", tmp_path / "m.png",
+            "--scales", tmp_path / "s.png")
+    assert "--image is missing" in refused(capfd, *args)
+    code, out, _ = call(capfd, *args, "--raw", "--temperature", 1.0, "--top_k", 5)
+    assert code == 0 and json.loads(out)["masks"] == 1
+    picture = np.asarray(Image.open(tmp_path / "m.png"))
+    assert picture.shape == (16, 16, 3) and len(np.unique(picture)) > 2
+    assert "--overlay" in refused(capfd, *args, "--raw", "--overlay", tmp_path / "o.png")
+
+
 @pytest.mark.parametrize("size", [(1, 1), (20000, 10), (10, 20000)])
 def test_extreme_pictures(runs, size, tmp_path, capfd):
     Image.new("RGB", size, (200, 30, 30)).save(tmp_path / "image.png")
@@ -80,7 +92,8 @@ def test_extreme_pictures(runs, size, tmp_path, capfd):
     ({"--prompt": "<image> and <image>"}, "2 <image> places"),
     ({"--workdir": "absent"}, "absent: no such checkpoint"),
     ({"--workdir": "."}, "no checkpoint there"),
-    ({"--dtype": "int8"}, "dtype"),
+    ({"--dtype": "int4"}, "dtype"),
+    ({"--top_p": "2"}, "top_p"),
     ({"--max_masks": "0"}, "max_masks"),
     ({"--out": "file/mask.png"}, "file"),
     ({"--out": "."}, "--out"),
