@@ -82,7 +82,7 @@ def base() -> ConfigDict:
             "max_masks": 1,     # M, masks per row
             "pad_to_square": False,  # keep the aspect ratio of images and masks, and pad them
             "augment": False,   # disturb photographs: data/augment.py
-            "drop_colour": 0.0,  # share of samples that fade, where the text names no colour
+            "recolour": 0.0,    # share of samples in other colours, where the text names none
             "prompt_drop": 0.0,  # share of text-to-image prompts that ask for nothing (guidance)
             "max_broken": 0.01,  # largest share of broken samples; more of them end the run
         },

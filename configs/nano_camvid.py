@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common, nano
+from configs import common, nano_pretrain
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`devices=N` splits the CPU into N data-parallel devices (default 2)."""
     arg = common.parse_arg(arg, devices=2)
-    cfg = nano.get_config(f"devices={arg.devices}")
+    cfg = nano_pretrain.get_config(f"devices={arg.devices}")
     cfg.init_from = "nano"
-    cfg.data.update(sources=("meta_train.json",), root="camvid", augment=True)
+    cfg.data.update(sources=("meta_train.json",), root="camvid", augment=True, recolour=0.0)
     cfg.vqvae.update(steps=3000)
     cfg.train.update(steps=2400, checkpoint_every=600, log_every=100)
     cfg.optim.update(lr=0.005, adam_lr=1e-3)

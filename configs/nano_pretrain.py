@@ -1,4 +1,4 @@
-"""The shipped nano model: `shapes` full, from scratch; about two hours on one CPU core.
+"""The shipped nano model: `shapes` full, from scratch; about an hour on two CPU cores.
 
   python -m argenseg_jax train --config configs/nano_pretrain.py --workdir runs/nano_pretrain
 
@@ -15,7 +15,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """`devices=N` splits the CPU into N data-parallel devices (default 2)."""
     arg = common.parse_arg(arg, devices=2)
     cfg = nano.get_config(f"devices={arg.devices}")
-    cfg.data.update(sources=("shapes:full:train",), max_tokens=168)
-    cfg.vqvae.update(steps=4000)
-    cfg.train.update(steps=3000, checkpoint_every=500, log_every=100)
+    cfg.model.vqvae = dict(patch_nums=(1, 8, 8), ch=64, z_channels=32)
+    cfg.data.update(sources=("shapes:full:train",), max_tokens=232)
+    cfg.vqvae.update(steps=9000, batch=8, lr=0.008)
+    cfg.train.update(steps=4800, checkpoint_every=500, log_every=100)
     return cfg

@@ -57,15 +57,17 @@ class Augment:
         return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
 
 
-def drop_colour(sample: Sample, rng: np.random.Generator) -> Sample:
-    """The pictures faded towards one of their channels, unless the text speaks of colours.
+def recolour(sample: Sample, rng: np.random.Generator, strength: float = 0.75) -> Sample:
+    """The pictures in other, paler colours, unless the text speaks of colours.
 
-    A model that meets few combinations of colour and shape learns shapes from colours; faded
-    pictures make it look at the outlines.
+    A model that meets few combinations of colour and shape learns shapes from colours: that no
+    circle is ever blue is easier to see than roundness. Saturation is multiplied by a random number
+    within ±strength, so that on average a colour says nothing; below zero it becomes its complement.
+    Brightness is a random mixture of the channels.
     """
     if any(_COLOURS.search(turn["value"]) for turn in sample.conversations if turn["from"] == "human"):
         return sample
-    channel, keep = int(rng.integers(3)), rng.random()
-    faded = [keep * image + (1 - keep) * image[..., channel:channel + 1].astype(np.float32)
-             for image in sample.images]
-    return dataclasses.replace(sample, images=tuple(x.astype(np.uint8) for x in faded))
+    saturation, mixture = rng.uniform(-strength, strength), rng.dirichlet(np.ones(3))
+    matrix = saturation * np.eye(3) + (1 - saturation) * mixture[:, None]
+    recoloured = (np.clip(image @ matrix, 0, 255).astype(np.uint8) for image in sample.images)
+    return dataclasses.replace(sample, images=tuple(recoloured))

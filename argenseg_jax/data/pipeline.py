@@ -17,7 +17,7 @@ from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
 from argenseg_jax.data import prompt, sources, transforms
-from argenseg_jax.data.augment import Augment, drop_colour
+from argenseg_jax.data.augment import Augment, recolour
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.tokenizer import Tokenizer
 from argenseg_jax.errors import SampleError, UserError
@@ -59,7 +59,7 @@ class DataConfig:
       max_masks: M, masks of a row.
       pad_to_square: keep the aspect ratio of images and masks, and pad them.
       augment: disturb photographs (data/augment.py).
-      drop_colour: share of the samples whose pictures fade, where the text names no colour.
+      recolour: share of the samples that get other colours, where the text names none.
       prompt_drop: share of text-to-image prompts replaced by the unconditional one.
       max_broken: largest share of broken samples; more of them end the run.
     """
@@ -74,7 +74,7 @@ class DataConfig:
     max_masks: int = 1
     pad_to_square: bool = False
     augment: bool = False
-    drop_colour: float = 0.0
+    recolour: float = 0.0
     prompt_drop: float = 0.0
     max_broken: float = 0.01
 
@@ -149,8 +149,8 @@ class Encoder:
     def _augmented(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if self.config.augment or sample.meta.get("augment"):
             sample = self.augment(sample, rng)
-        if self.config.drop_colour and rng.random() < self.config.drop_colour:
-            sample = drop_colour(sample, rng)
+        if self.config.recolour and rng.random() < self.config.recolour:
+            sample = recolour(sample, rng)
         return sample
 
     def _tiles(self, sample: Sample, name: str) -> tuple[np.ndarray, list[int]]:

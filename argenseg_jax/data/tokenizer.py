@@ -278,6 +278,8 @@ _TEMPLATE_CORPUS = (
     "results are: .", "Given the following instructions: ;", "Segment the in the image.")
 # The classes of CamVid.
 _CLASS_CORPUS = " sky building pole road pavement tree sign fence car pedestrian bicyclist"
+# "circles" is "circle" and "s": what is learned of the one holds for the other.
+_PLURAL = r"(?<=\p{L}{3})s\b"
 # Rare enough to be merged last, and so many that the vocabulary is always filled.
 _GLUE_CORPUS = (
     " a about an and are at be by can colour describe do find for from has have here how i image in "
@@ -296,7 +298,9 @@ def nano_tokenizer(num_codes: int, corpus: Sequence[str], vocab_size: int = 496)
         tokens and 256 codes still fit into three times PAD_MULTIPLE rows.
     """
     model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(_PLURAL), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, min_frequency=1,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))

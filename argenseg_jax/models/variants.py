@@ -63,7 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "internvl3-14b": _released(_VIT_300M, _qwen_ntk(5120, 48, 40, 8, 13824), _QWEN_VOCAB),
     "nano": dict(
         image_size=64,
-        vision=dict(image_size=64, patch=8, width=96, depth=1, heads=3, mlp=256, ls_init=1.0),
+        vision=dict(image_size=64, patch=8, width=96, depth=2, heads=3, mlp=256, ls_init=1.0),
         connector=dict(ratio=1.0),
         llm=dict(width=96, depth=4, heads=3, kv_heads=3, head_dim=32, mlp=256, eps=1e-6,
                  rope_theta=1e4, max_positions=2048, tied=True, qk_norm=True, rope_2d=True),
