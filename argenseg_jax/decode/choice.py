@@ -76,7 +76,7 @@ class Rules:
         return x if self.guidance is None else jnp.concatenate([x, x])
 
     def guide(self, logits: Array, strength: float) -> Array:
-        """[R, ...] -> [B, ...]: away from the unconditional ones; strength is 0..1 of the guidance."""
+        """[R, ...] -> [B, ...]: away from the unconditional; strength: 0..1 of the guidance."""
         if self.guidance is None:
             return logits
         with_prompt, without = jnp.split(logits, 2)
@@ -102,7 +102,8 @@ def choose(logits: Array, draw: Draw | None, places: Array) -> Array:
     chance = jax.nn.softmax(falling, axis=-1)
     before = jnp.cumsum(chance, axis=-1) - chance
     few = (draw.top_k == 0) | (jnp.arange(logits.shape[-1]) < draw.top_k)
-    least = jnp.min(jnp.where(few & (before < draw.top_p), falling, jnp.inf), axis=-1, keepdims=True)
+    kept = jnp.where(few & (before < draw.top_p), falling, jnp.inf)
+    least = jnp.min(kept, axis=-1, keepdims=True)
 
     def noise(seed: Array, places: Array) -> Array:
         keys = jax.vmap(lambda p: jax.random.fold_in(jax.random.key(seed), p))(places.reshape(-1))

@@ -44,7 +44,7 @@ class Generated:
 
 
 class Engine:
-    """Decodes batches. `params` may be exchanged (while a model trains, say): nothing recompiles."""
+    """Decodes batches. `params` may be exchanged (while training, say): nothing recompiles."""
 
     def __init__(self, model: ARGenSeg, params: Mapping[str, Any], *, int8: bool = False):
         """int8: keep the decoder's matrices in eight bits (decode/weights)."""
@@ -68,14 +68,15 @@ class Engine:
     # ---- phases ----------------------------------------------------------------------------------
 
     def capacity(self, width: int, max_text: int, max_masks: int) -> int:
-        """Places of the cache for prompts padded to `width`; whole blocks, so that few sizes occur."""
+        """Places of the cache for prompts padded to `width`: whole blocks, so few sizes occur."""
         need = width + max_text + max_masks * (self.model.scales.num_codes + 1)
         return -(-need // BLOCK) * BLOCK
 
-    def prefill(self, tokens: np.ndarray, lengths: np.ndarray, tiles: np.ndarray | None, rules: Rules,
-                capacity: int, max_text: int) -> text_decode.Answer:
+    def prefill(self, tokens: np.ndarray, lengths: np.ndarray, tiles: np.ndarray | None,
+                rules: Rules, capacity: int, max_text: int) -> text_decode.Answer:
         """See text_decode.prefill."""
-        return self._prefill({"params": self.params}, tokens, lengths, tiles, rules, capacity, max_text)
+        return self._prefill({"params": self.params}, tokens, lengths, tiles, rules, capacity,
+                             max_text)
 
     def text(self, answer: text_decode.Answer) -> text_decode.Answer:
         """Writes until every row has ended or stands at a mask."""
@@ -139,7 +140,8 @@ class Engine:
         side, n = self.model.mask_size, self.model.scales.num_codes
         num = sum((at for at, _ in found), np.zeros(b, np.int32))
         m = max(int(num.max(initial=0)), 1)
-        out = {"images": np.zeros((b, m, side, side, 3), np.uint8), "codes": np.zeros((b, m, n), np.int32),
+        out = {"images": np.zeros((b, m, side, side, 3), np.uint8),
+               "codes": np.zeros((b, m, n), np.int32),
                "confidence": np.zeros((b, m), np.float32)}
         if previews:
             out["scales"] = np.zeros((b, m, k, side, side, 3), np.uint8)

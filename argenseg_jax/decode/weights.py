@@ -22,7 +22,8 @@ _CAST = re.compile(r"(llm|vision|connector|visual/word_embed)/(.*/)?(kernel|bias
 _EIGHT_BITS = re.compile(r"llm/layers/(attn|mlp)/(\w+)/kernel")
 
 
-def for_inference(model: ARGenSeg, params: Params, *, int8: bool = False, split: bool = True) -> Params:
+def for_inference(model: ARGenSeg, params: Params, *, int8: bool = False, split: bool = True
+                  ) -> Params:
     """The tree that a model with `llm.split` = split decodes with.
 
     Args:

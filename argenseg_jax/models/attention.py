@@ -134,7 +134,7 @@ def _ungrouped(y: Array) -> Array:
 
 def _splash(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
     """The TPU's kernel under the mesh in use; scores never leave the chip's fast memory."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # loads on TPUs only
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to load
 
     def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
         t = q.shape[1]

@@ -76,8 +76,9 @@ def flat_dot_general(x: Array, kernel: Array | Int8, dimension_numbers: Any, pre
                      preferred_element_type: Any = None) -> Array:
     """dot_general of a dense layer as one 2-D matmul.
 
-    Eight-bit kernels are scaled behind the product, so that only bytes are read. The gradient of the kernel then contracts one axis instead of two, which XLA's CPU backend
-    runs 1.3 times as fast; elsewhere it makes no difference.
+    Eight-bit kernels are scaled behind the product, so that only bytes are read. The gradient of the
+    kernel contracts one axis instead of two, which XLA's CPU backend runs 1.3 times as fast;
+    elsewhere the shape makes no difference.
     """
     (contract, onto), batch = dimension_numbers
     n = len(contract)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from argenseg_jax import trees
-from argenseg_jax.decode import scale_decode
+from argenseg_jax.decode import scale_decode, text_decode
+from argenseg_jax.decode.choice import Rules
 from argenseg_jax.models import variants
 from tests import tiny
 
@@ -35,10 +36,9 @@ def decode_with_logits(m, tokens, lengths, tiles):
             logits.append(out)
         return out
 
-    x, coords = m.embed(tokens, m.encode_images(tiles))
-    _, cache = m.extend(x, coords, m.empty_cache(len(tokens), 128), lengths)
+    answer = text_decode.prefill(m, tokens, lengths, tiles, Rules(), 128, 1)
     with nn.intercept_methods(record):
-        mask, cache = scale_decode.decode_codes(m, cache, jnp.ones(len(tokens), bool))
+        mask, cache = scale_decode.decode_codes(m, answer.replace(at_mask=~answer.at_mask))
     return mask, jnp.concatenate(logits, axis=1), cache.length
 
 
