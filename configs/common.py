@@ -119,3 +119,23 @@ def base() -> ConfigDict:
             "masks": "first",   # first | union: which masks of an answer are scored
         },
     })
+
+
+def paper(variant: str, arg: str | None = None) -> ConfigDict:
+    """The paper's recipe for a released size, every weight sharded over all devices.
+
+    `base` is the recipe (AdamW, 4e-5, cosine, batch 128, bfloat16, frozen vision); here it gets its
+    size. One epoch of the paper's 402 K segmentation and 1.25 M chat samples is 12900 steps.
+
+    Args:
+      variant: a name of models/variants.py.
+      arg: `start=PATH` is the converted checkpoint (default runs/start); `variant=NAME` another size.
+    """
+    arg = parse_arg(arg, start="runs/start", variant=variant)
+    cfg = base()
+    cfg.model.variant = arg.variant
+    cfg.init_from = arg.start
+    cfg.mesh.update(data=1, fsdp=-1)
+    cfg.train.update(steps=12900)
+    cfg.train.loss.chunk = 512
+    return cfg

@@ -1,0 +1,18 @@
+"""Fine-tunes InternVL2.5-8B (InternLM2.5-7B) by the paper's recipe.
+
+  python -m argenseg_jax convert --from InternVL2_5-8B --vqvae vae_ch160v4096z32.pth --to runs/start
+  python -m argenseg_jax train --config configs/argenseg_8b.py --workdir runs/8b \
+      --config.data.sources='("data/meta.json",)'
+
+This is the paper's model. The recipe is common.paper. No run of this size has been made yet.
+"""
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`start=PATH` is the converted checkpoint; `variant=NAME` another released size."""
+    return common.paper("8b", arg)
