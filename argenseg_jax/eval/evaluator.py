@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import tqdm
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from argenseg_jax.data.prompt import query_turns
 from argenseg_jax.data.sample import Sample
@@ -25,6 +24,7 @@ from argenseg_jax.data.sources import Source
 from argenseg_jax.decode.predictor import Request, Result
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval.metrics import Sums, iou
+from argenseg_jax.eval.rle import decode_rle, encode_rle
 
 PredictFn = Callable[[Sequence[Request]], Sequence[Result]]
 Baseline = Callable[[str], np.ndarray]  # question -> bool[side, side]
@@ -193,17 +193,6 @@ def _name(sample: Sample) -> str:
     """How messages speak of a sample: its line or file, as far as the source tells."""
     known = {k: sample.meta[k] for k in ("line", "source", "id") if sample.meta.get(k) is not None}
     return str(known.get("line") or known or "a sample")
-
-
-def encode_rle(mask: np.ndarray) -> dict[str, Any]:
-    """bool[H, W] -> {'size': [H, W], 'counts': str}, COCO's compressed run lengths."""
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
-
-
-def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
-    """The inverse of `encode_rle`."""
-    return coco_mask.decode(dict(rle)).astype(bool)
 
 
 def resize(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -6,6 +6,8 @@ that name; `cIoU` is the sum of all intersections over the sum of all unions.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -83,3 +85,56 @@ def _share(part: int, whole: int) -> float | None:
 def iou(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Intersection over union of two bool[H, W]; 1 where both are empty."""
     return Sums.of(prediction, truth).iou / UNIT
+
+
+# --------------------------------------------------------------------------- gRefCOCO and classes
+
+FEW_PIXELS = 50  # GRES: an answer of fewer pixels counts as "no target"
+
+
+def generalized(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float | int | None]:
+    """Scores by gRefCOCO's own rules over (prediction, truth), bool[H, W] each.
+
+    Predictions of fewer than FEW_PIXELS pixels are cleared first. gIoU is the mean IoU where a
+    sample without a target counts 1 if nothing is predicted and 0 otherwise; cIoU has the pixels
+    that are drawn without a target in its union; Pr@X is a share of the samples with a target.
+    """
+    pooled = targets = Sums()
+    for prediction, truth in pairs:
+        few = np.count_nonzero(prediction) < FEW_PIXELS
+        one = Sums.of(np.zeros_like(prediction) if few else prediction, truth)
+        pooled += one
+        targets += one if truth.any() else Sums()
+    scores, hit = pooled.scores(), targets.scores()
+    return {key: hit[key] if key.startswith("Pr@") else value for key, value in scores.items()}
+
+
+def by_class(triples: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """Semantic scores of (class, prediction, truth): IoU of each class over all of its pixels.
+
+    `mIoU` is their mean. A class that occurs neither in the truth nor in a prediction has no IoU.
+    Asking every class of every image gives the mIoU of semantic segmentation; asking only the
+    classes that an image shows overlooks what is drawn of absent ones.
+    """
+    sums: dict[str, Sums] = {}
+    for name, prediction, truth in triples:
+        sums[name] = sums.get(name, Sums()) + Sums.of(prediction, truth)
+    each = {k: s.intersection / s.union for k, s in sorted(sums.items()) if s.union}
+    return {"n": sum(s.n for s in sums.values()), "classes": len(each),
+            "mIoU": sum(each.values()) / len(each) if each else None, "IoU_by_class": each}
+
+
+def confusion(prediction: np.ndarray, truth: np.ndarray, classes: int,
+              ignore: int = 255) -> np.ndarray:
+    """i64[classes, classes] of two label maps alike: rows are the truth, `ignore` is left out."""
+    used = truth != ignore
+    true, said = truth[used].astype(np.int64), prediction[used].astype(np.int64)
+    if (true >= classes).any() or (said >= classes).any():
+        raise ValueError(f"a label of {classes} or more")
+    return np.bincount(true * classes + said, minlength=classes**2).reshape(classes, classes)
+
+
+def mean_iou(counts: np.ndarray) -> float | None:
+    """mIoU of a summed `confusion`, over the classes that occur in the truth or a prediction."""
+    hits, union = np.diag(counts), counts.sum(0) + counts.sum(1) - np.diag(counts)
+    return float(np.mean(hits[union > 0] / union[union > 0])) if union.any() else None

@@ -1,0 +1,178 @@
+"""Scores of masks and pictures, by hand: gRefCOCO, classes, AP, AUROC, clicks, PSNR and SSIM; the table."""
+import math
+
+import numpy as np
+import pytest
+
+from argenseg_jax.errors import UserError
+from argenseg_jax.eval import clicks, fidelity, instances, metrics, ranking, table
+from argenseg_jax.eval.rle import encode_rle
+
+
+def block(top, left, bottom, right, side=20):
+    mask = np.zeros((side, side), bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+NONE, TEN = block(0, 0, 0, 0), block(0, 0, 10, 10)
+
+
+def test_grefcoco():
+    speck, over = block(0, 0, 7, 7), block(0, 0, 5, 10)  # 49 and 50 pixels
+    pairs = [(TEN, TEN), (over, TEN), (speck, TEN), (speck, NONE), (over, NONE)]
+    got = metrics.generalized(pairs)
+    assert got["n"] == 5
+    assert got["gIoU"] == pytest.approx((1 + 0.5 + 0 + 1 + 0) / 5)
+    assert got["cIoU"] == pytest.approx((100 + 50) / (100 + 100 + 100 + 0 + 50))
+    assert got["N-acc"] == 0.5 and got["T-acc"] == pytest.approx(2 / 3)
+    assert got["Pr@0.5"] == pytest.approx(1 / 3)  # of samples with a target; exactly 0.5 is not above
+
+
+def test_mean_iou_by_class():
+    got = metrics.by_class([("sky", TEN, TEN), ("sky", NONE, TEN), ("road", TEN, NONE),
+                            ("sea", NONE, NONE)])
+    assert got == {"n": 4, "classes": 2, "mIoU": 0.25, "IoU_by_class": {"road": 0.0, "sky": 0.5}}
+    assert metrics.by_class([])["mIoU"] is None
+
+
+def test_confusion_agrees_with_asking_every_class():
+    truth, said = np.array([[0, 0, 1], [1, 2, 255]]), np.array([[0, 1, 1], [1, 0, 2]])
+    counts = metrics.confusion(said, truth, 4)
+    assert counts.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0] * 4]
+    assert metrics.mean_iou(counts) == pytest.approx((1 / 3 + 2 / 3 + 0) / 3)
+    keep = truth != 255
+    asked = metrics.by_class((str(c), (said == c) & keep, truth == c) for c in range(4))
+    assert asked["mIoU"] == pytest.approx(metrics.mean_iou(counts))
+    assert metrics.mean_iou(np.zeros((2, 2), int)) is None
+    with pytest.raises(ValueError, match="2 or more"):
+        metrics.confusion(said, truth, 2)
+
+
+def instance(mask, **more):
+    return {"segmentation": encode_rle(mask), **more}
+
+
+def test_instance_ap():
+    """Two objects of a class; the better-scored answer is wrong, the second right: AP is 0.25."""
+    far = block(12, 12, 18, 18)
+    row = {"image": "a.jpg", "kind": "cat", "truths": [instance(TEN), instance(far)],
+           "instances": [instance(TEN, score=0.5), instance(block(0, 12, 8, 20), score=0.9)]}
+    got = instances.instance_scores([row])
+    # precision 1/2 up to recall 1/2 (51 of 101 points), 0 beyond
+    assert got["AP50"] == pytest.approx(0.5 * 51 / 101) == got["AP"]
+    assert got["AP_small"] == got["AP"] and got["AP_large"] is None
+    crowd = {"image": "a.jpg", "kind": "dog", "truths": [instance(TEN), instance(far, iscrowd=1)],
+             "instances": [instance(TEN, score=0.5), instance(far, score=0.9)]}
+    assert instances.instance_scores([crowd])["AP"] == pytest.approx(1)  # what hits a crowd is free
+    assert instances.instance_scores([{**row, "instances": []}])["AP"] == 0.0
+    assert instances.instance_scores([])["AP"] is None
+    with pytest.raises(UserError, match="finite"):
+        instances.instance_scores([{**row, "instances": [instance(TEN, score=math.nan)]}])
+
+
+def test_auroc_and_f1():
+    levels = np.array([[10, 200, 200, 90]], np.uint8)
+    truth = np.array([[False, True, False, True]])
+    counts = ranking.level_counts(levels, truth)
+    # pairs: 200 > 10, 200 = 200, 90 > 10, 90 < 200
+    assert ranking.auroc(counts) == (1 + 0.5 + 1 + 0) / 4
+    assert ranking.f1_max(counts) == pytest.approx(2 * 2 / (3 + 2))  # threshold 90
+    assert np.array_equal(ranking.dense(ranking.sparse(counts)), counts)
+    assert ranking.auroc(counts[:, :50]) is None and ranking.f1_max(counts * [[1], [0]]) is None
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 30, 200), rng.random(200) < 0.4
+    pairs = np.sign(scores[labels][:, None] - scores[~labels][None])
+    singles = ranking.rank_counts(scores, labels)
+    assert ranking.auroc(singles) == pytest.approx((pairs + 1).mean() / 2)
+    best = max(2 * (labels & (scores >= t)).sum() / ((scores >= t).sum() + labels.sum())
+               for t in range(30))
+    assert ranking.f1_max(singles) == pytest.approx(best)
+    huge = np.array([[2**40, 0], [0, 2**40]])
+    assert ranking.auroc(huge) == 1.0  # 2**80 pairs
+
+
+def test_anomaly_rows():
+    good = {"levels": [[0, 90, 0], [30, 10, 0]]}
+    bad = {"levels": [[0, 50, 0], [200, 0, 50]]}
+    missed = {"levels": [[10, 90, 10]]}
+    got = table.score("anomaly", [good, bad, missed])
+    assert got["image_AUROC"] == 0.5 and got["image_F1"] == pytest.approx(4 / 5)
+    # 50 hits above all 240 quiet pixels; 10 above the 140 at 0, level with 90, below the 10 at 30
+    assert got["pixel_AUROC"] == pytest.approx((50 * 240 + 10 * (140 + 45)) / (60 * 240))
+    assert got["pixel_F1"] == pytest.approx(2 * 50 / (50 + 60))
+
+
+def test_clicks():
+    got = clicks.interactive([[0.5, 0.86, 0.95], [0.9], [0.1, 0.2, 0.3]])
+    assert got["NoC@85"] == pytest.approx((2 + 1 + 20) / 3)
+    assert got["NoC@90"] == pytest.approx((3 + 1 + 20) / 3)
+    assert got["IoU@1"] == pytest.approx(0.5) and got["IoU@3"] == pytest.approx((0.95 + 0.9 + 0.3) / 3)
+    assert "IoU@5" not in got
+
+
+def test_where_the_next_click_goes():
+    assert clicks.innermost(block(2, 4, 9, 11)) == (7, 5)
+    assert clicks.innermost(NONE) is None
+    ring = block(0, 0, 20, 20) & ~block(3, 3, 20, 20)
+    x, y = clicks.innermost(ring)
+    assert ring[y, x] and (x == 1 or y == 1)  # in the middle of its width, not in its hole
+    assert clicks.next_click(NONE, TEN)[2] is True
+    assert clicks.next_click(TEN | block(12, 12, 20, 20), TEN)[2] is False
+    assert clicks.next_click(TEN, TEN) is None
+
+
+def test_psnr_and_ssim():
+    a = np.full((16, 16), 100, np.uint8)
+    b = a + np.uint8(10)
+    assert fidelity.psnr(a, b) == pytest.approx(10 * math.log10(255**2 / 100))
+    assert fidelity.psnr(a, a) == fidelity.IDENTICAL and fidelity.ssim(a, a) == pytest.approx(1)
+    c1 = 2.55**2  # flat pictures: only the means differ
+    assert fidelity.ssim(a, b) == pytest.approx((2 * 100 * 110 + c1) / (100**2 + 110**2 + c1))
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (2, 11, 11, 1), np.uint8)  # one window
+    g = np.exp(-(np.arange(-5, 6) ** 2) / 4.5)
+    w = np.outer(g, g)[..., None] / g.sum() ** 2
+    mx, my = (w * x).sum(), (w * y).sum()
+    vx, vy, vxy = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum(), (w * (x - mx) * (y - my)).sum()
+    want = (2 * mx * my + c1) * (2 * vxy + 7.65**2) / ((mx**2 + my**2 + c1) * (vx + vy + 7.65**2))
+    assert fidelity.ssim(x, y) == pytest.approx(want)
+    with pytest.raises(ValueError, match="alike"):
+        fidelity.psnr(a, b[:8])
+
+
+def test_agreement_with_torchmetrics():
+    """Where it is installed; the cases by hand above need nothing."""
+    tm, torch = pytest.importorskip("torchmetrics.functional"), pytest.importorskip("torch")
+    rng = np.random.default_rng(1)
+    x, y = rng.integers(0, 256, (2, 32, 24, 3), np.uint8)
+    px, py = (torch.tensor(v.transpose(2, 0, 1)[None].astype(np.float64)) for v in (x, y))
+    assert fidelity.psnr(x, y) == pytest.approx(
+        float(tm.image.peak_signal_noise_ratio(px, py, data_range=255.0)), rel=1e-5)
+    scores, labels = rng.integers(0, 256, 400), rng.random(400) < 0.3
+    want = float(tm.classification.binary_auroc(torch.tensor(scores / 255), torch.tensor(labels * 1)))
+    assert ranking.auroc(ranking.rank_counts(scores, labels)) == pytest.approx(want, abs=1e-6)
+
+
+def mask_row(prediction, truth, **more):
+    return {"answer": "Sure.", "prediction": encode_rle(prediction), "truth": encode_rle(truth), **more}
+
+
+def test_table():
+    rows = [mask_row(TEN | block(12, 12, 20, 20), TEN, ignore=encode_rle(block(12, 0, 20, 20))),
+            mask_row(NONE, TEN)]
+    assert table.score("referring", rows)["gIoU"] == 0.5  # what lies on ignored pixels is free
+    assert table.score("referring", rows)["cIoU"] == 0.5
+    assert table.score("grefcoco", rows)["T-acc"] == 0.5
+    boxed = [mask_row(NONE, TEN, answer="<box>[[0,0,500,500]]</box>"), mask_row(TEN, TEN)]
+    boxed = [{"answer": "", **r} for r in boxed]
+    assert table.score("boxes", boxed)["Acc@0.5"] == 1.0
+    assert table.score("boxes", rows)["Acc@0.5"] == 0.0
+    said = [{"answer": "yes", "reference": "yes"}, {"answer": "no", "reference": "yes"}]
+    assert table.score("pope", said)["recall"] == 0.5
+    assert table.score("fidelity", [{"psnr": 30, "ssim": 0.5}, {"psnr": 20, "ssim": 1}]) == {
+        "n": 2, "PSNR": 25.0, "SSIM": 0.75}
+    with pytest.raises(UserError, match="'nonsense' is unknown; there are referring"):
+        table.score("nonsense", rows)
+    with pytest.raises(UserError, match=r"p.jsonl:1: metric 'semantic' needs the key `kind`"):
+        table.score("semantic", rows, "p.jsonl")
