@@ -1,6 +1,7 @@
 """Where samples come from: random-access sources, opened by name.
 
-    shapes:LEVEL:SPLIT[:SIZE]     drawn scenes, such as shapes:simple:train (data/shapes.py)
+    shapes:LEVEL:SPLIT[:SIZE][:KIND=W,...]  drawn scenes (data/shapes.py), such as
+                                  shapes:simple:train; W: another weight for a kind of expression
     shapes:SPLIT, nano:SPLIT      the level that the shipped model was trained on
     jsonl:F  or F.jsonl           official JSONL, one sample a line
     meta:F   or F.json            official meta JSON: a mixture of JSONL files
@@ -113,9 +114,18 @@ def _open_shapes(name: str) -> shapes.ShapesSource:
     words = name.split(":")[1:]
     if words and words[0] in shapes.SPLITS:
         words = [NANO_LEVEL, *words]
+    kinds = words.pop().split(",") if words and "=" in words[-1] else []
     if not 2 <= len(words) <= 3 or (len(words) == 3 and not words[2].isdigit()):
-        raise UserError(f"{name}: write shapes:LEVEL:SPLIT or shapes:LEVEL:SPLIT:SIZE")
-    return shapes.ShapesSource(words[0], words[1], size=int(words[2]) if words[2:] else None)
+        raise UserError(f"{name}: write shapes:LEVEL:SPLIT, and then, if wanted, :SIZE and "
+                        ":KIND=WEIGHT,KIND=WEIGHT")
+    try:
+        weights = {kind: float(weight) for kind, _, weight in (item.partition("=") for item in kinds)}
+    except ValueError:
+        raise UserError(f"{name}: weights of kinds are numbers, as in :alls=2,zs=0.5") from None
+    if weights and words[0] in shapes.LEVELS:
+        weights = {**shapes.LEVELS[words[0]].kinds, **weights}
+    return shapes.ShapesSource(words[0], words[1], size=int(words[2]) if words[2:] else None,
+                               kind_weights=weights or None)
 
 
 def _open_tfds(path: epath.Path) -> Source:

@@ -136,6 +136,8 @@ def test_sources_that_cannot_be_opened(folder):
                          (("jsonl:",), "no such source"),
                          (("shapes:huge:train",), "no level 'huge'"),
                          (("shapes:simple",), "write shapes"),
+                         (("shapes:simple:train:alls=x",), "are numbers"),
+                         (("shapes:simple:train:rel=1",), "kind_weights"),
                          (("shapes:simple:train", "shapes:simple:test"), "needs a size"),
                          (("shapes:simple:test*0",), "above 0")):
         with pytest.raises(UserError, match=fault):
@@ -145,6 +147,9 @@ def test_sources_that_cannot_be_opened(folder):
 def test_named_shapes():
     assert len(open_source("shapes:simple:train")) == sources.ENDLESS
     assert len(open_source("shapes:full:train:99")) == 99
+    asked = open_source("shapes:simple:train:alls=30,zs=0")
+    assert asked.weights == {**asked.level.kinds, "alls": 30, "zs": 0}
+    assert len(open_source("shapes:simple:train:9:alls=30")) == 9
     assert open_source("nano:test")[3].conversations == open_source("shapes:test")[3].conversations
 
 
