@@ -143,6 +143,10 @@ def setup_devices() -> None:
         for size in FLAGS.config.get("mesh", {}).values():
             count *= max(size, 1)
     if count > 1:
+        # On a busy machine one device may wait for another longer than the 40 s after which XLA
+        # gives the process up.
+        if "collective_call_terminate" not in (given := os.environ.get("XLA_FLAGS", "")):
+            os.environ["XLA_FLAGS"] = f"{given} --xla_cpu_collective_call_terminate_timeout_seconds=3600"
         try:
             jax.config.update("jax_num_cpu_devices", count)
         except RuntimeError:  # jax already runs in this process (tests); the mesh checks the number
