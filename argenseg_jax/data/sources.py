@@ -7,23 +7,38 @@
     meta:F   or F.json            official meta JSON: a mixture of JSONL files
     psalm:F  or F.json            PSALM JSON, for evaluation (data/psalm.py)
     tfds:FOLDER[:SPLIT] or FOLDER shards that `prepare` wrote (split: train)
+    refer:FOLDER[:SPLIT[:BY]]     RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO (data/refer.py)
+    reasonseg:FOLDER[:SPLIT]      ReasonSeg (data/reasonseg.py)
+    coco:FOLDER[:SPLIT]           COCO instances; paco: and pascalpart: classes (data/coco.py)
+    ade20k:, cocostuff:FOLDER[:SPLIT[:every]]  classes; `every`: also absent ones (data/label_maps.py)
+    mvtec:FOLDER[:SPLIT[:CATEGORY]]  anomaly detection (data/mvtec.py)
+    t2i:FOLDER[:SPLIT]            text-to-image pairs (data/text_to_image.py)
+    interactive:PROMPT:SOURCE     any of these with a point, box, ... as prompt (data/interactive.py)
 
 A source has `__len__` and `__getitem__(i) -> Sample`, and `draw(i, rng)` where a sample leaves
 something to chance. Opening one reads an index, not the samples.
 """
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from etils import epath
 
-from argenseg_jax.data import panoptic, shapes, transforms
+from argenseg_jax.data import layout, panoptic, shapes, transforms
+from argenseg_jax.data.coco import CocoSource
+from argenseg_jax.data.interactive import InteractiveSource
+from argenseg_jax.data.label_maps import LabelMapSource
+from argenseg_jax.data.mvtec import AnomalySource
 from argenseg_jax.data.psalm import PsalmSource
+from argenseg_jax.data.reasonseg import ReasonSegSource
+from argenseg_jax.data.refer import ReferSource
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.text_to_image import PairSource
 from argenseg_jax.errors import SampleError, UserError
 
 NANO_LEVEL = "full"  # what `shapes:SPLIT` and `nano:SPLIT` mean
@@ -44,6 +59,47 @@ class Part(NamedTuple):
     source: Source
     length: int
     weight: float
+
+
+class Options(NamedTuple):
+    """What `open_source` passes on to a family: the prompt and the directory of the pictures."""
+
+    prompt: str
+    image_root: str
+
+
+def _label_maps(folder: epath.Path, words: list[str], options: Options, family: str) -> Source:
+    split, every = (*words, "", "")[:2]
+    if every not in ("", "every"):
+        raise UserError(f"{family}:{folder}:{split}: the third word is `every` or absent, "
+                        f"not '{every}'")
+    return LabelMapSource(folder, family, split, every=bool(every))
+
+
+# Families of published layouts: name -> (opens (folder, words after it, options), most words).
+# A family adds one line here and one file.
+FAMILIES: dict[str, tuple[Callable[[epath.Path, list[str], Options], Source], int]] = {
+    "refer": (lambda f, w, o: ReferSource(f, *w, image_root=o.image_root, prompt=o.prompt), 2),
+    "reasonseg": (lambda f, w, o: ReasonSegSource(f, *w), 1),
+    "mvtec": (lambda f, w, o: AnomalySource(f, *w), 2),
+    "t2i": (lambda f, w, o: PairSource(f, *w), 1),
+    **{name: (lambda f, w, o, name=name: CocoSource(f, name, *w, image_root=o.image_root), 1)
+       for name in ("coco", "paco", "pascalpart")},
+    **{name: (functools.partial(_label_maps, family=name), 2) for name in ("ade20k", "cocostuff")},
+}
+
+
+def _open_family(kind: str, rest: str, root: str, options: Options) -> Source:
+    """`rest` is FOLDER[:WORD[:WORD]]; the colon of gs:// separates nothing."""
+    opens, most = FAMILIES[kind]
+    folder, *words = re.split(r":(?!//)", rest)
+    if not folder or len(words) > most:
+        raise UserError(f"{kind}:{rest}: write {kind}:FOLDER and at most {most} words after it, "
+                        "with colons between")
+    path = epath.Path(root) / folder
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder (of {kind}:{rest})")
+    return opens(path, words, options)
 
 
 def draw(source: Source, index: int, rng: np.random.Generator) -> Sample:
@@ -92,13 +148,19 @@ def open_source(name: str, root: str = "", prompt: str = "referring",
     kind, _, rest = name.partition(":")
     if kind in ("shapes", "nano"):
         return _open_shapes(name)
+    if kind == "interactive":
+        prompted, _, inner = rest.partition(":")
+        return InteractiveSource(open_source(inner, root, prompt, image_root), prompted)
+    if kind in FAMILIES:
+        return _open_family(kind, rest, root, Options(prompt, str(image_root)))
     if kind not in ("jsonl", "meta", "psalm", "tfds"):
         kind, rest = "", name
     path = epath.Path(root) / rest
     if kind == "tfds" or (not kind and path.is_dir()):
         return _open_tfds(path)
     if not rest or not path.exists() or path.is_dir():
-        raise UserError(f"{path}: no such source (known: shapes:LEVEL:SPLIT, X.jsonl, X.json)")
+        raise UserError(f"{path}: no such source (known: shapes:LEVEL:SPLIT, X.jsonl, X.json, "
+                        f"{', '.join(f'{k}:FOLDER' for k in FAMILIES)})")
     if kind == "jsonl" or (not kind and path.suffix != ".json"):
         return JsonlSource(path, image_root or path.parent)
     try:
@@ -139,7 +201,8 @@ def _open_tfds(path: epath.Path) -> Source:
 class JsonlSource:
     """The official JSONL: `image`, `mask` (each a path or a list), `conversations`, `seg_info`.
 
-    Only the byte offset of every line is kept in memory.
+    Also InternVL's chat data, whose `video` is a folder of frames; for evaluation `reference` (what
+    the metrics of text compare with) and `metric` (a name in eval/table.py) may be given. Only the byte offset of every line is kept in memory.
 
     Args:
       path: the annotation file.
@@ -188,10 +251,14 @@ class JsonlSource:
         turns = record["conversations"]
         if not isinstance(turns, list) or not turns:
             raise ValueError("`conversations` must be a list of turns")
-        images = tuple(transforms.read_image(self.root / p) for p in _listed(record.get("image")))
+        files = _listed(record.get("image"))
+        if record.get("video"):
+            files, turns = layout.frames(self.root, record["video"], turns)
+        images = tuple(transforms.read_image(self.root / p) for p in files)
         paths = _listed(record.get("mask"))
         meta = {"source": str(self.path), "line": where, "id": record.get("id"),
-                "kind": record.get("kind"), "files": _listed(record.get("image")), **self.extra}
+                "kind": record.get("kind"), "files": files, "reference": record.get("reference"),
+                "metric": record.get("metric"), **self.extra}
         if record.get("seg_info"):
             ids = transforms.read_raw_mask(self.root / paths[0])
             mask, name = panoptic.draw_class(ids, record["seg_info"], rng)

@@ -5,14 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from argenseg_jax.data.interactive import peel
+
 MOST = 20  # clicks after which a sample counts as failed, with this number
 TARGETS = (0.85, 0.9)
 AFTER = (1, 3, 5)
-
-
-def innermost(mask: np.ndarray) -> tuple[int, int] | None:
-    """(x, y) of a pixel of bool[H, W] that is farthest from its edge; None of an empty mask."""
-    return _peel(mask)[1]
 
 
 def next_click(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int, bool] | None:
@@ -21,28 +18,10 @@ def next_click(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int, boo
     It goes to the middle of the thicker of the two errors: what is missing (adds) or too much.
     """
     missing, extra = truth & ~prediction, prediction & ~truth
-    (deep_m, at_m), (deep_e, at_e) = _peel(missing), _peel(extra)
+    (deep_m, at_m), (deep_e, at_e) = peel(missing), peel(extra)
     adds = (deep_m, int(missing.sum())) >= (deep_e, int(extra.sum()))
     spot = at_m if adds else at_e
     return None if spot is None else (*spot, adds)
-
-
-def _peel(mask: np.ndarray) -> tuple[int, tuple[int, int] | None]:
-    """(number of layers of one pixel, (x, y) of a pixel in the innermost one).
-
-    A pixel goes when one of its 8 neighbours is outside of the mask or the picture; of those that
-    go last the one nearest to their mean is taken.
-    """
-    layers, last, core = 0, None, np.asarray(mask, bool)
-    while core.any():
-        layers, last, padded = layers + 1, core, np.pad(core, 1)
-        rows = padded[:-2] & padded[1:-1] & padded[2:]
-        core = rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
-    if last is None:
-        return 0, None
-    y, x = np.nonzero(last)
-    best = np.argmin((x - x.mean()) ** 2 + (y - y.mean()) ** 2)
-    return layers, (int(x[best]), int(y[best]))
 
 
 def interactive(ious: Sequence[Sequence[float]]) -> dict[str, float | int | None]:

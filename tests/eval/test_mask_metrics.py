@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+from argenseg_jax.data.interactive import innermost
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval import clicks, fidelity, instances, metrics, ranking, table
 from argenseg_jax.eval.rle import encode_rle
@@ -112,10 +113,10 @@ def test_clicks():
 
 
 def test_where_the_next_click_goes():
-    assert clicks.innermost(block(2, 4, 9, 11)) == (7, 5)
-    assert clicks.innermost(NONE) is None
+    assert innermost(block(2, 4, 9, 11)) == (7, 5)
+    assert innermost(NONE) is None
     ring = block(0, 0, 20, 20) & ~block(3, 3, 20, 20)
-    x, y = clicks.innermost(ring)
+    x, y = innermost(ring)
     assert ring[y, x] and (x == 1 or y == 1)  # in the middle of its width, not in its hole
     assert clicks.next_click(NONE, TEN)[2] is True
     assert clicks.next_click(TEN | block(12, 12, 20, 20), TEN)[2] is False

@@ -1,0 +1,98 @@
+"""COCO-style annotations: COCO instances, and "segment {class}" from PACO-LVIS and PASCAL-Part.
+
+    coco/{annotations/instances_val2017.json, val2017/*.jpg}
+    paco/annotations/paco_lvis_v1_val.json, pictures as in COCO (val2017/*.jpg)
+    pascal_part/train.json (as VLPart and LISA publish it), VOCdevkit/VOC2010/JPEGImages/*.jpg
+"""
+from __future__ import annotations
+
+import collections
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from argenseg_jax import files
+from argenseg_jax.data import layout, psalm, transforms
+from argenseg_jax.data.sample import Sample
+from argenseg_jax.errors import UserError
+
+# family -> (annotation files, folders of pictures); {split} is filled in
+LAYOUTS = {
+    "coco": (("annotations/instances_{split}.json", "instances_{split}.json"),
+             ("{split}", "images/{split}")),
+    "paco": (("annotations/paco_lvis_v1_{split}.json", "paco_lvis_v1_{split}.json",
+              "paco_lvis/annotations/paco_lvis_v1_{split}.json"),
+             ("train2017/..", "val2017/..", "coco/train2017/..", "coco/val2017/..",
+              "../coco/train2017/..", "../coco/val2017/..")),
+    "pascalpart": (("{split}.json", "pascal_part/{split}.json", "vlpart/pascal_part/{split}.json"),
+                   ("VOCdevkit/VOC2010/JPEGImages", "../VOCdevkit/VOC2010/JPEGImages",
+                    "../../VOCdevkit/VOC2010/JPEGImages", "JPEGImages")),
+}
+SPLITS = {"coco": "val2017", "paco": "val", "pascalpart": "train"}
+
+
+class Objects(NamedTuple):
+    """The annotations of one class in one image, by place in the file."""
+
+    image_id: Any
+    category_id: Any
+    anns: tuple[int, ...]
+
+
+class CocoSource(layout.Indexed[Objects]):
+    """One sample per class in an image.
+
+    `coco` asks for the instances: one mask each, largest first, `meta['crowds']` u8[H, W] each. The
+    others ask for the class: one mask, the union.
+
+    Args:
+      folder: see the module's text.
+      family: a key of LAYOUTS.
+      split: such as val2017.
+      image_root: folder that file names start from; by default looked for in the usual places.
+    """
+
+    def __init__(self, folder: epath.Path, family: str = "coco", split: str = "",
+                 image_root: epath.PathLike = ""):
+        split = split or SPLITS[family]
+        annotations, places = ([p.format(split=split) for p in part] for part in LAYOUTS[family])
+        path = layout.find(folder, f"annotations of {family}", *annotations)
+        content = files.read_json(path)
+        self.family = family
+        try:
+            self._images = {i["id"]: i for i in layout.records(content, "images", path)}
+            self._names = {c["id"]: layout.spoken(c["name"])
+                           for c in layout.records(content, "categories", path)}
+            self._anns = layout.records(content, "annotations", path)
+            groups: dict[tuple, list[int]] = collections.defaultdict(list)
+            for k, ann in enumerate(self._anns):
+                groups[ann["image_id"], ann["category_id"]].append(k)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: an entry without {error}") from None
+        entries = [Objects(*key, tuple(anns)) for key, anns in sorted(groups.items())
+                   if not all(self._anns[k].get("iscrowd") for k in anns)]
+        self._root = epath.Path(image_root) if image_root else layout.find(
+            folder, f"pictures of {family}", *places)
+        super().__init__(str(path), entries)
+
+    def from_(self, entry: Objects) -> str:
+        return f"image {entry.image_id}, category {entry.category_id}"
+
+    def made(self, entry: Objects) -> Sample:
+        info, name = self._images[entry.image_id], self._names[entry.category_id]
+        image = transforms.read_image(self._root / info["file_name"])
+        height, width = int(info["height"]), int(info["width"])
+        anns = [self._anns[k] for k in entry.anns]
+        each = [psalm.union([a], height, width) for a in anns if not a.get("iscrowd")]
+        crowds = [psalm.union([a], height, width) for a in anns if a.get("iscrowd")]
+        transforms.check_sizes(image, [*each, *crowds], ["(height, width of the entry)"] * len(anns))
+        meta = {"files": [info["file_name"]], "kind": name, "sents": [name]}
+        if self.family != "coco":
+            return Sample(layout.turns(psalm.question([name], "semantic")), (image,),
+                          (np.maximum.reduce(each),), {**meta, "metric": "semantic"})
+        each.sort(key=lambda m: -np.count_nonzero(m))
+        return Sample(
+            layout.turns(f"<image>\n Please segment every {name} in this image, one by one.",
+                         f"Sure, the segmentation results: {', '.join(['<mask>'] * len(each))}."),
+            (image,), tuple(each), {**meta, "crowds": crowds, "metric": "instances"})

@@ -1,0 +1,62 @@
+"""Anomaly detection in the layout of MVTec AD.
+
+    CATEGORY/{train/good, test/good, test/DEFECT}/000.png, ground_truth/DEFECT/000_mask.png
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from argenseg_jax.data import layout, transforms
+from argenseg_jax.data.sample import Sample
+from argenseg_jax.errors import SampleError, UserError
+
+QUESTION = "<image>\n Please segment the defect of the {} in this image."
+
+
+class Part(NamedTuple):
+    """A picture of a product and the kind of its defect (`good`: none)."""
+
+    category: epath.Path
+    defect: str
+    path: epath.Path
+
+
+class AnomalySource(layout.Indexed[Part]):
+    """One sample per picture; the mask of a good one is empty.
+
+    Args:
+      folder: of all categories, or of one.
+      split: train (good pictures only) or test.
+      category: only this one, such as bottle.
+    """
+
+    def __init__(self, folder: epath.Path, split: str = "test", category: str = ""):
+        roots = [folder / category] if category else (
+            [folder] if (folder / split).is_dir() else layout.subfolders(folder))
+        entries = [Part(root, kind.name, picture) for root in roots if (root / split).is_dir()
+                   for kind in layout.subfolders(root / split) for picture in layout.pictures(kind)]
+        if not entries:
+            looked = f"{category or 'CATEGORY'}/{split}/good/*.png"
+            raise UserError(f"{folder}: no pictures of anomaly detection; looked for {looked}")
+        super().__init__(str(folder), entries)
+
+    def from_(self, entry: Part) -> str:
+        return str(entry.path)
+
+    def made(self, entry: Part) -> Sample:
+        image = transforms.read_image(entry.path)
+        if entry.defect == "good":
+            mask = np.zeros(image.shape[:2], np.uint8)
+        else:
+            path = entry.category / "ground_truth" / entry.defect / f"{entry.path.stem}_mask.png"
+            mask = transforms.read_mask(path)
+            transforms.check_sizes(image, [mask], [path.name])
+            if not mask.any():
+                raise SampleError(f"{path.name} shows no defect")
+        name = layout.spoken(entry.category.name)
+        return Sample(layout.turns(QUESTION.format(name)), (image,), (mask,),
+                      {"files": [entry.path.name], "kind": f"{name}, {layout.spoken(entry.defect)}",
+                       "sents": [name], "metric": "anomaly"})

@@ -1,0 +1,84 @@
+"""ReasonSeg (LISA): SPLIT/*.jpg beside SPLIT/*.json with a question and polygons.
+
+    {shapes: [{label: target | ignore..., points: [[x, y], ...]}], text: [...], is_sentence: bool}
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw
+
+from argenseg_jax.data import layout, psalm, transforms
+from argenseg_jax.data.sample import Sample
+from argenseg_jax.errors import SampleError, UserError
+
+IGNORED = 255
+
+
+class ReasonSegSource(layout.Indexed[epath.Path]):
+    """One sample per picture; `meta['ignore_mask']` u8[H, W] marks what no score may count."""
+
+    def __init__(self, folder: epath.Path, split: str = "val", prompt: str = ""):
+        """folder: ReasonSeg; split: train, val, test; prompt: default by the kind of text."""
+        if prompt:
+            psalm.question([], prompt)
+        self.prompt = prompt
+        path = layout.find(folder, f"split '{split}' of ReasonSeg", f"{split}/*.json").parent
+        entries = [p for p in layout.pictures(path) if p.with_suffix(".json").exists()]
+        if not entries:
+            raise UserError(f"{path}: no picture beside its .json; looked for *.jpg with *.json")
+        super().__init__(str(path), entries)
+
+    def from_(self, entry: epath.Path) -> str:
+        return entry.with_suffix(".json").name
+
+    def made(self, entry: epath.Path) -> Sample:
+        record = _read(entry.with_suffix(".json"))
+        image = transforms.read_image(entry)
+        labels = draw_shapes(record["shapes"], *image.shape[:2])
+        texts = [record["text"]] if isinstance(record["text"], str) else list(record["text"])
+        sentence = bool(record.get("is_sentence", True))
+        question = psalm.question(texts[:1], self.prompt or ("reasoning" if sentence else "semantic"))
+        return Sample(layout.turns(question), (image,), ((labels == 1).astype(np.uint8) * 255,),
+                      {"files": [entry.name], "sents": texts[:1], "metric": "referring",
+                       "kind": "long query" if sentence else "short query",
+                       "ignore_mask": (labels == IGNORED).astype(np.uint8) * 255})
+
+
+def draw_shapes(shapes: list[Mapping[str, Any]], height: int, width: int) -> np.ndarray:
+    """u8[H, W]: 1 inside of targets, IGNORED where a label says ignore; small shapes on top.
+
+    Outlines belong to their shape. A shape labelled `flag` marks the picture and is not drawn.
+    """
+    known = [s for s in shapes if "flag" not in s["label"].lower()]
+    outlines = [[(float(x), float(y)) for x, y in s["points"]] for s in known]
+    if any(abs(v) > psalm.MAX_COORDINATE or v != v for o in outlines for p in o for v in p):
+        raise SampleError(f"a point beyond {psalm.MAX_COORDINATE}")
+    order = sorted(range(len(known)), key=lambda k: -_area(outlines[k]))
+    canvas = Image.new("L", (width, height))
+    for k in order:
+        value = IGNORED if "ignore" in known[k]["label"].lower() else 1
+        if len(outlines[k]) < 2:
+            raise SampleError("a shape of fewer than 2 points")
+        ImageDraw.Draw(canvas).polygon(outlines[k], fill=value, outline=value)
+    return np.array(canvas)
+
+
+def _area(points: list[tuple[float, float]]) -> float:
+    x, y = np.array(points).T
+    return abs(float(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)))) / 2
+
+
+def _read(path: epath.Path) -> Mapping[str, Any]:
+    content = path.read_bytes()
+    try:
+        try:
+            return json.loads(content.decode())
+        except UnicodeDecodeError:  # some of the published files are not UTF-8
+            return json.loads(content.decode("cp1252"))
+    except ValueError as error:
+        raise SampleError(f"malformed JSON ({error})") from None
