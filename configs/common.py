@@ -37,7 +37,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
 def optimizer(**changes: Any) -> dict[str, Any]:
     """The keys that `train.optim` reads: all of `optim`, and part of `vqvae`."""
     return {
-        "name": "adamw",        # adamw | muon (hidden matrices by Muon, everything else by AdamW)
+        "name": "adamw",        # adamw | adafactor | muon (hidden matrices by it, the rest by AdamW)
         "lr": 4e-5,             # peak learning rate (of Muon, where name is muon)
         "adam_lr": 0.0,         # muon: peak learning rate of the AdamW part; 0 = lr
         "schedule": "cosine",   # cosine | constant | wsd (warm-up, stable, linear decay)
@@ -103,12 +103,14 @@ def base() -> ConfigDict:
             "keep": 2,          # checkpoints kept, the newest ones
             "log_every": 50,    # steps per line of metrics.jsonl
             "sample_every": 0,  # steps per picture in samples/; 0 = none
+            "max_skipped": 0,   # so many steps that are not finite end the run; 0 = any number
             "loss": {           # departures from the paper's plain loss; see train/losses.LMOptions
                 "soft_targets": 0.0,  # temperature that spreads a code's target over near codes
                 "scale_power": 0.0,  # weight of a code ~ (codes of its scale) ** -power
                 "foreground": 1.0,  # weight of codes other than code 0
                 "corrupt": 0.0,  # up to this share of the input codes is replaced by random ones
                 "chunk": 0,     # places whose logits are in memory at a time; 0 = all
+                "scale_accuracy": False,  # log the share of right codes of each scale too
             },
         },
         "decode": {
@@ -137,5 +139,6 @@ def paper(variant: str, arg: str | None = None) -> ConfigDict:
     cfg.init_from = arg.start
     cfg.mesh.update(data=1, fsdp=-1)
     cfg.train.update(steps=12900)
-    cfg.train.loss.chunk = 512
+    cfg.train.max_skipped = 100
+    cfg.train.loss.update(chunk=512, scale_accuracy=True)
     return cfg

@@ -7,25 +7,34 @@ with the same config continues behind the newest checkpoint; SIGTERM saves first
 """
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
+from absl import flags
+
 from argenseg_jax.cli import common
+from argenseg_jax.errors import UserError
 
 FLAGS = common.FLAGS
 common.define_config()
 common.define_workdir()
+flags.DEFINE_string("profile", None, "FIRST..LAST: writes a trace of these steps to WORKDIR/profile.")
 _SIGTERM_EXIT = 143  # 128 + 15, as the shell reports a process that SIGTERM ended
 
 
 def run() -> dict[str, Any]:
     """Returns {step, loss, text_loss, gen_loss, seconds}."""
     common.require("config", "workdir")
+    profile = FLAGS.profile and re.fullmatch(r"(\d+)\.\.(\d+)", FLAGS.profile)
+    steps = (int(profile[1]), int(profile[2])) if profile else None
+    if FLAGS.profile and not (steps and 0 < steps[0] <= steps[1]):
+        raise UserError(f"--profile {FLAGS.profile}: FIRST..LAST is expected, such as 10..12")
     from argenseg_jax.train import loop
     from argenseg_jax.train import run as train_run
 
     try:
-        return train_run.train(FLAGS.config.to_dict(), FLAGS.workdir)
+        return train_run.train(FLAGS.config.to_dict(), FLAGS.workdir, profile=steps)
     except loop.Preempted as stop:
         common.log(str(stop))
         sys.exit(_SIGTERM_EXIT)

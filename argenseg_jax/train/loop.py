@@ -21,12 +21,15 @@ from jax.sharding import Mesh
 from argenseg_jax import files, sharding, trees
 from argenseg_jax.ckpt.orbax_io import CONFIG, Checkpointer, newest_step
 from argenseg_jax.errors import UserError
-from argenseg_jax.train import metrics_log, optim
+from argenseg_jax.train import flops, metrics_log, optim
 from argenseg_jax.train import step as step_lib
 from argenseg_jax.train.state import Params, Phase, TrainState
 
 # Config keys that may differ from those of the run that is resumed.
-FREE_KEYS = (r"train/steps", r"train/(log|sample|checkpoint)_every", r"train/keep", r"eval/.*")
+FREE_KEYS = (r"train/steps", r"train/(log|sample|checkpoint)_every", r"train/(keep|max_skipped)",
+             r"eval/.*")
+_LARGE = 64 << 20  # bytes; less may be replicated without a word
+_MAX_REPLICATED = 0.02  # of the trained bytes
 Loader = Callable[[Params], Params]
 
 
@@ -38,7 +41,8 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
         init: Callable[[jax.Array], Params], *, load: Loader | None = None,
         beside: Mapping[str, Callable[[epath.Path], None]] | None = None,
         devices: Sequence[jax.Device] | None = None,
-        rules: Sequence[sharding.Rule] = sharding.PARAM_RULES) -> dict[str, Any]:
+        rules: Sequence[sharding.Rule] = sharding.PARAM_RULES,
+        profile: tuple[int, int] | None = None) -> dict[str, Any]:
     """Trains all phases, or goes on with them.
 
     Args:
@@ -50,6 +54,7 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
       beside: {name: function that writes it} for what else the workdir holds (the tokenizer).
       devices: for the mesh; None = all.
       rules: parameter layouts.
+      profile: first and last step of a trace, which goes to WORKDIR/profile (see `jax.profiler`).
 
     Returns:
       {step, loss, text_loss, gen_loss, seconds}: the last logged losses, None where there are none.
@@ -87,7 +92,7 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
         if saved is not None:
             first = _index(names, checkpoints.meta(saved)["phase"], workdir)
         for runner in runners[first:]:
-            runner.open(checkpoints, log, root, stop)
+            runner.open(checkpoints, log, root, stop, profile)
             if params is None:
                 state, data = runner.restore(saved)
             else:
@@ -119,7 +124,10 @@ class _PhaseRunner:
         trained, _ = trees.split(shapes, trainable)
         self.schedule = optim.schedule(phase.optim, phase.steps)
         count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) / 1e6
-        self.sizes = f"{count(trained):.2f} M of {count(shapes):.2f} M parameters"
+        whole = check_replicated(shapes, trainable, mesh, rules)
+        self.sizes = f"{count(trained):.2f} M of {count(shapes):.2f} M parameters" + (
+            f", {whole / 2**20:,.1f} MiB whole on each of {mesh.size} devices" if mesh.size > 1 else "")
+        self.flops = phase.flops(shapes, trainable) if phase.flops else None
         tx = optim.build(phase.optim, phase.steps, trained)
 
         def new_state(params: Params) -> TrainState:
@@ -135,9 +143,10 @@ class _PhaseRunner:
             donate_argnums=0, out_shardings=(self.layout, None))
 
     def open(self, checkpoints: Checkpointer, log: metrics_log.MetricsLog, root: epath.Path,
-             stop: Callable[[int], bool]) -> None:
-        """Says where the phase writes, and what tells it to stop."""
+             stop: Callable[[int], bool], profile: tuple[int, int] | None) -> None:
+        """Says where the phase writes, what tells it to stop, and which steps are traced."""
         self.checkpoints, self.log, self.root, self.stop = checkpoints, log, root, stop
+        self.profile = profile or (0, 0)
 
     def start(self, params: Params) -> tuple[TrainState, Iterator]:
         """The first state of the phase."""
@@ -160,16 +169,24 @@ class _PhaseRunner:
 
     def train(self, state: TrainState, data: Iterator) -> TrainState:
         """Steps until the end of the phase; saves on the way, at the end, and on SIGTERM."""
-        interval = metrics_log.Interval()
+        interval, tracing = metrics_log.Interval(), False
         first = int(state.step) + 1
         for step in range(first, self.end + 1):
-            batch = sharding.global_batch(self.mesh, next(data))
+            if step == self.profile[0]:
+                jax.profiler.start_trace(str(self.root / "profile"))
+                tracing = True
+            batch = sharding.global_batch(self.mesh, interval.next(data))
             if step == first:
                 self.log.say(f"{self.phase.task.name}: trains {self.sizes}; the first step compiles")
             state, metrics = self.step(state, batch)
             interval.add(metrics)
             self.log.advance()
             last = step == self.end
+            if tracing and (last or step == self.profile[1]):
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+                tracing = False
+                self.log.say(f"trace of steps {self.profile[0]} to {step}: {self.root / 'profile'}")
             if last or step % self.cfg["log_every"] == 0:
                 self._log(step, state, interval, sum(getattr(data, "broken", {}).values()))
             if self.phase.samples and self.cfg["sample_every"] and (
@@ -189,12 +206,45 @@ class _PhaseRunner:
         numbers |= {"skipped": int(state.skipped), "broken": broken,
                     "lr": float(self.schedule(step - 1 - self.begin)),
                     "rows_per_second": self.phase.global_batch / numbers["seconds_per_step"]}
+        if "tokens_per_second" in numbers:
+            numbers["tokens_per_second"] *= jax.process_count()
+        device = jax.local_devices()[0]
+        if self.flops and (peak := flops.peak(device.device_kind)):
+            numbers["mfu"] = self.flops / numbers["seconds_per_step"] / (peak * self.mesh.size)
+        if memory := device.memory_stats():
+            numbers["memory_gib"] = memory["peak_bytes_in_use"] / 2**30
         self.log.write(step, {"phase": self.phase.task.name, **numbers})
+        if 0 < self.cfg["max_skipped"] <= numbers["skipped"]:
+            raise UserError(
+                f"{numbers['skipped']} of the steps up to {step} had a loss or gradient that is not "
+                f"finite (train.max_skipped={self.cfg['max_skipped']}); lower optim.lr, or look at "
+                f"the data; the newest checkpoint is of step {self.checkpoints.latest()}")
 
     def _draw(self, step: int, state: TrainState) -> None:
         pictures = self.phase.samples(averaged(state))
         if jax.process_index() == 0:
             metrics_log.save_pictures(self.root / "samples", pictures, step)
+
+
+def check_replicated(shapes: Params, trainable: Callable[[str], bool], mesh: Mesh,
+                     rules: Sequence[sharding.Rule]) -> int:
+    """Bytes of the parameters, trained or not, that every device of the mesh holds whole.
+
+    UserError where these are more than 2 % of the trained bytes although weights are sharded.
+    """
+    layout = trees.flatten(sharding.shardings(shapes, mesh, rules))
+    size = {path: math.prod(leaf.shape) * leaf.dtype.itemsize
+            for path, leaf in trees.flatten(shapes).items()}
+    whole = {path: size[path] for path, place in layout.items() if place.is_fully_replicated}
+    trained = {path: n for path, n in whole.items() if trainable(path)}
+    limit = _MAX_REPLICATED * sum(n for path, n in size.items() if trainable(path))
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and sum(trained.values()) > max(limit, _LARGE):
+        largest = sorted(trained, key=trained.get, reverse=True)[:3]
+        raise UserError(
+            f"{sum(trained.values()) / 2**20:,.0f} MiB of trained parameters would be whole on every "
+            f"device, more than {_MAX_REPLICATED:.0%} of them: {', '.join(largest)}, ...; give them a "
+            "rule in sharding.PARAM_RULES")
+    return sum(whole.values())
 
 
 def averaged(state: TrainState) -> Params:
@@ -229,8 +279,9 @@ def check_config(path: epath.Path, cfg: Mapping[str, Any], *, resumed: bool) -> 
     old = trees.flatten(files.read_json(path))
     new = trees.flatten(json.loads(json.dumps(cfg)))  # tuples become lists, as in the file
     missing = object()
+    added = {key for key in new if key not in old and not new[key]}  # a later feature, switched off
     changed = [key for key in sorted({*old, *new}) if not trees.match(FREE_KEYS, key)
-               and old.get(key, missing) != new.get(key, missing)]
+               and key not in added and old.get(key, missing) != new.get(key, missing)]
     if changed:
         shown = "; ".join(f"{key.replace('/', '.')}: {old.get(key)!r} -> {new.get(key)!r}"
                           for key in changed)

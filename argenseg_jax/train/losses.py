@@ -70,6 +70,7 @@ class LMOptions:
       corrupt: up to this share of the input codes is replaced by random ones, so that decoding
         learns to go on from its own mistakes. 0 = never.
       chunk: number of places whose logits are in memory at a time; 0 = all.
+      scale_accuracy: log the share of right codes of each scale too.
     """
 
     soft_targets: float = 0.0
@@ -77,6 +78,7 @@ class LMOptions:
     foreground: float = 1.0
     corrupt: float = 0.0
     chunk: int = 0
+    scale_accuracy: bool = False
 
 
 def targets(model: ARGenSeg, labels: Array, codes: Array | None) -> tuple[Array, Array, Array]:
@@ -187,8 +189,14 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
     gen_loss = jnp.sum(jnp.where(is_code, nll * weight, 0.0)) / norm["codes"]
     accuracy = jnp.sum(is_code & right) / norm["codes"]
     loss = text_loss + gen_loss
+    by_scale = {}
+    if opts.scale_accuracy:
+        level = jnp.asarray(model.scales.levels)[jnp.maximum(index, 0) % model.scales.num_codes]
+        for k, side in enumerate(model.scales.patch_nums):
+            count = norm["codes"] * (side * side / model.scales.num_codes)  # each mask has all scales
+            by_scale[f"code_accuracy_{k}"] = jnp.sum(is_code & right & (level == k)) / count
     return loss, Aux({"loss": loss, "text_loss": text_loss, "gen_loss": gen_loss,
-                      "code_accuracy": accuracy})
+                      "code_accuracy": accuracy, **by_scale})
 
 
 def lm_task(model: ARGenSeg, opts: LMOptions, frozen: tuple[str, ...] = ()) -> Task:

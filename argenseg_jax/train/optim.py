@@ -1,4 +1,4 @@
-"""Optimizers by path regex: AdamW or Muon, schedules, clipping, weight decay, groups, freezing.
+"""Optimizers by path regex: AdamW, Adafactor or Muon, schedules, clipping, weight decay, groups, freezing.
 
 Everything is decided by the parameter's path ('llm/layers/attn/q/kernel'); the keys of a config
 section are those of configs/common.py `optimizer`. Frozen parameters never reach this module's
@@ -97,8 +97,11 @@ def build(cfg: Mapping[str, Any], steps: int, params: Mapping[str, Any]
         factors = {path: m if is_matrix(path) else m * ratio for path, m in factors.items()}
     elif cfg["name"] == "adamw":
         precondition = adam
+    elif cfg["name"] == "adafactor":
+        # Shazeer and Stern, 2018, without momentum: a matrix keeps one number a row and a column.
+        precondition = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     else:
-        raise UserError(f"optim.name='{cfg['name']}'; there are adamw, muon")
+        raise UserError(f"optim.name='{cfg['name']}'; there are adamw, adafactor, muon")
     decayed = trees.map_named(lambda path, _: trees.match(_DECAYED, path), params)
     return optax.chain(
         optax.clip_by_global_norm(cfg["clip"]) if cfg["clip"] else optax.identity(),

@@ -18,14 +18,18 @@ from argenseg_jax.errors import UserError
 from argenseg_jax.eval import evaluator, pictures
 from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import ARGenSeg, init_params
-from argenseg_jax.train import loop, losses
+from argenseg_jax.train import flops, loop, losses
 from argenseg_jax.train.state import Params, Phase
 
 SAMPLES = 4  # rows drawn every train.sample_every steps
 
 
-def train(cfg: Mapping[str, Any], workdir: str) -> dict[str, Any]:
-    """Trains the config's phases in the workdir, or goes on with them; returns the loop's result."""
+def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | None = None
+          ) -> dict[str, Any]:
+    """Trains the config's phases in the workdir, or goes on with them; returns the loop's result.
+
+    `profile`: the first and last step of a trace in WORKDIR/profile.
+    """
     # Spelled out, so that the saved config means the same when a variant has changed.
     cfg = {**cfg, "model": variants.resolve(cfg["model"])}
     model = variants.build({**cfg["model"], "dtype": cfg["train"]["dtype"],
@@ -34,7 +38,7 @@ def train(cfg: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     tokenizer = checkpoint.tokenizer_for(model, source)
     return loop.run(cfg, workdir, phases(cfg, model, tokenizer), init_fn(model),
                     load=source and (lambda shapes: known_weights(source, shapes)),
-                    beside={checkpoint.TOKENIZER: tokenizer.save})
+                    beside={checkpoint.TOKENIZER: tokenizer.save}, profile=profile)
 
 
 def init_fn(model: ARGenSeg) -> Callable[[jax.Array], Params]:
@@ -89,6 +93,14 @@ def geometry(model: ARGenSeg) -> pipeline.Geometry:
                              model.scales.num_codes)
 
 
+def lm_flops(cfg: Mapping[str, Any], model: ARGenSeg, shapes: Params,
+             trainable: Callable[[str], bool]) -> dict[str, float]:
+    """{part: operations} of one step of the lm phase, over all devices."""
+    data = cfg["data"]
+    return flops.lm_step(model, shapes, trainable, rows=cfg["train"]["global_batch"],
+                         width=data["max_tokens"], tiles=data["max_tiles"], masks=data["max_masks"])
+
+
 def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer) -> list[Phase]:
     """First the VQ-VAE (vqvae.steps > 0), then the language model (train.steps > 0)."""
     processes = jax.process_count()
@@ -112,7 +124,8 @@ def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer) -> lis
         task = losses.lm_task(model, losses.LMOptions(**lm["loss"]))
         listed.append(Phase(task, lm["steps"], lm["global_batch"], lm["microbatch"], cfg["optim"],
                             batches("lm", lm["global_batch"], cfg["seed"]),
-                            sampler(cfg, model, tokenizer, parts[0]) if lm["sample_every"] else None))
+                            sampler(cfg, model, tokenizer, parts[0]) if lm["sample_every"] else None,
+                            lambda shapes, select: sum(lm_flops(cfg, model, shapes, select).values())))
     if not listed:
         raise UserError("nothing to train: both vqvae.steps and train.steps are 0")
     return listed

@@ -48,6 +48,8 @@ class Phase:
       data: () -> endless iterator of this process's batches (dicts of numpy arrays), with
         get_state() -> JSON-able or bytes, and set_state().
       samples: params -> {name: u8[H, W, 3]}, pictures for people; None draws nothing.
+      flops: (shapes of all parameters, path -> trained?) -> operations of one step over all
+        devices, for the utilisation; None where nobody counted.
     """
 
     task: Task
@@ -57,3 +59,4 @@ class Phase:
     optim: Mapping[str, Any]
     data: Callable[[], Iterator[Batch]]
     samples: Callable[[Params], dict[str, np.ndarray]] | None = None
+    flops: Callable[[Params, Callable[[str], bool]], float] | None = None

@@ -6,8 +6,9 @@ import signal
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from argenseg_jax import trees
+from argenseg_jax import sharding, trees
 from argenseg_jax.ckpt import orbax_io
 from argenseg_jax.errors import UserError
 from argenseg_jax.train import loop
@@ -33,6 +34,7 @@ def test_a_run_leaves_its_files_and_numbers(tmp_path):
     assert lines(tmp_path)[0]["loss"] > lines(tmp_path)[-1]["loss"]
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved == json.loads(json.dumps(cfg))
+    assert all(0 <= line["data_wait"] < 1 for line in lines(tmp_path))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["30", "60"]
     assert any((tmp_path / "tensorboard").iterdir())
 
@@ -68,6 +70,54 @@ def test_resume_refuses_another_config_and_names_the_key(tmp_path):
     cfg["train"]["steps"], cfg["train"]["log_every"], cfg["eval"]["masks"] = 8, 1, "union"
     assert run(cfg, tmp_path)["step"] == 8
     assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 7, 8]
+
+
+def test_a_run_of_before_a_feature_goes_on_with_it_switched_off(tmp_path):
+    cfg = toy.config()
+    del cfg["optim"]["ema"], cfg["train"]["loss"]["chunk"]
+    loop.check_config(epath.Path(tmp_path), cfg, resumed=False)
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    cfg["train"]["loss"]["chunk"] = 0
+    loop.check_config(epath.Path(tmp_path / "config.json"), cfg, resumed=True)
+    cfg["optim"]["ema"] = 0.9
+    with pytest.raises(UserError, match=r"optim\.ema: None -> 0\.9"):
+        loop.check_config(epath.Path(tmp_path / "config.json"), cfg, resumed=True)
+
+
+class Broken(toy.Data):
+    """Every second batch has a target that is no number."""
+
+    def __next__(self):
+        batch = super().__next__()
+        return batch if self.index % 2 else batch | {"y": np.full_like(batch["y"], np.nan)}
+
+
+def test_steps_that_are_not_finite_end_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"2 of the steps up to 4 .*newest checkpoint is of step 3"):
+        run(toy.config(max_skipped=2), tmp_path, data=Broken)
+    assert run(toy.config(max_skipped=4), tmp_path, data=Broken)["step"] == 6
+    assert lines(tmp_path)[-1]["skipped"] == 3
+
+
+@pytest.mark.slow
+def test_a_trace_of_some_steps(tmp_path):
+    run(toy.config(), tmp_path, profile=(2, 3))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_large_trained_parameters_must_be_sharded(monkeypatch):
+    shapes = jax.eval_shape(toy.init, jax.random.key(0))
+    cfg = toy.config()["mesh"] | {"fsdp": 2}
+    mesh = sharding.make_mesh(cfg, jax.devices()[:2])
+    whole = loop.check_replicated(shapes, lambda path: True, mesh, sharding.PARAM_RULES)
+    kernels = 4 * (8 * 16 + 16 * 4 + 8 * 8)  # all that the table splits
+    assert whole == 4 * sum(x.size for x in jax.tree.leaves(shapes)) - kernels
+    monkeypatch.setattr(loop, "_LARGE", 0)
+    with pytest.raises(UserError, match="more than 2% of them: visual/pos_embed"):
+        loop.check_replicated(shapes, lambda path: path.startswith(("visual", "connector")), mesh,
+                              sharding.PARAM_RULES)
+    only = lambda path: path.endswith("kernel")  # what is frozen may be whole
+    assert loop.check_replicated(shapes, only, mesh, sharding.PARAM_RULES) == whole
 
 
 def test_a_finished_run_answers_at_once(tmp_path):

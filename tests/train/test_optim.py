@@ -51,6 +51,19 @@ def test_adamw_first_update_is_the_sign():
         np.testing.assert_allclose(np.abs(u), 0.1, rtol=1e-4, err_msg=path)
 
 
+def test_adafactor_keeps_rows_and_columns():
+    """A large matrix has two vectors of state; the update of a rank-one square is the gradient's sign."""
+    params = {"llm": {"layers": {"mlp": {"gate": {"kernel": jnp.ones((2, 128, 256))}}}}}
+    tx = optim.build(section(name="adafactor"), 10, params)
+    state = tx.init(params)
+    assert sum(x.size for x in jax.tree.leaves(state)) < 2 * (128 + 256) + 8
+    sign = jnp.where(jnp.arange(128)[:, None] % 3 == 0, 1.0, -1.0)
+    grads = jax.tree.map(lambda x: x * sign * jnp.arange(1, 257), params)
+    got, _ = tx.update(grads, state, params)
+    want = jnp.broadcast_to(-0.1 * sign, (2, 128, 256))
+    np.testing.assert_allclose(got["llm"]["layers"]["mlp"]["gate"]["kernel"], want, rtol=1e-3)
+
+
 def test_muon_orthogonalises_each_layer_as_one_matrix():
     got = updates(section(name="muon", adam_lr=0.01))
     q = np.asarray(got["llm/layers/attn/q/kernel"]).reshape(2, 6, 8)

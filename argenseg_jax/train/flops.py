@@ -1,0 +1,79 @@
+"""Floating-point operations of a training step, counted by hand from the parameters' shapes.
+
+Model FLOPs as in "model FLOPs utilisation": a product of two matrices is 2 operations a multiply-add,
+attention is counted where it sees something, and what remat computes again is left out. XLA's own
+count takes the body of a scan once and a Pallas kernel as nothing.
+"""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from argenseg_jax import trees
+from argenseg_jax.models.argenseg import ARGenSeg
+
+# Dense bfloat16 operations per second of one chip, by a beginning of its jax device_kind (longer
+# ones first); from the makers' data sheets.
+PEAKS = {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12,
+         "TPU v6": 918e12, "TPU7x": 2307e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12,
+         "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12}
+
+
+def peak(device_kind: str) -> float | None:
+    """Operations per second of a device, None where it is not known (CPUs)."""
+    return next((value for kind, value in PEAKS.items() if device_kind.startswith(kind)), None)
+
+
+def lm_step(model: ARGenSeg, shapes: Mapping[str, Any], trainable: Callable[[str], bool], *,
+            rows: int, width: int, tiles: int, masks: int) -> dict[str, float]:
+    """{part: operations} of one step of the lm phase, forward and backward.
+
+    Args:
+      shapes: the whole model's parameters (anything with .shape).
+      trainable: path -> whether the step changes it.
+      rows, width: B rows of T places.
+      tiles, masks: per row, padding included (it is computed as well).
+    """
+    kernels = {path: math.prod(leaf.shape) for path, leaf in trees.flatten(shapes).items()
+               if path.endswith("/kernel") or path == "llm/embed/embedding"}
+    vit, llm = model.vision, model.llm
+    if not llm.tied:
+        del kernels["llm/embed/embedding"]  # a look-up; a tied one is the head as well
+    patches = (vit.image_size // vit.patch) ** 2 + 1
+    uses = {  # rows that each kernel of the part is multiplied with
+        "vision": rows * tiles * patches, "connector": rows * tiles * model.image_tokens,
+        "llm": rows * width, "visual": rows * masks * model.scales.num_codes}
+    attention = {"vision": 4 * rows * tiles * vit.depth * patches**2 * vit.width,
+                 "llm": 2 * rows * llm.depth * width**2 * llm.heads * llm.head_dim}  # causal: a half
+    total = {}
+    for part, count in uses.items():
+        learns = any(trainable(path) for path in kernels if path.startswith(f"{part}/"))
+        passes = lambda learned: 3 if learned else 2  # forward, into the inputs, into the weights
+        if part == "vision" and not learns:
+            passes = lambda learned: 1  # nothing to learn before it
+        total[part] = attention.get(part, 0) * passes(True) + 2 * count * sum(
+            size * passes(trainable(path)) for path, size in kernels.items()
+            if path.startswith(f"{part}/"))
+    total["vqvae"] = rows * masks * encoder(model, shapes["vqvae"])
+    return {part: float(value) for part, value in total.items()}
+
+
+def encoder(model: ARGenSeg, shapes: Mapping[str, Any]) -> float:
+    """Operations of coding one mask: the VQ-VAE's encoder and the distances to its codes."""
+    side, levels = model.mask_size // model.vqvae.patch_size, len(model.vqvae.ch_mult)
+    lowest, total = side >> (levels - 1), 0
+    for path, leaf in trees.flatten(shapes).items():
+        level = re.match(r"encoder/(?:down_(\d+)/|(conv_in))", path)
+        at = lowest
+        if level:
+            at = side >> int(level[1] or 0)
+        if path.endswith("/downsample/kernel"):
+            at //= 2
+        if re.fullmatch(r"(encoder/.*|quant_conv)/kernel", path):
+            total += 2 * math.prod(leaf.shape) * at**2
+        if re.fullmatch(r"encoder/.*/proj_out/kernel", path):  # one attention over all places
+            total += 4 * at**4 * leaf.shape[-1]
+    return total + 2 * sum(n * n for n in model.vqvae.patch_nums) * math.prod(
+        shapes["quantizer"]["codebook"].shape)
