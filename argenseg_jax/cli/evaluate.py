@@ -5,12 +5,14 @@
 
 --data is an official JSONL, a PSALM evaluation JSON, or a named source: shapes:simple:test,
 shapes:full:unseen, ...; shapes:test, shapes:unseen and nano:test are of the shipped model's level.
-Writes OUT/eval/NAME/{scores.json, predictions.jsonl, pictures/} and OUT/report.html, where OUT is
---out or else the workdir; with neither, nothing is written.
+Writes OUT/eval/NAME/{scores.json, predictions.jsonl, coco_results.json, pictures/} and OUT/report.html, where OUT is
+--out or else the workdir; with neither, nothing is written. --metric names other scores than the
+data's own (eval/table.py). Saved predictions are scored again without the model:
+
+  python -m argenseg_jax evaluate --rescore runs/nano/eval/val/predictions.jsonl --metric grefcoco
 """
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import re
@@ -34,6 +36,11 @@ flags.DEFINE_alias("image-root", "image_root")
 flags.DEFINE_string("out", None, "Directory of the results; default: --workdir.")
 flags.DEFINE_integer("limit", 0, "Score only the first so many samples; 0 = all.", lower_bound=0)
 flags.DEFINE_integer("batch", 16, "Samples per call of the model.", lower_bound=1)
+flags.DEFINE_string("metric", "", "Scores to compute: referring, grefcoco, semantic, boxes, instances, "
+                    "interactive, anomaly, pope, vqav2, textvqa, mmmu, exact; default: what the data "
+                    "asks for, or referring.")
+flags.DEFINE_string("rescore", None, "A predictions.jsonl: computes its scores without the model.")
+flags.DEFINE_bool("save_masks", False, "Also write every scored mask as a PNG.")
 flags.DEFINE_enum("masks", None, ["first", "union"], "Which masks of an answer count; default: "
                   "eval.masks of the saved config, or first.")
 flags.DEFINE_string("prompt", None, "Prompt of PSALM files: referring, semantic, reasoning, or a "
@@ -47,6 +54,8 @@ flags.DEFINE_bool("baseline", True, "Read the training data for the constant bas
 
 def run() -> dict[str, Any]:
     """Evaluates; returns the scores, seconds, and the paths of what was written."""
+    if FLAGS.rescore:
+        return _rescore(FLAGS.rescore)
     common.require("data")
     if (FLAGS.workdir is None) == (FLAGS.checkpoint is None):
         raise UserError("give one of --workdir and --checkpoint")
@@ -62,15 +71,28 @@ def run() -> dict[str, Any]:
     masks = FLAGS.masks or settings["masks"]
     source = open_source(FLAGS.data, prompt=FLAGS.prompt or settings["prompt"],
                          image_root=FLAGS.image_root)
+    metric = FLAGS.metric or (source[0].meta.get("metric") if len(source) else "")
+    several = masks != "first" or metric == "instances"
     answer = functools.partial(Predictor.load(checkpoint, FLAGS.dtype).segment_batch,
-                               max_masks=1 if masks == "first" else MAX_MASKS)
+                               max_masks=MAX_MASKS if several else 1)
     previews = functools.partial(answer, previews=True) if FLAGS.previews else None
     result = Evaluator(answer, batch=FLAGS.batch, masks=masks, baseline=_baseline(config, source),
-                       preview_fn=previews, previews=FLAGS.previews).run(source, FLAGS.limit)
+                       preview_fn=previews, previews=FLAGS.previews, metric=FLAGS.metric,
+                       pad=config.get("data", {}).get("pad_to_square", False)).run(source, FLAGS.limit)
     scores = {"data": FLAGS.data, **result.scores}
     out = FLAGS.out or FLAGS.workdir
     written = _write(out, source, result, scores) if out else {}
     return {**scores, **written, "seconds": round(time.perf_counter() - begin, 2)}
+
+
+def _rescore(path: str) -> dict[str, Any]:
+    """The scores of saved predictions."""
+    from argenseg_jax.eval import saved
+
+    begin = time.perf_counter()
+    rows = saved.read_rows(path)
+    scores = saved.summary(rows, FLAGS.metric, path)
+    return {"data": path, **scores, "seconds": round(time.perf_counter() - begin, 2)}
 
 
 def _baseline(config: Mapping[str, Any], source: Any) -> Any:
@@ -94,13 +116,18 @@ def _write(out: str, source: Any, result: Any, scores: Mapping[str, Any]) -> dic
     from etils import epath
 
     from argenseg_jax import files
-    from argenseg_jax.eval import report
+    from argenseg_jax.eval import pictures, report, saved
 
     named = not epath.Path(FLAGS.data).exists()
     name = re.sub(r"[^\w.-]+", "-", FLAGS.data if named else epath.Path(FLAGS.data).stem)
     folder = epath.Path(out) / "eval" / name
-    lines = (json.dumps(dataclasses.asdict(r)) for r in result.records)
-    files.write(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    lines = [record.row() for record in result.records]
+    files.write(folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
+    files.write(folder / "coco_results.json", json.dumps(saved.coco_results(lines)))
+    for row in lines if FLAGS.save_masks else []:
+        if row["prediction"]:
+            files.write(folder / "masks" / f"{row['index']}.png",
+                        pictures.encode_png(saved.mask_picture(row)))
     rows = report.save_pictures(folder / "pictures", source, result)
     files.write(folder / "scores.json", json.dumps({**scores, "pictures": rows}, indent=1))
     return {"report": str(report.write_report(out)),

@@ -21,10 +21,13 @@ from PIL import Image
 from argenseg_jax.data.prompt import query_turns
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources import Source
+from argenseg_jax.data.transforms import grey_at
 from argenseg_jax.decode.predictor import Request, Result
 from argenseg_jax.errors import UserError
+from argenseg_jax.eval import ranking, saved
 from argenseg_jax.eval.metrics import Sums, iou
-from argenseg_jax.eval.rle import decode_rle, encode_rle
+from argenseg_jax.eval.rle import encode_rle
+from argenseg_jax.eval.table import METRICS
 
 PredictFn = Callable[[Sequence[Request]], Sequence[Result]]
 Baseline = Callable[[str], np.ndarray]  # question -> bool[side, side]
@@ -40,21 +43,28 @@ class Record:
       question: the human text, without `<image>`.
       answer: the text of the model, with `<mask>` where a mask was drawn.
       masks: number of masks in the answer.
-      iou: of the scored mask; 1 where it and the truth are empty.
-      prediction, truth: the scored mask and the true one as COCO run lengths.
+      iou: of the scored mask; 1 where it and the truth are empty; None of a question about text.
+      prediction, truth: the scored mask and the true one as COCO run lengths; None likewise.
       kind: kind of expression, where the source says so.
       id: the sample's own id, where it has one.
+      more: what else the metrics read (see eval/table.py), on the same level of the saved line.
     """
 
     index: int
     question: str
     answer: str
     masks: int
-    iou: float
-    prediction: Mapping[str, Any]
-    truth: Mapping[str, Any]
+    iou: float | None
+    prediction: Mapping[str, Any] | None
+    truth: Mapping[str, Any] | None
     kind: str | None = None
     id: Any = None
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """The line of predictions.jsonl."""
+        row = dataclasses.asdict(self)
+        return {**row, **row.pop("more")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,62 +91,94 @@ class Evaluator:
         own (`meta['all_objects_mask']`); None gives such data no baseline.
       preview_fn: as predict_fn, with the images by scale in its results; None shows no scales.
       previews: of how many samples the images by scale are kept.
+      metric: a name in eval/table.py; '' takes what the samples name, or 'referring'.
+      pad: the model was trained on padded squares (data.pad_to_square).
     """
 
     def __init__(self, predict_fn: PredictFn, *, batch: int = 8, masks: str = "first",
                  baseline: Baseline | None = None, preview_fn: PredictFn | None = None,
-                 previews: int = 3):
+                 previews: int = 3, metric: str = "", pad: bool = False):
         if masks not in SCORED:
             raise UserError(f"eval.masks is '{masks}'; it must be one of {', '.join(SCORED)}")
         self.predict_fn, self.batch, self.masks = predict_fn, batch, masks
         self.baseline, self.preview_fn, self.previews = baseline, preview_fn, previews
+        if metric and metric not in METRICS:
+            raise UserError(f"metric '{metric}' is unknown; there are {', '.join(METRICS)}")
+        self.metric, self.pad = metric, pad
 
     def run(self, source: Source, limit: int = 0) -> Evaluation:
         """Evaluates the first `limit` samples (0: all).
 
-        The scores are those of `metrics.Sums.scores`, `baseline_gIoU` and `baseline_cIoU` (None
-        without a baseline), `seconds_per_image` (of all batches but the first, which compiles,
-        where there are more), and `by_kind`: {kind: {n, gIoU}} where the samples name kinds.
+        The scores are those of `saved.summary`, `baseline_gIoU` and `baseline_cIoU` (None
+        without a baseline), and `seconds_per_image` (of all batches but the first, which compiles,
+        where there are more).
         """
         n = min(len(source), limit) if limit else len(source)
         if not n:
             raise UserError("the data to evaluate holds no sample")
-        pooled, blind, answered = Sums(), Sums(), 0
-        kinds: dict[str, Sums] = collections.defaultdict(Sums)
+        blind, answered = Sums(), 0
         records, times = [], []
         bar = tqdm.tqdm(total=n, unit=" samples", file=sys.stderr, dynamic_ncols=True, delay=1,
                         mininterval=0.5 if sys.stderr.isatty() else 30)
         with bar:
             for batch in _batched(range(n), self.batch):
                 samples = [source[i] for i in batch]
-                requests, truths = [request(s) for s in samples], [self._truth(s) for s in samples]
+                metrics = [self.metric or s.meta.get("metric") or "referring" for s in samples]
+                requests = [request(s) for s in samples]
+                truths = [self._truth(s, m) for s, m in zip(samples, metrics)]
                 start = time.perf_counter()
                 results = self.predict_fn(requests)
                 times.append((time.perf_counter() - start, len(batch)))
-                for i, sample, truth, result in zip(batch, samples, truths, results, strict=True):
-                    prediction = self._choose([np.asarray(m, bool) for m in result.masks], truth.shape)
-                    one = Sums.of(prediction, truth)
-                    pooled += one
-                    if (kind := sample.meta.get("kind")) is not None:
-                        kinds[kind] += one
+                for i, sample, metric, truth, result in zip(batch, samples, metrics, truths, results,
+                                                            strict=True):
+                    records.append(self._record(i, sample, metric, truth, result))
+                    if truth is None:
+                        continue
                     if (constant := self._baseline_mask(sample, truth.shape)) is not None:
                         blind, answered = blind + Sums.of(constant, truth), answered + 1
-                    records.append(Record(
-                        index=i, question=question(sample), answer=result.text,
-                        masks=len(result.masks), iou=iou(prediction, truth), kind=kind,
-                        prediction=encode_rle(prediction), truth=encode_rle(truth),
-                        id=sample.meta.get("id")))
                 bar.update(len(batch))
-                bar.set_postfix(gIoU=f"{pooled.scores()['gIoU']:.3f}", refresh=False)
+                drawn = [r.iou for r in records if r.iou is not None]
+                if drawn:
+                    bar.set_postfix(gIoU=f"{sum(drawn) / len(drawn):.3f}", refresh=False)
         timed = times[1:] or times
         base = blind.scores() if answered == n else {}
         return Evaluation(
-            scores={**pooled.scores(), "baseline_gIoU": base.get("gIoU"),
-                    "baseline_cIoU": base.get("cIoU"),
-                    "seconds_per_image": sum(t for t, _ in timed) / sum(k for _, k in timed),
-                    **({"by_kind": {k: {"n": s.n, "gIoU": s.scores()["gIoU"]}
-                                    for k, s in sorted(kinds.items())}} if kinds else {})},
+            scores={**saved.summary([r.row() for r in records], self.metric),
+                    "baseline_gIoU": base.get("gIoU"), "baseline_cIoU": base.get("cIoU"),
+                    "seconds_per_image": sum(t for t, _ in timed) / sum(k for _, k in timed)},
             records=records, scales=self._previews(source, n) if self.preview_fn else {})
+
+    def _record(self, index: int, sample: Sample, metric: str, truth: np.ndarray | None,
+                result: Result) -> Record:
+        meta, drawn = sample.meta, [np.asarray(m, bool) for m in result.masks]
+        more = {"metric": metric, "reference": meta.get("reference"),
+                "expression": " ".join(meta.get("sents") or []), "image": (meta.get("files") or [""])[0],
+                **{k: meta[k] for k in ("image_id", "category_id") if k in meta}}
+        if truth is None:
+            prediction = None
+        else:
+            prediction = self._choose(drawn, truth.shape, metric)
+            if meta.get("ignore_mask") is not None:
+                ignored = np.asarray(meta["ignore_mask"]) > 0
+                prediction, more["ignore"] = prediction & ~ignored, encode_rle(ignored)
+        if metric == "instances":
+            more["instances"] = [{"segmentation": encode_rle(m), "score": float(v)}
+                                 for m, v in zip(drawn, result.scores, strict=True)]
+            more["truths"] = [{"segmentation": encode_rle(m >= 128), "iscrowd": crowd} for crowd, group
+                              in enumerate((sample.masks, meta.get("crowds", ()))) for m in group]
+        elif metric == "anomaly":
+            levels = grey_at(result.images[0], truth.shape[::-1], self.pad) if len(result.images) \
+                else np.zeros(truth.shape, np.uint8)
+            more["levels"] = ranking.sparse(ranking.level_counts(levels, truth))
+        elif metric == "interactive":
+            more["ious"] = [iou(prediction, truth)]
+        known = truth is not None
+        return Record(
+            index=index, question=question(sample), answer=result.text, masks=len(drawn),
+            iou=iou(prediction, truth) if known else None, kind=meta.get("kind"), id=meta.get("id"),
+            prediction=encode_rle(prediction) if known else None,
+            truth=encode_rle(truth) if known else None,
+            more={k: v for k, v in more.items() if v not in (None, "")})
 
     def _previews(self, source: Source, n: int) -> dict[int, np.ndarray]:
         """Images by scale of a few samples, out of one batch as large as the others.
@@ -148,21 +190,26 @@ class Evaluator:
         drawn = {i: r.scales[0] for i, r in zip(chosen, results, strict=True) if r.scales}
         return dict(itertools.islice(drawn.items(), self.previews))
 
-    def _choose(self, masks: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-        """The bool[H, W] that counts among several."""
+    def _choose(self, masks: Sequence[np.ndarray], shape: tuple[int, ...], metric: str) -> np.ndarray:
+        """The bool[H, W] that counts among several; of instances always all of them."""
         if not masks:
             return np.zeros(shape, bool)
-        return masks[0] if self.masks == "first" else np.logical_or.reduce(masks)
+        first = self.masks == "first" and metric != "instances"
+        return masks[0] if first else np.logical_or.reduce(masks)
 
-    def _truth(self, sample: Sample) -> np.ndarray:
-        """bool[H, W], the size of the image."""
+    def _truth(self, sample: Sample, metric: str) -> np.ndarray | None:
+        """bool[H, W], the size of the image, without what is to be ignored; None of text tasks."""
         shape = sample.images[0].shape[:2]
+        if not sample.masks and sample.meta.get("reference") is not None:
+            return None
         if not sample.masks:
             raise UserError(f"{_name(sample)}: no mask to compare with; leave such samples out")
         if any(m.shape != shape for m in sample.masks):
             raise UserError(f"{_name(sample)}: masks of shape {[m.shape for m in sample.masks]}, "
                             f"where the image needs grey ones of {shape}")
-        return self._choose([m >= 128 for m in sample.masks], shape)
+        truth = self._choose([m >= 128 for m in sample.masks], shape, metric)
+        ignored = sample.meta.get("ignore_mask")
+        return truth if ignored is None else truth & (np.asarray(ignored) == 0)
 
     def _baseline_mask(self, sample: Sample, shape: tuple[int, ...]) -> np.ndarray | None:
         own = sample.meta.get("all_objects_mask")

@@ -19,11 +19,16 @@ from etils import epath
 from argenseg_jax import files
 from argenseg_jax.data.sources import Source
 from argenseg_jax.eval import evaluator, pictures
+from argenseg_jax.eval.rle import decode_rle
 
 # Columns of the score table: key of scores.json -> heading.
+# Heads of other metrics stand beside them, in the order of the paper's tables.
 COLUMNS = {"n": "samples", "gIoU": "gIoU", "baseline_gIoU": "(baseline)", "cIoU": "cIoU",
            "baseline_cIoU": "(baseline)", "Pr@0.5": "Pr@0.5", "Pr@0.7": "Pr@0.7",
            "Pr@0.9": "Pr@0.9", "N-acc": "N-acc", "T-acc": "T-acc",
+           "mIoU": "mIoU", "AP": "AP", "AP50": "AP50", "Acc@0.5": "Acc@0.5", "IoU@1": "IoU@1",
+           "image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_F1": "F1-max",
+           "accuracy": "accuracy", "F1": "F1", "yes_ratio": "yes", "PSNR": "PSNR", "SSIM": "SSIM",
            "seconds_per_image": "s / image"}
 CURVES = ("loss", "text_loss", "gen_loss")  # drawn first; other logged numbers follow
 NOT_CURVES = {"step", "phase", "skipped", "seconds_per_step", "rows_per_second"}
@@ -39,20 +44,21 @@ def save_pictures(folder: epath.Path, source: Source, result: evaluator.Evaluati
     Returns one dict per answer: group ('best', 'worst', 'random' or 'scales'), file, question,
     answer, iou, and for 'scales' the file `scales` with the mask at each scale, coarse to fine.
     """
-    ranked = sorted(result.records, key=lambda r: (-r.iou, r.index))
+    known = [r for r in result.records if r.truth is not None]  # questions about text have no picture
+    ranked = sorted(known, key=lambda r: (-r.iou, r.index))
     # Empty answers to empty questions are right but show nothing: best means best drawn.
-    drawn = [r for r in ranked if evaluator.decode_rle(r.truth).any()] or ranked
+    drawn = [r for r in ranked if decode_rle(r.truth).any()] or ranked
     order = np.random.default_rng(seed).permutation(len(ranked))
     groups = {"random": [ranked[i] for i in order[:each]], "best": drawn[:each],
               "worst": ranked[::-1][:each],
-              "scales": [r for r in result.records if r.index in result.scales]}
+              "scales": [r for r in known if r.index in result.scales]}
     rows = []
     for group, records in groups.items():
         for k, r in enumerate(records):
             row = {"group": group, "file": f"{group}_{k}.png", "question": r.question,
                    "answer": r.answer, "iou": r.iou}
-            picture = pictures.comparison(source[r.index].images[0], evaluator.decode_rle(r.truth),
-                                          evaluator.decode_rle(r.prediction))
+            picture = pictures.comparison(source[r.index].images[0], decode_rle(r.truth),
+                                          decode_rle(r.prediction))
             files.write(folder / row["file"], pictures.encode_png(picture))
             if group == "scales":
                 row["scales"] = f"{group}_{k}_coarse_to_fine.png"
@@ -119,14 +125,35 @@ def _table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
                    + "</tr>" for name, s in evaluations.items())
     kinds = "".join(_kinds(name, s["by_kind"]) for name, s in evaluations.items()
                     if "by_kind" in s)
+    parts = "".join(_breakdown(name, s["breakdown"]) for name, s in evaluations.items()
+                    if "breakdown" in s)
     return (f"<div class=scroll><table><tr><th></th><th></th>{head}</tr>{rows}"
-            f"</table></div>{kinds}")
+            f"</table></div>{kinds}{parts}")
 
 
 def _kinds(name: str, kinds: Mapping[str, Mapping[str, Any]]) -> str:
     cells = "".join(f"<li><b>{html.escape(k)}</b> {_number(v['gIoU'])} "
                     f"<small>n={v['n']}</small></li>" for k, v in kinds.items())
     return f"<p class=kinds>gIoU by kind, {html.escape(name)}</p><ul class=kinds>{cells}</ul>"
+
+
+def _breakdown(name: str, parts: Mapping[str, Any]) -> str:
+    """The histogram of IoU, and gIoU by the size of the mask and the length of the expression."""
+    counts, width, height = parts["histogram"], 220, 48
+    step, most = width / len(counts), max([*counts, 1])
+    bars = "".join(f"<rect class=fill x={k * step + 1:.1f} width={step - 2:.1f} "
+                   f"y={height * (1 - c / most):.1f} height={height * c / most:.1f}>"
+                   f"<title>IoU {k / len(counts):.1f}-{(k + 1) / len(counts):.1f}: {c:,}</title></rect>"
+                   for k, c in enumerate(counts))
+    groups = "".join(
+        f"<p class=kinds>gIoU by {what}</p><ul class=kinds>"
+        + "".join(f"<li><b>{html.escape(label)}</b> {_number(v['gIoU'])} <small>n={v['n']}</small></li>"
+                  for label, v in parts[key].items()) + "</ul>"
+        for key, what in (("by_size", "the share of the picture that the true mask covers"),
+                          ("by_length", "the length of the expression")))
+    return (f"<p class=kinds>IoU of all samples from 0 to 1, {html.escape(name)}</p>"
+            f"<svg class=histogram width={width} height={height} role=img aria-label='IoU histogram'>"
+            f"{bars}</svg>{groups}")
 
 
 def _bar(scores: Mapping[str, Any]) -> str:

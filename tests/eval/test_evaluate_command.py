@@ -64,6 +64,9 @@ def test_scores_files_and_report(workdir, tmp_path):
     assert scores["gIoU"] == got["gIoU"]
     assert all((folder / "pictures" / row["file"]).exists() for row in scores["pictures"])
     assert "val" in (workdir / "report.html").read_text()
+    assert len(json.loads((folder / "coco_results.json").read_text())) <= 3
+    code, line, errors = evaluate("--rescore", folder / "predictions.jsonl")  # no model is named
+    assert code == 0 and json.loads(line)["gIoU"] == got["gIoU"], errors
 
 
 @pytest.mark.parametrize("args, says", [
@@ -71,6 +74,7 @@ def test_scores_files_and_report(workdir, tmp_path):
     (("--data", "shapes:simple:test"), "--workdir"),
     (("--data", "shapes:simple:nowhere", "--workdir", "W"), "nowhere"),
     (("--data", "no/such.jsonl", "--workdir", "W"), "no/such.jsonl"),
+    (("--rescore", "no/such.jsonl"), "no/such.jsonl"),
 ])
 def test_mistakes_exit_with_2_and_one_line(workdir, args, says):
     code, _, errors = evaluate(*(workdir if a == "W" else a for a in args))

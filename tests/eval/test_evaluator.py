@@ -11,6 +11,7 @@ from argenseg_jax.errors import UserError
 from argenseg_jax.eval import evaluator
 from argenseg_jax.eval.evaluator import Evaluator, constant_baseline
 from argenseg_jax.eval.metrics import iou
+from argenseg_jax.eval.rle import decode_rle, encode_rle
 
 SIDE = 8
 
@@ -93,7 +94,7 @@ def test_constant_baseline_per_class():
 
 def test_rle_round_trip_and_resize():
     mask = np.random.default_rng(0).random((5, 7)) < 0.5
-    assert np.array_equal(evaluator.decode_rle(evaluator.encode_rle(mask)), mask)
+    assert np.array_equal(decode_rle(encode_rle(mask)), mask)
     assert evaluator.resize(LEFT > 0, (16, 32)).sum() == 16 * 16
 
 
