@@ -1,4 +1,4 @@
-"""The demo's model: `shapes` simple, from scratch on two CPU cores in about 8 minutes.
+"""The demo's model: `shapes` simple, from scratch on two CPU cores in about 10 minutes.
 
   python -m argenseg_jax train --config configs/nano.py --workdir runs/nano
 
@@ -16,12 +16,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """`devices=N` splits the CPU into N data-parallel devices (default 2)."""
     arg = common.parse_arg(arg, devices=2)
     cfg = common.base()
-    cfg.model.update(variant="nano", unroll=True, vision=dict(depth=3), llm=dict(depth=3))
-    cfg.data.update(sources=("shapes:simple:train:alls=20,exc=8,zs=8",), max_tokens=158,
+    cfg.model.update(variant="nano", unroll=True)
+    cfg.data.update(sources=("shapes:simple:train",), max_tokens=158,
                     image_last=True, system="", recolour=1.0)
     cfg.vqvae.update(steps=2000, batch=16, lr=0.01, b2=0.98, weight_decay=0.01)
     cfg.optim.update(name="muon", lr=0.01, adam_lr=3e-3, freeze=(), weight_decay=0.01, warmup=0.05)
-    cfg.train.update(steps=1150, global_batch=32, remat="none", dtype="float32", log_every=50,
+    cfg.train.update(steps=1100, global_batch=32, remat="none", dtype="float32", log_every=50,
                      checkpoint_every=500)
     cfg.mesh.data = arg.devices
     return cfg

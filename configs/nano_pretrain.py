@@ -15,8 +15,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """`devices=N` splits the CPU into N data-parallel devices (default 2)."""
     arg = common.parse_arg(arg, devices=2)
     cfg = nano.get_config(f"devices={arg.devices}")
-    cfg.model.update(vision=dict(depth=2), llm=dict(depth=4),
-                     vqvae=dict(patch_nums=(1, 8, 8), ch=64, z_channels=32))
+    cfg.model.update(vqvae=dict(patch_nums=(1, 8, 8), ch=64, z_channels=32))
     cfg.data.update(sources=("shapes:full:train",), max_tokens=232)
     cfg.vqvae.update(steps=9000, batch=8, lr=0.008)
     cfg.train.update(steps=4800, checkpoint_every=500, log_every=100)
