@@ -127,9 +127,9 @@ class Predictor:
         rows = [self._encode(request) for request in requests]
         size = 1 << (len(rows) - 1).bit_length()  # padded to a power of two by repeating row 0
         rows += rows[:1] * (size - len(rows))
-        nothing = self._encode(Request(None, prompt.NOTHING))[0]
+        nothing = self._encode(Request(None, prompt.NOTHING))[0] if guidance else ()
         lengths = np.array([len(tokens) for tokens, _ in rows], np.int32)
-        longest = max(lengths.max(), len(nothing) if guidance else 0)
+        longest = max(lengths.max(), len(nothing))
         tokens = np.full((size, -(-int(longest) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE),
                          self.tokenizer.vocab.pad, np.int32)
         side, most = self.model.image_size, max(len(t) for _, t in rows)
