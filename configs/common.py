@@ -74,9 +74,11 @@ def base() -> ConfigDict:
         "data": {
             "sources": (),      # names, `name*weight`, or paths; see data/sources.py
             "max_tokens": 8192,  # T, length of a row; longer samples are dropped and counted
+            "max_labels": 0,    # targets of a row, the places that the head reads; 0 = max_tokens
             "image_last": False,  # move <image> behind the human text, in training and use
             "system": None,     # system message; None = the official one, '' = none
-            "workers": 0,       # grain worker processes; 0 reads in the training process
+            "workers": 0,       # most grain worker processes; 0 reads in the training process
+            "threads": 2,       # of the training process that read, where workers is 0
             "root": "",         # directory that relative paths of the sources start from
             "max_tiles": 1,     # P, tiles per row
             "max_masks": 1,     # M, masks per row
@@ -101,6 +103,7 @@ def base() -> ConfigDict:
             "dtype": "bfloat16",  # of the computation; parameters stay float32
             "checkpoint_every": 1000,  # steps
             "keep": 2,          # checkpoints kept, the newest ones
+            "keep_best": "",    # min:NAME or max:NAME of a logged number: its best one is kept too
             "log_every": 50,    # steps per line of metrics.jsonl
             "sample_every": 0,  # steps per picture in samples/; 0 = none
             "max_skipped": 0,   # so many steps that are not finite end the run; 0 = any number
@@ -136,6 +139,7 @@ def paper(variant: str, arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, start="runs/start", variant=variant)
     cfg = base()
     cfg.model.variant = arg.variant
+    cfg.model.vision = {"drop_path": 0.1}  # active in the reference's training, frozen or not
     cfg.init_from = arg.start
     cfg.mesh.update(data=1, fsdp=-1)
     cfg.train.update(steps=12900)

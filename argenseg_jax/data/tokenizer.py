@@ -194,9 +194,10 @@ class Tokenizer:
             if isinstance(part, str):
                 text += part  # joined first: a byte pair may span two parts
                 continue
-            for k, chunk in enumerate(self._markup.split(text)):
-                ids += [self._backend.id(chunk)] if k % 2 else self.encode_text(chunk)
-            text = ""
+            if text:  # most parts are the ids of image and mask places, side by side
+                for k, chunk in enumerate(self._markup.split(text)):
+                    ids += [self._backend.id(chunk)] if k % 2 else self.encode_text(chunk)
+                text = ""
             if part is not None:
                 ids.append(part)
         return ids

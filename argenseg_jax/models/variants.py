@@ -30,9 +30,10 @@ _INTERNLM2_VOCAB = dict(base=92544, eos=92542, pad=2)
 _QWEN_VOCAB = dict(base=151665, eos=151645, pad=151643)
 
 
-def _internlm2(width: int, depth: int, heads: int, mlp: int) -> dict[str, Any]:
+def _internlm2(width: int, depth: int, heads: int, mlp: int, rope_theta: float = 1e6,
+               ntk_factor: float = 2.0) -> dict[str, Any]:
     return dict(width=width, depth=depth, heads=heads, kv_heads=8, head_dim=128, mlp=mlp, eps=1e-5,
-                rope_theta=1e6, ntk_factor=2.0, max_positions=32768)
+                rope_theta=rope_theta, ntk_factor=ntk_factor, max_positions=32768)
 
 
 def _qwen(width: int, depth: int, heads: int, kv_heads: int, mlp: int) -> dict[str, Any]:
@@ -54,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "2b": _released(_VIT_300M, _internlm2(2048, 24, 16, 8192), _INTERNLM2_VOCAB),
     "4b": _released(_VIT_300M, _qwen(2048, 36, 16, 2, 11008), _QWEN_VOCAB),
     "8b": _released(_VIT_300M, _internlm2(4096, 32, 32, 14336), _INTERNLM2_VOCAB),
-    "26b": _released(_VIT_6B, _internlm2(6144, 48, 48, 16384), _INTERNLM2_VOCAB),
+    "26b": _released(_VIT_6B, _internlm2(6144, 48, 48, 16384, 5e7, 2.5), _INTERNLM2_VOCAB),
     "38b": _released(_VIT_6B, _qwen(5120, 64, 40, 8, 27648), _QWEN_VOCAB),
     "78b": _released(_VIT_6B, _qwen(8192, 80, 64, 8, 29568), _QWEN_VOCAB),
     "internvl3-1b": _released(_VIT_300M, _qwen_ntk(896, 24, 14, 2, 4864), _QWEN_VOCAB),

@@ -68,12 +68,14 @@ class VQVAE(nn.Module):
         if image.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(f"this VQ-VAE takes images [B,{self.image_size},{self.image_size},3], "
                              f"got {list(image.shape)}")
-        if self.local:
-            image = jnp.concatenate([jnp.full_like(image[:1], -1), image])
+        f = self._latent(image)
+        # The black one apart: beside B rows it would make their number odd, hard to split.
+        return f - self._latent(jnp.full_like(image[:1], -1)) if self.local else f
+
+    def _latent(self, image: jax.Array) -> jax.Array:
         if self.patch_size > 1:
             image = _space_to_depth(image.mean(-1, keepdims=True), self.patch_size)
-        f = self.quant_conv(self.encoder(image.astype(self.dtype))).astype(jnp.float32)
-        return f[1:] - f[:1] if self.local else f
+        return self.quant_conv(self.encoder(image.astype(self.dtype))).astype(jnp.float32)
 
     def tokenize(self, image: jax.Array) -> jax.Array:
         """[B,R,R,3] in [-1,1] -> codes i32[B,N]."""

@@ -71,6 +71,7 @@ class LMOptions:
         learns to go on from its own mistakes. 0 = never.
       chunk: number of places whose logits are in memory at a time; 0 = all.
       scale_accuracy: log the share of right codes of each scale too.
+      max_labels: most targets that a row may have; the head reads so many places only. 0 = all.
     """
 
     soft_targets: float = 0.0
@@ -79,6 +80,7 @@ class LMOptions:
     corrupt: float = 0.0
     chunk: int = 0
     scale_accuracy: bool = False
+    max_labels: int = 0
 
 
 def targets(model: ARGenSeg, labels: Array, codes: Array | None) -> tuple[Array, Array, Array]:
@@ -104,7 +106,7 @@ def targets(model: ARGenSeg, labels: Array, codes: Array | None) -> tuple[Array,
 
 def token_nll(model: ARGenSeg, params: Params, hidden: Array, ids: Array, is_code: Array,
               opts: LMOptions) -> tuple[Array, Array]:
-    """Negative log likelihood f32[B, T] of the targets, and bool[B, T] whether the argmax is right.
+    """Negative log likelihood f32[B, T] of the targets, and bool[B, T] whether they are the likeliest.
 
     Both softmaxes run over the full vocabulary. With soft targets the likelihood of a code is
     spread over codes by their distance.
@@ -120,11 +122,12 @@ def token_nll(model: ARGenSeg, params: Params, hidden: Array, ids: Array, is_cod
         log_z = jax.nn.logsumexp(logits, axis=-1)
         at = jnp.maximum(ids, 0)
         picked = jnp.take_along_axis(logits, at[..., None], axis=-1)[..., 0]
+        right = picked >= jnp.max(logits, axis=-1)  # an argmax takes CPUs several times as long
         if spread is not None:
             share = spread[jnp.clip(ids - first, 0, size - 1)]
             soft = jnp.sum(share * logits[..., first:first + size], axis=-1)
             picked = jnp.where(is_code, soft, picked)
-        return log_z - picked, jnp.argmax(logits, axis=-1) == ids
+        return log_z - picked, right
 
     t = hidden.shape[1]
     if not opts.chunk or t <= opts.chunk:
@@ -181,6 +184,11 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
         inputs = jnp.where(hit, random_codes, codes)
     hidden = run("hidden", batch["tokens"], batch["positions"], batch["segment_ids"], features, inputs)
     ids, is_code, index = targets(model, batch["labels"], codes)
+    if 0 < opts.max_labels < ids.shape[1]:
+        # The places with a target first, in order; the data pipeline has checked that they are enough.
+        places = jnp.argsort(ids == IGNORE, axis=1, stable=True)[:, :opts.max_labels]
+        ids, is_code, index = (jnp.take_along_axis(x, places, axis=1) for x in (ids, is_code, index))
+        hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
     nll, right = token_nll(model, params, hidden, ids, is_code, opts)
 
     is_text = (ids != IGNORE) & ~is_code

@@ -47,8 +47,12 @@ def vqvae_loss(model: VQVAE, params: Any, masks: jax.Array, rng: jax.Array,
       (loss f32[], metrics (of the crossed masks), overrides {leaf name: array}, new state).
     """
     mix_rng, rng = jax.random.split(rng)
-    masks = mix_masks(mix_rng, masks, mix)
-    recon, vq_loss, quantized = model.apply({"params": params}, masks, method=VQVAE.forward_train)
+    grey = model.patch_size > 1  # such a model knows no colours: one channel says all
+    masks = mix_masks(mix_rng, masks[..., :1] if grey else masks, mix)
+    recon, vq_loss, quantized = model.apply(
+        {"params": params}, jnp.repeat(masks, 3, axis=-1) if grey else masks,
+        method=VQVAE.forward_train)
+    recon = recon[..., :1] if grey else recon
     logits, target = sharpness * recon, (masks + 1) / 2
     bce = jnp.mean(jax.nn.softplus(logits) - target * logits)
     mse = jnp.mean((jnp.clip(recon, -1, 1) - masks) ** 2)
@@ -62,7 +66,7 @@ def vqvae_loss(model: VQVAE, params: Any, masks: jax.Array, rng: jax.Array,
 
 
 def mix_masks(rng: jax.Array, masks: jax.Array, share: float) -> jax.Array:
-    """Crosses masks [B,R,R,3] in [-1,1] with shifted others of the batch: twice, each by chance.
+    """Crosses masks [B,R,R,c] in [-1,1] with shifted others of the batch: twice, each by chance.
 
     Most cells of most masks are empty or full and soon learned; the exclusive or of masks has the
     outlines of all of them, so that a step teaches as much as several.
@@ -107,7 +111,7 @@ def update_codebook(codebook: jax.Array, quantized: Quantized, rng: jax.Array,
 
 
 def batch_iou(recon: jax.Array, masks: jax.Array) -> jax.Array:
-    """Mean over the batch of the IoU of [B,R,R,3] grey images cut at 0; two empty masks have 1."""
+    """Mean over the batch of the IoU of [B,R,R,c] grey images cut at 0; two empty masks have 1."""
     a, b = recon.mean(-1) > 0, masks.mean(-1) > 0
     inter, union = jnp.sum(a & b, (1, 2)), jnp.sum(a | b, (1, 2))
     return jnp.mean(jnp.where(union > 0, inter / jnp.maximum(union, 1), 1.0))

@@ -30,6 +30,18 @@ def test_attention_is_that_of_every_head_alone():
         np.testing.assert_allclose(y[:, :, n], weights @ v[:, :, n // 2], atol=1e-5)
 
 
+def test_blocks_of_causal_queries_change_nothing():
+    """150 places make three blocks; a row of two segments and padding."""
+    q, k, v = heads(150)
+    segments = jnp.array([[1] * 150, [1] * 70 + [2] * 60 + [0] * 20])
+    causal = jnp.tile(jnp.arange(150), (2, 1))
+    got = attention.attention(q, k, v, Mask(segments), "xla")
+    whole = attention.attention(q, k, v, Mask(segments, causal), "xla")
+    np.testing.assert_allclose(got[0], whole[0], atol=1e-6)
+    np.testing.assert_allclose(got[1, :130], whole[1, :130], atol=1e-6)
+    assert np.isfinite(got).all()
+
+
 def test_masks():
     """Own segment, no padding, up to itself or up to `last`."""
     np.testing.assert_array_equal(Mask(jnp.array([[1, 1, 2, 0]])).dense()[0].astype(int),

@@ -152,7 +152,8 @@ def test_shapes_and_ranges(nano, masks):
 
 
 def test_the_empty_mask_is_all_zero_codes(nano, masks):
-    assert not nano(VQVAE.encode, jnp.full_like(masks, -1)).any()
+    """Its latent is zero but for rounding: the black image that is subtracted is computed apart."""
+    np.testing.assert_allclose(nano(VQVAE.encode, jnp.full_like(masks, -1)), 0, atol=1e-6)
     assert not nano(VQVAE.tokenize, jnp.full_like(masks, -1)).any()
 
 

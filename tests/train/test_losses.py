@@ -115,6 +115,14 @@ def test_gradients_of_a_batch_without_masks_are_finite(batch):
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+def test_the_head_may_leave_out_the_places_without_targets(batch):
+    most = int((batch["labels"][:, 1:] != IGNORE).sum(1).max())
+    assert most < batch["labels"].shape[1] - 8
+    plain = losses.LMOptions(scale_accuracy=True, scale_power=0.5)
+    assert loss(batch, dataclasses.replace(plain, max_labels=most)) == pytest.approx(
+        loss(batch, plain), rel=1e-5)
+
+
 def test_chunks_change_nothing(batch):
     """Values and gradients, for a chunk that divides the row; another one is named."""
     plain, chunked = loss(batch), loss(batch, losses.LMOptions(chunk=32))
