@@ -13,42 +13,51 @@ from argenseg_jax.interop import torch as convert
 from argenseg_jax.interop.tensor_files import Lazy, Tensors
 from argenseg_jax.models import variants
 
-# Language model: width, layers, heads, key/value heads, MLP width; parameters of the whole.
-QWEN = {"1b": (896, 24, 14, 2, 4864, 938.2e6), "4b": (2048, 36, 16, 2, 11008, 3.713e9),
-        "38b": (5120, 64, 40, 8, 27648, 38.39e9), "78b": (8192, 80, 64, 8, 29568, 78.41e9),
-        "internvl3-1b": (896, 24, 14, 2, 4864, 938.2e6),
-        "internvl3-2b": (1536, 28, 12, 2, 8960, 2.089e9),
-        "internvl3-8b": (3584, 28, 28, 4, 18944, 7.944e9),
-        "internvl3-14b": (5120, 48, 40, 8, 13824, 15.12e9)}
-INTERNLM2 = {"2b": (2048, 24, 16, 8, 8192, 2.206e9), "8b": (4096, 32, 32, 8, 14336, 8.075e9),
-             "26b": (6144, 48, 48, 8, 16384, 25.51e9)}
+# Language model: width, layers, heads, key/value heads, MLP width.
+QWEN = {"1b": (896, 24, 14, 2, 4864), "4b": (2048, 36, 16, 2, 11008),
+        "38b": (5120, 64, 40, 8, 27648), "78b": (8192, 80, 64, 8, 29568),
+        "internvl3-1b": (896, 24, 14, 2, 4864), "internvl3-2b": (1536, 28, 12, 2, 8960),
+        "internvl3-8b": (3584, 28, 28, 4, 18944), "internvl3-14b": (5120, 48, 40, 8, 13824)}
+INTERNLM2 = {"2b": (2048, 24, 16, 8, 8192), "8b": (4096, 32, 32, 8, 14336),
+             "26b": (6144, 48, 48, 8, 16384)}
 BIG = ("26b", "38b", "78b")  # with InternViT-6B
+# Of the safetensors files: parameters, keys, and keys of the `-hf` folder.
+CHECKPOINTS = {"1b": (938_193_024, 637, 733), "2b": (2_205_754_368, 517, 661),
+               "4b": (3_712_637_952, 781, 877), "8b": (8_075_365_376, 573, 733),
+               "26b": (25_514_186_112, 934, 1120), "38b": (38_388_164_992, 1366, 1456),
+               "78b": (78_408_318_336, 1558, 1648), "internvl3-1b": (938_193_024, 637, 733),
+               "internvl3-2b": (2_088_957_440, 685, 781), "internvl3-8b": (7_944_373_760, 685, 781),
+               "internvl3-14b": (15_117_256_704, 925, 1021)}
 LLM_CONFIG = {
     "internlm2": {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "bias": False,
                   "vocab_size": 92553, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
                   "rope_scaling": {"type": "dynamic", "factor": 2.0},
-                  "max_position_embeddings": 32768, "tie_word_embeddings": False},
+                  "max_position_embeddings": 32768, "tie_word_embeddings": False,
+                  "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151674,
               "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
               "max_position_embeddings": 32768, "tie_word_embeddings": False,
-              "use_sliding_window": False},
+              "use_sliding_window": False, "sliding_window": None, "bos_token_id": 151643,
+              "eos_token_id": 151645, "pad_token_id": None},
 }
+# What single models have of their own. InternVL3 ends its text with <|endoftext|>, its answers not.
+OWN = {"26b": {"rope_theta": 50000000, "rope_scaling": {"type": "dynamic", "factor": 2.5}}} | {
+    name: {"rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+           "eos_token_id": 151643} for name in QWEN if name.startswith("internvl3")}
 
 
 def published(name):
-    """(config.json, {key: shape}, parameters) of a released model."""
+    """(config.json, {key: shape}) of a released model; without what only starts a training run."""
     family = "qwen2" if name in QWEN else "internlm2"
-    w, depth, n, k, f, total = {**QWEN, **INTERNLM2}[name]
+    w, depth, n, k, f = {**QWEN, **INTERNLM2}[name]
     h = w // n
     llm = {**LLM_CONFIG[family], "hidden_size": w, "num_hidden_layers": depth, "intermediate_size": f,
-           "num_attention_heads": n, "num_key_value_heads": k}
-    if name.startswith("internvl3"):
-        llm["rope_scaling"] = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
+           "num_attention_heads": n, "num_key_value_heads": k, **OWN.get(name, {})}
     d, blocks, wide = (3200, 45, 12800) if name in BIG else (1024, 24, 4096)
     big = name in BIG
     vision = {"architectures": ["InternVisionModel"], "hidden_size": d, "num_hidden_layers": blocks,
               "intermediate_size": wide, "num_attention_heads": 25 if big else 16, "image_size": 448,
-              "patch_size": 14, "layer_norm_eps": 1e-6, "initializer_factor": 0.1, "qkv_bias": not big,
+              "patch_size": 14, "layer_norm_eps": 1e-6, "qkv_bias": not big,
               "qk_normalization": big, "norm_type": "rms_norm" if big else "layer_norm"}
     config = {"model_type": "internvl_chat", "vision_config": vision, "llm_config": llm,
               "downsample_ratio": 0.5, "ps_version": "v2", "force_image_size": 448, "select_layer": -1}
@@ -82,13 +91,14 @@ def published(name):
               "language_model.model.norm.weight": (w,)}
     shapes |= {f"vision_model.encoder.layers.{i}.{key}": s for i in range(blocks) for key, s in layer.items()}
     shapes |= {f"language_model.model.layers.{i}.{key}": s for i in range(depth) for key, s in block.items()}
-    return config, shapes, total
+    return config, shapes
 
 
 @pytest.mark.parametrize("name", [*INTERNLM2, *QWEN])
 def test_released_models_fit(name):
-    config, keys, total = published(name)
-    assert sum(map(math.prod, keys.values())) == pytest.approx(total, rel=1e-3)
+    config, keys = published(name)
+    parameters, count, hf_count = CHECKPOINTS[name]
+    assert (sum(map(math.prod, keys.values())), len(keys)) == (parameters, count)
     model = variants.build(hf_config.model_cfg_from_hf(config))
     assert model == variants.build({"variant": name})
 
@@ -96,15 +106,15 @@ def test_released_models_fit(name):
     vqvae = {"vqvae": shapes.pop("vqvae")}
     tensors = Tensors({key: Lazy(s, np.dtype("bfloat16"), None) for key, s in keys.items()})
     plan = convert.Import(tensors, shapes, vocab_size=model.vocab.size, optional=("visual/.*",))
-    assert plan.total == 2 * sum(map(math.prod, keys.values()))
+    assert plan.total == 2 * parameters
 
     # And back: the same names, and only the vocabulary has grown.
     flat = {f"{part}/{path}": leaf for part, tree in {**shapes, **vqvae}.items()
             for path, leaf in trees.flatten(tree).items()}
-    out = {key: lazy.shape for key, lazy in
-           convert.export(flat, vocab_size=model.vocab.size).items()
-           if not key.startswith(hf_folder.OWN_PARTS)}
-    assert out.keys() == keys.keys()
+    out, hf = ({key: lazy.shape for key, lazy in
+                convert.export(flat, vocab_size=model.vocab.size, layout=layout).items()
+                if not key.startswith(hf_folder.OWN_PARTS)} for layout in ("official", "hf"))
+    assert out.keys() == keys.keys() and len(hf) == hf_count
     grown = {key for key in out if out[key] != keys[key]}
     assert len(grown) == 2 and {out[key] for key in grown} == {(model.vocab.size, model.llm.width)}
 
