@@ -171,8 +171,17 @@ def check_rows(rows: int, mesh: Mesh, key: str) -> None:
                         f"({' x '.join('mesh.' + a for a in BATCH_AXES)})")
 
 
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which rows of a global batch this process has to bring: those that its devices hold.
+
+    Processes that share rows (a tensor axis over hosts) bring the same ones.
+    """
+    slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (part,) in slices for row in range(*part.indices(rows))})
+
+
 def global_batch(mesh: Mesh, host_batch: Any) -> Any:
-    """This process's rows (a tree of numpy arrays) -> the global batch on the devices."""
+    """The rows of `local_rows` (a tree of numpy arrays) -> the global batch on the devices."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), host_batch)

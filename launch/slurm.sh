@@ -11,5 +11,7 @@
 # nodes and hold `pip install -r requirements.txt "jax[cuda12]==0.10.2"`.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this file with sbatch}"
-# jax finds the coordinator and the ranks in Slurm's own variables.
+# jax finds the coordinator and the ranks in Slurm's own variables, and by itself would take one GPU
+# per process.
+export JAX_LOCAL_DEVICE_IDS="${JAX_LOCAL_DEVICE_IDS:-$(seq -s, 0 $((${SLURM_GPUS_ON_NODE:-1} - 1)))}"
 srun "${ARGENSEG_VENV:-.venv}/bin/python" -m argenseg_jax "$@" --distributed

@@ -1,15 +1,16 @@
 """Checkpoints through Orbax: whole training states to go on from, or parameters alone to use.
 
-Layout: W/checkpoints/STEP/{params, ema, train, meta}. A step appears under its name only when it is
-complete, so a kill at any time leaves the last whole one. `ema` is absent where there is none.
+Layout: W/checkpoints/STEP/{params, ema, train, meta}. A step counts only when it is complete, so a
+kill at any time leaves the last whole one: on a disk it is renamed last, in a bucket (gs://), where
+folders cannot be renamed, Orbax marks it by a last file. `ema` is absent where there is none.
 """
 from __future__ import annotations
 
-import base64
 import collections
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,9 +20,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
-from argenseg_jax import files, trees
+from argenseg_jax import files, hosts, trees
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop.tensor_files import contiguous
 
@@ -33,12 +33,31 @@ _IN_FLIGHT_BYTES = 256 << 20  # of ParamsWriter
 class Checkpointer:
     """The checkpoints of a run: `params`, `ema` nested dicts, `train` any pytree of arrays."""
 
-    def __init__(self, workdir: str, keep: int | None = None, *, read_only: bool = False):
-        """Opens W/checkpoints; with `keep`, only the newest so many are kept."""
+    def __init__(self, workdir: str, keep: int | None = None, best: str = "", *,
+                 read_only: bool = False):
+        """Opens W/checkpoints.
+
+        Args:
+          workdir: W, local or gs://.
+          keep: so many of the newest steps are kept; None = all.
+          best: 'min:NAME' or 'max:NAME' keeps, besides, the step with the best saved number.
+          read_only: nothing is created, saved or cleaned up.
+        """
+        found = re.fullmatch(r"(min|max):(.+)", best)
+        if best and not found:
+            raise UserError(f"train.keep_best='{best}': write min:NAME or max:NAME, such as min:loss")
+        mode, self.best = found.groups() if found else ("max", None)
+        policies = [ocp.checkpoint_managers.LatestN(keep)]
+        value = (lambda numbers: numbers[self.best]) if best else None
+        if best:
+            policies.append(ocp.checkpoint_managers.BestN(
+                get_metric_fn=value, reverse=mode == "min", n=1,
+                keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=not read_only, read_only=read_only,
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=value, best_mode=mode, create=not read_only, read_only=read_only,
             cleanup_tmp_directories=not read_only, enable_async_checkpointing=not read_only)
-        self._dir = epath.Path(workdir).resolve() / DIRECTORY
+        self._dir = files.absolute(workdir) / DIRECTORY
         self._manager = ocp.CheckpointManager(
             self._dir, options=options, item_names=("params", "ema", "train", "meta"))
 
@@ -46,20 +65,28 @@ class Checkpointer:
         """Number of the newest complete step, or None."""
         return self._manager.latest_step()
 
+    def best_step(self) -> int | None:
+        """Number of the step with the best number; None without `best`."""
+        return self._manager.best_step() if self.best else None
+
     def save(self, step: int, params: Any, ema: Any, train: Any, meta: Mapping[str, Any],
-             data_state: Any) -> None:
+             data_state: Mapping[str, Any], numbers: Mapping[str, Any] | None = None) -> None:
         """Starts writing; the arrays are copied before it returns, the files come later.
 
         Args:
           meta: JSON-able facts about the run, the same on every process.
-          data_state: this process's place in the data: bytes or JSON-able.
+          data_state: this process's place in the data, a JSON-able dict. The dicts of all processes
+            are united, key by key at every level, and saved as one.
+          numbers: what was logged last; the one that `best` names ranks this step.
         """
         items = {"params": ocp.args.StandardSave(params, _by_layer(params)),
                  "train": ocp.args.StandardSave(train),
-                 "meta": ocp.args.JsonSave({**meta, "data": _all_processes(_encode(data_state))})}
+                 "meta": ocp.args.JsonSave({**meta, "data": _united(hosts.gather(data_state))})}
         if ema:
             items["ema"] = ocp.args.StandardSave(ema, _by_layer(ema))
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        value = (numbers or {}).get(self.best)
+        self._manager.save(step, args=ocp.args.Composite(**items),
+                           metrics=None if value is None else {self.best: value})
 
     def meta(self, step: int) -> dict[str, Any]:
         """The facts saved with a step."""
@@ -69,7 +96,8 @@ class Checkpointer:
     def restore(self, step: int, params: Any, ema: Any, train: Any) -> tuple[Any, Any, Any, Any]:
         """(params, ema, train, data_state) into the shapes and shardings of the arguments' leaves.
 
-        Raises UserError if the checkpoint is of another model or another number of processes.
+        `data_state` is that of all processes, on each of them. Raises UserError if the checkpoint
+        is of another model, optimizer or task.
         """
         check_shapes(self._dir / str(step), params)
         items = {"params": ocp.args.StandardRestore(params), "meta": ocp.args.JsonRestore(),
@@ -81,19 +109,25 @@ class Checkpointer:
         except (ValueError, KeyError) as error:
             raise UserError(f"{self._dir / str(step)} was written with another optimizer or task: "
                             f"{str(error)[:300]}") from error
-        states = found["meta"]["data"]
-        if len(states) != jax.process_count():
-            raise UserError(f"{self._dir / str(step)} was written by {len(states)} processes; it "
-                            f"cannot go on with {jax.process_count()}: their data shards differ")
-        return (found["params"], found["ema"] if ema else {}, found["train"],
-                _decode(states[jax.process_index()]))
+        data = found["meta"]["data"]
+        if isinstance(data, list):  # version 0.1 kept a text per process
+            if len(data) > 1:
+                raise UserError(f"{self._dir / str(step)} was written by version 0.1 in {len(data)} "
+                                "processes, whose places in the data have no common meaning; start "
+                                "another --workdir with init_from set to this one")
+            data = json.loads(data[0])["json"]
+        return found["params"], found["ema"] if ema else {}, found["train"], data
 
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        """Waits for the files, also when the run ends by an error."""
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Waits for the files, also when the run ends by an error.
+
+        Not when it ends because another process is gone: that one's files would never come.
+        """
+        if not (kind and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1):
+            self._manager.close()
 
 
 def find_step(path: epath.PathLike) -> epath.Path:
@@ -114,7 +148,7 @@ def newest_step(workdir: epath.PathLike) -> int | None:
 
 def _newest(folder: epath.Path) -> int | None:
     steps = [int(p.name) for p in (folder.iterdir() if folder.is_dir() else ())
-             if p.name.isdigit() and (p / "params").exists()]
+             if p.name.isdigit() and (p / "params").exists() and ocp.utils.is_checkpoint_finalized(p)]
     return max(steps, default=None)
 
 
@@ -164,8 +198,10 @@ def read_train(path: epath.PathLike) -> dict[str, Any]:
 
 def save_params(path: str, params: Any) -> None:
     """Writes parameters alone, as a step that find_step and restore_params understand."""
+    step = files.absolute(path)
     with ocp.StandardCheckpointer() as writer:
-        writer.save(epath.Path(path).resolve() / "params", params, save_args=_by_layer(params))
+        writer.save(step / "params", params, save_args=_by_layer(params))
+    _mark_complete(step)
 
 
 class ParamsWriter:
@@ -177,7 +213,8 @@ class ParamsWriter:
 
     def __init__(self, path: epath.PathLike, leaves: Mapping[str, jax.ShapeDtypeStruct]):
         """Creates the arrays {leaf: shape and dtype}; every leaf must be written."""
-        item = epath.Path(path).resolve() / "params"
+        self._step = files.absolute(path)
+        item = self._step / "params"
         blanks = trees.unflatten({name: np.zeros(1) for name in leaves})
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # Orbax warns that there is no OCDBT to merge
@@ -205,9 +242,11 @@ class ParamsWriter:
     def __enter__(self) -> ParamsWriter:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         """Waits for all files, also when the conversion ends by an error."""
         self._wait(0)
+        if not kind:
+            _mark_complete(self._step)
 
     def _wait(self, limit: int) -> None:
         """Until no more than so many bytes are on their way to the disk."""
@@ -215,6 +254,12 @@ class ParamsWriter:
             future, size = self._running.popleft()
             future.result()
             self._held -= size
+
+
+def _mark_complete(step: epath.Path) -> None:
+    """In a bucket, what Orbax asks of a complete step: its CheckpointManager writes this file last."""
+    if files.is_remote(step):
+        (step / "commit_success.txt").write_text("")
 
 
 class StoredLeaf:
@@ -245,7 +290,7 @@ def open_params(path: epath.PathLike) -> dict[str, StoredLeaf]:
     step = find_step(path)
     leaves = {}
     for item in ("params", "ema"):
-        folder = step.resolve() / item
+        folder = files.absolute(step) / item
         if not folder.exists():
             continue
         names, layout = trees.flatten(_saved_shapes(step, item)), _read_layout(folder)
@@ -274,7 +319,7 @@ def _spec(item: epath.Path, layout: Mapping[str, Any], name: str) -> dict[str, A
     """TensorStore's description of a saved array; Orbax joins the names of a path by dots."""
     key = name.replace("/", ".") + "/"
     text = os.fspath(item)
-    if "://" in text:
+    if files.is_remote(item):
         def store(path: str) -> Any:
             return f"{text}/{path}"
     else:
@@ -294,13 +339,13 @@ def _restore_item(step: epath.Path, item: str, want: Any) -> Any:
                                     dtype=leaf.dtype)
 
     with _readable(step / item), ocp.PyTreeCheckpointer() as reader:
-        return reader.restore(step.resolve() / item, item=want,
+        return reader.restore(files.absolute(step) / item, item=want,
                               restore_args=jax.tree.map(place, want))
 
 
 def _saved_shapes(step: epath.Path, item: str) -> dict[str, Any]:
     with _readable(step / item):
-        return ocp.PyTreeCheckpointHandler().metadata(step.resolve() / item).tree
+        return ocp.PyTreeCheckpointHandler().metadata(files.absolute(step) / item).tree
 
 
 @contextlib.contextmanager
@@ -316,23 +361,9 @@ def _abstract(saved: Any) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), saved)
 
 
-def _encode(state: Any) -> str:
-    return json.dumps({"bytes": base64.b64encode(state).decode()} if isinstance(state, bytes)
-                      else {"json": state})
-
-
-def _decode(text: str) -> Any:
-    state = json.loads(text)
-    return base64.b64decode(state["bytes"]) if "bytes" in state else state["json"]
-
-
-def _all_processes(text: str) -> list[str]:
-    """The texts of all processes, in their order."""
-    if jax.process_count() == 1:
-        return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(data.size))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[:data.size] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes)]
+def _united(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """One dict of what any of them has; what several have is the same in all."""
+    if len(states) == 1 or not all(isinstance(state, Mapping) for state in states):
+        return states[0]
+    keys = dict.fromkeys(key for state in states for key in state)
+    return {key: _united([state[key] for state in states if key in state]) for key in keys}

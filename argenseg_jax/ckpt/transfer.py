@@ -127,7 +127,7 @@ def _bar(target: epath.PathLike, total: int) -> Iterator[tqdm.tqdm]:
     parent = os.path.dirname(os.path.abspath(target))
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
-    if "://" not in os.fspath(target) and (free := shutil.disk_usage(parent).free) < total:
+    if not files.is_remote(target) and (free := shutil.disk_usage(parent).free) < total:
         raise UserError(f"{target} needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
     with tqdm.tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, delay=1,
                    desc=os.path.basename(os.fspath(target)), dynamic_ncols=True) as bar:

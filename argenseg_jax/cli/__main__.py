@@ -49,7 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        code = 2
+    except Exception:
+        if not common.is_distributed():
+            raise
+        traceback.print_exc()
+        code = 1
+    if common.is_distributed():  # the others cannot go on without this process
+        common.leave(code)
+    return code
 
 
 def _run(command: str, args: list[str]) -> int:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -18,8 +18,9 @@ FLAGS = flags.FLAGS
 flags.DEFINE_integer("cpu_devices", 0, "Number of devices that the CPU is split into; 0 takes the "
                      "product of the config's mesh. Two devices use two cores better than one "
                      "device with two threads.", lower_bound=0)
-flags.DEFINE_bool("distributed", False, "Join the other hosts of a pod or cluster "
-                  "(jax.distributed.initialize).")
+flags.DEFINE_bool("distributed", False, "Join the other hosts: the same command runs on each. jax "
+                  "finds them on TPU pods and under Slurm, Open MPI and Kubernetes; elsewhere set "
+                  "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.")
 flags.DEFINE_bool("debug", False, "Print the traceback of a user error too.")
 
 
@@ -142,6 +143,8 @@ def setup_devices() -> None:
         count = 1
         for size in FLAGS.config.get("mesh", {}).values():
             count *= max(size, 1)
+        if FLAGS.distributed:  # the mesh is that of all processes
+            count //= _number("JAX_NUM_PROCESSES") or count
     if count > 1:
         # On a busy machine one device may wait for another longer than the 40 s after which XLA
         # gives the process up.
@@ -152,7 +155,34 @@ def setup_devices() -> None:
         except RuntimeError:  # jax already runs in this process (tests); the mesh checks the number
             pass
     if FLAGS.distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize(num_processes=_number("JAX_NUM_PROCESSES"),
+                                       process_id=_number("JAX_PROCESS_ID"))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--distributed: {error} (see --distributed in --help)") from error
+
+
+def _number(name: str) -> int | None:
+    """An environment variable as a number; None where it is not set."""
+    text = os.environ.get(name)
+    if text is not None and not text.isdigit():
+        raise UserError(f"{name}='{text}' is no number")
+    return None if text is None else int(text)
+
+
+def is_distributed() -> bool:
+    """Whether this process has joined others."""
+    return FLAGS.is_parsed() and FLAGS.distributed
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process at once.
+
+    A normal exit of one of several processes waits for the others, and they for its work: minutes.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def log(text: str) -> None:
@@ -161,5 +191,10 @@ def log(text: str) -> None:
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """The command's result: one JSON line, the last one on stdout."""
+    """The command's result: one JSON line, the last one on stdout (of the first process)."""
+    if is_distributed():
+        from argenseg_jax import hosts
+
+        if not hosts.is_first():
+            return
     print(json.dumps(result, allow_nan=False), flush=True)

@@ -10,6 +10,8 @@ Writes OUT/eval/NAME/{scores.json, predictions.jsonl, coco_results.json, picture
 data's own (eval/table.py). Saved predictions are scored again without the model:
 
   python -m argenseg_jax evaluate --rescore runs/nano/eval/val/predictions.jsonl --metric grefcoco
+
+With --distributed the hosts share the samples, and the first of them writes; the scores are the same.
 """
 from __future__ import annotations
 
@@ -60,6 +62,7 @@ def run() -> dict[str, Any]:
     if (FLAGS.workdir is None) == (FLAGS.checkpoint is None):
         raise UserError("give one of --workdir and --checkpoint")
     begin = time.perf_counter()
+    from argenseg_jax import hosts
     from argenseg_jax.ckpt.checkpoint import open_checkpoint
     from argenseg_jax.data.sources import open_source
     from argenseg_jax.decode.predictor import Predictor
@@ -81,7 +84,7 @@ def run() -> dict[str, Any]:
                        pad=config.get("data", {}).get("pad_to_square", False)).run(source, FLAGS.limit)
     scores = {"data": FLAGS.data, **result.scores}
     out = FLAGS.out or FLAGS.workdir
-    written = _write(out, source, result, scores) if out else {}
+    written = _write(out, source, result, scores) if out and hosts.is_first() else {}
     return {**scores, **written, "seconds": round(time.perf_counter() - begin, 2)}
 
 

@@ -3,7 +3,8 @@
   python -m argenseg_jax train --config configs/nano.py --workdir runs/nano
 
 Writes WORKDIR/config.json, metrics.jsonl, tensorboard/, samples/ and checkpoints/. A second call
-with the same config continues behind the newest checkpoint; SIGTERM saves first.
+with the same config continues behind the newest checkpoint; SIGTERM saves first. With --distributed
+the same command runs on every host; it may go on with another number of them.
 """
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ common.define_config()
 common.define_workdir()
 flags.DEFINE_string("profile", None, "FIRST..LAST: writes a trace of these steps to WORKDIR/profile.")
 _SIGTERM_EXIT = 143  # 128 + 15, as the shell reports a process that SIGTERM ended
+_LOST_EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def run() -> dict[str, Any]:
@@ -38,3 +40,6 @@ def run() -> dict[str, Any]:
     except loop.Preempted as stop:
         common.log(str(stop))
         sys.exit(_SIGTERM_EXIT)
+    except loop.HostLost as lost:
+        common.log(f"error: {lost}")
+        common.leave(_LOST_EXIT)

@@ -18,6 +18,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
+from argenseg_jax import hosts
 from argenseg_jax.data.prompt import query_turns
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources import Source
@@ -111,17 +112,19 @@ class Evaluator:
 
         The scores are those of `saved.summary`, `baseline_gIoU` and `baseline_cIoU` (None
         without a baseline), and `seconds_per_image` (of all batches but the first, which compiles,
-        where there are more).
+        where there are more). Several processes share the samples, and each returns the whole: the
+        same scores, to the last bit, as one process.
         """
         n = min(len(source), limit) if limit else len(source)
         if not n:
             raise UserError("the data to evaluate holds no sample")
         blind, answered = Sums(), 0
         records, times = [], []
-        bar = tqdm.tqdm(total=n, unit=" samples", file=sys.stderr, dynamic_ncols=True, delay=1,
-                        mininterval=0.5 if sys.stderr.isatty() else 30)
+        mine = hosts.share(n)
+        bar = tqdm.tqdm(total=len(mine), unit=" samples", file=sys.stderr, dynamic_ncols=True, delay=1,
+                        mininterval=0.5 if sys.stderr.isatty() else 30, disable=not hosts.is_first())
         with bar:
-            for batch in _batched(range(n), self.batch):
+            for batch in _batched(mine, self.batch):
                 samples = [source[i] for i in batch]
                 metrics = [self.metric or s.meta.get("metric") or "referring" for s in samples]
                 requests = [request(s) for s in samples]
@@ -141,12 +144,20 @@ class Evaluator:
                 if drawn:
                     bar.set_postfix(gIoU=f"{sum(drawn) / len(drawn):.3f}", refresh=False)
         timed = times[1:] or times
-        base = blind.scores() if answered == n else {}
+        shares = hosts.gather({"records": [vars(record) for record in records], "answered": answered,
+                               "blind": dataclasses.asdict(blind),
+                               "seconds": sum(t for t, _ in timed), "timed": sum(k for _, k in timed)})
+        records = sorted((Record(**row) for share in shares for row in share["records"]),
+                         key=lambda record: record.index)
+        total = {key: sum(share[key] for share in shares) for key in ("answered", "seconds", "timed")}
+        blind = sum((Sums(**share["blind"]) for share in shares), Sums())
+        base = blind.scores() if total["answered"] == n else {}
+        previews = self.preview_fn and hosts.is_first()
         return Evaluation(
             scores={**saved.summary([r.row() for r in records], self.metric),
                     "baseline_gIoU": base.get("gIoU"), "baseline_cIoU": base.get("cIoU"),
-                    "seconds_per_image": sum(t for t, _ in timed) / sum(k for _, k in timed)},
-            records=records, scales=self._previews(source, n) if self.preview_fn else {})
+                    "seconds_per_image": total["seconds"] / total["timed"]},
+            records=records, scales=self._previews(source, n) if previews else {})
 
     def _record(self, index: int, sample: Sample, metric: str, truth: np.ndarray | None,
                 result: Result) -> Record:

@@ -6,6 +6,7 @@ and every random number follow from the checkpoint, the seed and the step.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -18,15 +19,18 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from argenseg_jax import files, sharding, trees
+from argenseg_jax import files, hosts, sharding, trees
 from argenseg_jax.ckpt.orbax_io import CONFIG, Checkpointer, newest_step
 from argenseg_jax.errors import UserError
 from argenseg_jax.train import flops, metrics_log, optim
 from argenseg_jax.train import step as step_lib
 from argenseg_jax.train.state import Params, Phase, TrainState
 
-# Config keys that may differ from those of the run that is resumed.
-FREE_KEYS = (r"train/steps", r"train/(log|sample|checkpoint)_every", r"train/(keep|max_skipped)",
+# Config keys that may differ from those of the run that is resumed: its end, what it writes, and how
+# its work is laid out on machines.
+FREE_KEYS = (r"train/steps", r"train/(log|sample|checkpoint)_every",
+             r"train/(keep|keep_best|max_skipped)", r"mesh/.*", r"train/(microbatch|remat)",
+             r"data/(workers|threads)",
              r"eval/.*")
 _LARGE = 64 << 20  # bytes; less may be replicated without a word
 _MAX_REPLICATED = 0.02  # of the trained bytes
@@ -35,6 +39,10 @@ Loader = Callable[[Params], Params]
 
 class Preempted(Exception):
     """SIGTERM came; everything is saved. The same command goes on from there."""
+
+
+class HostLost(Exception):
+    """Another process of the run is gone, and this one cannot go on without it."""
 
 
 def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
@@ -62,11 +70,12 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
     Raises:
       UserError: the workdir holds another run, or the config does not fit the mesh or the model.
       Preempted: after SIGTERM.
+      HostLost: another process ended; this one should end too, without waiting for it.
     """
     # ------------------------------------------------------------------ setup
     begin_time = time.perf_counter()
     root = epath.Path(workdir)
-    saved = newest_step(root)
+    saved = _newest_of_all(root)
     check_config(root / CONFIG, cfg, resumed=saved is not None)
     mesh = sharding.make_mesh(cfg["mesh"], devices)
     with jax.set_mesh(mesh):
@@ -76,17 +85,16 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
         params = None
         if saved is None:
             params = initial_params(init, cfg["seed"], shapes, mesh, rules, load)
-    if jax.process_index() == 0:  # nothing is written before all of the above is well
+    if hosts.is_first():  # nothing is written before all of the above is well
         files.write(root / CONFIG, json.dumps(cfg, indent=1) + "\n")
         for name, save in (beside or {}).items():
             save(root / name)
     total = sum(phase.steps for phase in phases)
-    checkpoints = Checkpointer(workdir, cfg["train"]["keep"])
-    log = metrics_log.MetricsLog(root, saved or 0, total, active=jax.process_index() == 0)
-    stop = _listen_for_sigterm()
+    checkpoints = Checkpointer(workdir, cfg["train"]["keep"], cfg["train"]["keep_best"])
+    log = metrics_log.MetricsLog(root, saved or 0, total, active=hosts.is_first())
 
     # ------------------------------------------------------------------ phases
-    with checkpoints, log, jax.set_mesh(mesh):
+    with _lost_host(root), checkpoints, log, jax.set_mesh(mesh), _sigterm() as stop:
         names = [phase.task.name for phase in phases]
         first = 0
         if saved is not None:
@@ -98,6 +106,8 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
             else:
                 state, data = runner.start(params)
             params = averaged(runner.train(state, data))
+        if checkpoints.best_step() is not None:
+            log.say(f"best by {cfg['train']['keep_best']}: step {checkpoints.best_step()}")
 
     # ------------------------------------------------------------------ result
     last = log.last()
@@ -150,14 +160,14 @@ class _PhaseRunner:
 
     def start(self, params: Params) -> tuple[TrainState, Iterator]:
         """The first state of the phase."""
-        return self.new_state(params), self.phase.data()
+        return self.new_state(params), self.phase.data(self.mesh)
 
     def restore(self, step: int) -> tuple[TrainState, Iterator]:
         """The state and the data as they were when `step` was saved."""
         want = jax.tree.map(lambda s, l: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=l),
                             self.shapes, self.layout)
         params, ema, rest, data_state = self.checkpoints.restore(step, *_parts(want))
-        data = self.phase.data()
+        data = self.phase.data(self.mesh)
         data.set_state(data_state)
         self.log.say(f"resumed at step {step} ({self.phase.task.name})")
         return want.replace(params=params, ema=ema, **rest), data
@@ -165,7 +175,7 @@ class _PhaseRunner:
     def save(self, step: int, state: TrainState, data: Iterator) -> None:
         if self.checkpoints.latest() != step:
             meta = {"phase": self.phase.task.name, "step": step}
-            self.checkpoints.save(step, *_parts(state), meta, data.get_state())
+            self.checkpoints.save(step, *_parts(state), meta, data.get_state(), self.log.last())
 
     def train(self, state: TrainState, data: Iterator) -> TrainState:
         """Steps until the end of the phase; saves on the way, at the end, and on SIGTERM."""
@@ -222,7 +232,7 @@ class _PhaseRunner:
 
     def _draw(self, step: int, state: TrainState) -> None:
         pictures = self.phase.samples(averaged(state))
-        if jax.process_index() == 0:
+        if hosts.is_first():
             metrics_log.save_pictures(self.root / "samples", pictures, step)
 
 
@@ -268,7 +278,9 @@ def initial_params(init: Callable[[jax.Array], Params], seed: int, shapes: Param
     drawn = {name: place for name, place in layout.items() if name not in known}
     fresh = jax.jit(lambda key: {n: x for n, x in trees.flatten(init(key)).items() if n in drawn},
                     out_shardings=drawn)(jax.random.fold_in(jax.random.key(seed), 0))
-    placed = {n: jax.device_put(x, layout[n]) for n, x in known.items()}
+    # Each process places its own shards; device_put would compare the whole arrays of all of them.
+    placed = {n: jax.make_array_from_callback(x.shape, layout[n], x.__getitem__)
+              for n, x in known.items()}
     return trees.unflatten({n: fresh[n] if n in fresh else placed[n] for n in layout})
 
 
@@ -286,7 +298,32 @@ def check_config(path: epath.Path, cfg: Mapping[str, Any], *, resumed: bool) -> 
         shown = "; ".join(f"{key.replace('/', '.')}: {old.get(key)!r} -> {new.get(key)!r}"
                           for key in changed)
         raise UserError(f"{path} is of another run ({shown}); a resumed run may change "
-                        "train.steps, eval.* and logging only: undo these, or use another --workdir")
+                        "train.steps, mesh.*, eval.* and logging only: undo these, or use another "
+                        "--workdir")
+
+
+def _newest_of_all(root: epath.Path) -> int | None:
+    """Number of the newest complete step; UserError where the processes see different ones."""
+    steps = hosts.gather(newest_step(root))
+    if len(set(steps)) > 1:
+        raise UserError(f"{root}: the newest checkpoints that the processes see are {steps}; "
+                        "--workdir must be one folder for all hosts")
+    return steps[0]
+
+
+@contextlib.contextmanager
+def _lost_host(root: epath.Path) -> Iterator[None]:
+    """What jax says when the processes cannot reach each other, as HostLost."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise HostLost(
+            f"process {jax.process_index()} of {jax.process_count()} stops, most likely because "
+            f"another one ended, whose log says why ({' '.join(str(error).split())[:200]}); the newest "
+            f"checkpoint is of step {newest_step(root)}: the same command on all hosts goes on "
+            "from there") from error
 
 
 def _index(names: Sequence[str], name: str, workdir: str) -> int:
@@ -295,13 +332,19 @@ def _index(names: Sequence[str], name: str, workdir: str) -> int:
     return names.index(name)
 
 
-def _listen_for_sigterm() -> Callable[[int], bool]:
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[int], bool]]:
     """A function step -> whether to stop now; on several hosts they all agree on the step."""
-    asked = []
     if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = []
     try:
-        signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+        before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     except ValueError:  # not in the main thread: whoever called handles signals
-        pass
-    return lambda step: bool(asked)
+        yield lambda step: False
+        return
+    try:
+        yield lambda step: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)

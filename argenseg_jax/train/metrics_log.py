@@ -31,7 +31,7 @@ class MetricsLog:
         self._path = workdir / METRICS
         self._lines = [line for line in _whole_lines(self._path) if line["step"] <= step]
         self._active = active
-        self._remote = "://" in os.fspath(workdir)  # object stores cannot append
+        self._remote = files.is_remote(workdir)  # buckets cannot append
         self._board = None
         if active:
             self._rewrite()

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from argenseg_jax import trees
+from argenseg_jax import sharding, trees
 from argenseg_jax.ckpt import checkpoint
 from argenseg_jax.data import pipeline, sources
+from argenseg_jax.data.batches import BatchIterator
 from argenseg_jax.data.tokenizer import Tokenizer
 from argenseg_jax.decode.predictor import Predictor
 from argenseg_jax.errors import UserError
@@ -103,25 +105,23 @@ def lm_flops(cfg: Mapping[str, Any], model: ARGenSeg, shapes: Params,
 
 def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer) -> list[Phase]:
     """First the VQ-VAE (vqvae.steps > 0), then the language model (train.steps > 0)."""
-    processes = jax.process_count()
     parts = sources.open_mixture(cfg["data"]["sources"], cfg["data"]["root"])  # or a UserError now
 
-    def batches(task: str, rows: int, seed: int) -> Callable[[], pipeline.BatchIterator]:
-        if rows % processes:
-            raise UserError(f"{task}: a batch of {rows} rows is not a multiple of {processes} processes")
-        return lambda: pipeline.train_iterator(
-            cfg["data"], tokenizer, geometry(model), seed=seed, batch_size=rows // processes,
-            process_index=jax.process_index(), process_count=processes, task=task)
+    def batches(task: str, rows: int, seed: int) -> Callable[[Mesh], BatchIterator]:
+        return lambda mesh: pipeline.train_iterator(
+            cfg["data"], tokenizer, geometry(model), seed=seed, batch_size=rows,
+            places=sharding.local_rows(mesh, rows), task=task)
 
-    vq, lm, width = cfg["vqvae"], cfg["train"], cfg["data"]["max_tokens"]
-    if lm["loss"]["chunk"] and width % lm["loss"]["chunk"]:
-        raise UserError(f"train.loss.chunk={lm['loss']['chunk']} does not divide data.max_tokens={width}")
+    vq, lm, data = cfg["vqvae"], cfg["train"], cfg["data"]
+    key = "max_labels" if data["max_labels"] else "max_tokens"
+    if lm["loss"]["chunk"] and data[key] % lm["loss"]["chunk"]:
+        raise UserError(f"train.loss.chunk={lm['loss']['chunk']} does not divide data.{key}={data[key]}")
     listed = []
     if vq["steps"]:
         listed.append(Phase(losses.vqvae_task(model), vq["steps"], vq["batch"], 0, vq,
                             batches("vqvae", vq["batch"], cfg["seed"] + 1)))
     if lm["steps"]:
-        task = losses.lm_task(model, losses.LMOptions(**lm["loss"]))
+        task = losses.lm_task(model, losses.LMOptions(**lm["loss"], max_labels=data["max_labels"]))
         listed.append(Phase(task, lm["steps"], lm["global_batch"], lm["microbatch"], cfg["optim"],
                             batches("lm", lm["global_batch"], cfg["seed"]),
                             sampler(cfg, model, tokenizer, parts[0]) if lm["sample_every"] else None,

@@ -8,6 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from argenseg_jax.train.losses import Task
 
@@ -45,8 +46,9 @@ class Phase:
       global_batch, microbatch: rows per update and per forward pass, over all devices (microbatch
         0 = global_batch).
       optim: keys of configs/common.py `optimizer`.
-      data: () -> endless iterator of this process's batches (dicts of numpy arrays), with
-        get_state() -> JSON-able or bytes, and set_state().
+      data: mesh -> endless iterator of this process's rows of the batches (dicts of numpy arrays,
+        see sharding.local_rows), with get_state() -> JSON-able dict of what this process knows, and
+        set_state() of the union of all processes' dicts.
       samples: params -> {name: u8[H, W, 3]}, pictures for people; None draws nothing.
       flops: (shapes of all parameters, path -> trained?) -> operations of one step over all
         devices, for the utilisation; None where nobody counted.
@@ -57,6 +59,6 @@ class Phase:
     global_batch: int
     microbatch: int
     optim: Mapping[str, Any]
-    data: Callable[[], Iterator[Batch]]
+    data: Callable[[Mesh], Iterator[Batch]]
     samples: Callable[[Params], dict[str, np.ndarray]] | None = None
     flops: Callable[[Params, Callable[[str], bool]], float] | None = None

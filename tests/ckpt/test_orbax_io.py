@@ -17,9 +17,10 @@ def params(seed=0):
                     "embed": {"embedding": jnp.arange(12.0).reshape(6, 2)}}}
 
 
-def save(workdir, step=3, ema=None, data={"index": 5}, seed=0, keep=None):
-    with orbax_io.Checkpointer(str(workdir), keep) as checkpoints:
-        checkpoints.save(step, params(seed), ema or {}, {"step": jnp.int32(step)}, {"phase": "lm"}, data)
+def save(workdir, step=3, ema=None, data={"index": 5}, seed=0, keep=None, best="", numbers=None):
+    with orbax_io.Checkpointer(str(workdir), keep, best) as checkpoints:
+        checkpoints.save(step, params(seed), ema or {}, {"step": jnp.int32(step)}, {"phase": "lm"},
+                         data, numbers)
 
 
 def abstract(tree):
@@ -30,8 +31,7 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("data", [{"index": 5}, b"\x00bytes\xff"])
-def test_state_comes_back(tmp_path, data):
+def test_state_comes_back(tmp_path, data={"taken": {"0": 5, "1": 6}, "broken": {}}):
     ema = {"llm": {"norm": {"scale": jnp.ones(4)}}}
     save(tmp_path, ema=ema, data=data)
     with orbax_io.Checkpointer(str(tmp_path)) as checkpoints:
@@ -67,6 +67,36 @@ def test_the_newest_are_kept(tmp_path):
         save(tmp_path, step, seed=step, keep=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
     same(orbax_io.restore_params(str(tmp_path)), params(3))
+
+
+@pytest.mark.parametrize("best, kept", [("min:loss", 2), ("max:loss", 4), ("", 6)])
+def test_the_best_is_kept_too(tmp_path, best, kept):
+    for step, loss in enumerate((3.0, 1.0, 2.0, 4.0, None, 3.0), 1):
+        numbers = {} if loss is None else {"loss": loss, "lr": 1.0}
+        save(tmp_path, step, seed=step, keep=1, best=best, numbers=numbers)
+    steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert steps == sorted({kept, 6})
+    with orbax_io.Checkpointer(str(tmp_path), best=best, read_only=True) as checkpoints:
+        assert checkpoints.best_step() == (kept if best else None)
+    with pytest.raises(UserError, match="keep_best='loss': write min:NAME or max:NAME"):
+        orbax_io.Checkpointer(str(tmp_path), best="loss")
+
+
+def test_states_of_several_processes_are_one():
+    states = [{"taken": {"0": 3, "1": 4}, "step": 7}, {"taken": {"1": 4, "2": 5}, "step": 7}]
+    assert orbax_io._united(states) == {"taken": {"0": 3, "1": 4, "2": 5}, "step": 7}
+
+
+def test_states_of_version_0_1(tmp_path):
+    """One text per process: that of one process is read, those of several are refused."""
+    for count in (1, 2):
+        save(tmp_path / str(count), data=['{"json": {"seen": 24}}'] * count)
+    want = abstract(params()), {}, abstract({"step": jnp.int32(0)})
+    with orbax_io.Checkpointer(str(tmp_path / "1")) as checkpoints:
+        assert checkpoints.restore(3, *want)[3] == {"seen": 24}
+    with orbax_io.Checkpointer(str(tmp_path / "2")) as checkpoints:
+        with pytest.raises(UserError, match="by version 0.1 in 2 processes.* init_from"):
+            checkpoints.restore(3, *want)
 
 
 def test_a_half_written_step_does_not_count(tmp_path):

@@ -86,7 +86,7 @@ def test_train_names_the_line_when_too_many_are_broken(data, tmp_path, capfd):
     (["--config.train.microbatch=5"], "microbatch 5 does not divide"),
     (["--config.train.steps=0"], "nothing to train"),
     (["--config.optim.freeze=('visoin/.*',)"], "visoin"),
-    (["--config.train.loss.chunk=7"], "train.loss.chunk=7 does not divide data.max_tokens=192"),
+    (["--config.train.loss.chunk=7"], "train.loss.chunk=7 does not divide data.max_labels=75"),
 ])
 def test_train_names_the_key(data, tmp_path, capfd, args, says):
     empty, workdir = data(), tmp_path / "w"

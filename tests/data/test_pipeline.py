@@ -1,4 +1,4 @@
-"""The pipeline: batch layout, order, resume, shards, mixtures, broken samples, evaluation."""
+"""The pipeline: batch layout, order, resume, shards, mixtures, broken samples."""
 import collections
 import json
 
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argenseg_jax.data import pipeline, shapes, sources, transforms
-from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry, eval_batches, train_iterator
+from argenseg_jax.data import shapes, transforms
+from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry, train_iterator
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.tokenizer import nano_tokenizer
 from argenseg_jax.errors import SampleError, UserError
@@ -100,6 +100,7 @@ def test_rows_with_several_images_and_masks(tokenizer):
     assert (row["tokens"] == tokenizer.vocab.img_context).sum() == 6 * 16
     assert [m.max() for m in row["masks"]] == [255, 0, 0]
     for change, fault in (({"max_tokens": 100}, "f:1: 1.. tokens, data.max_tokens is 100"),
+                          ({"max_labels": 40}, "f:1: .. labels, data.max_labels is 40"),
                           ({"max_masks": 1}, "f:1: 2 masks, data.max_masks is 1"),
                           ({"max_tiles": 1}, "f:1: 2 images, data.max_tiles is 1")):
         config = DataConfig(**{**room, **change})
@@ -165,16 +166,65 @@ def test_every_sample_once_an_epoch_and_reshuffled(tokenizer, tmp_path):
     assert first != second and first != sorted(first)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+def shards(processes, size):
+    """Places of each process in a batch of so many rows."""
+    return [range(p * size // processes, (p + 1) * size // processes) for p in range(processes)]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
 def test_shards_are_disjoint_and_complete(tokenizer, tmp_path, processes):
     config = {"sources": numbered(tmp_path, [24]), "max_tokens": 64, "system": ""}
     whole = drain(iterate(config, tokenizer, batch_size=8), tokenizer, 3)
-    rows = [drain(iterate(config, tokenizer, batch_size=8 // processes, process_index=p,
-                          process_count=processes), tokenizer, 3) for p in range(processes)]
+    assert sorted(whole) == sorted(f"0 {i}" for i in range(24))
+    rows = [drain(iterate(config, tokenizer, batch_size=8, places=places), tokenizer, 3)
+            for places in shards(processes, 8)]
     share = 8 // processes
-    for step in range(3):  # every global batch holds the same rows for any number of processes
+    for step in range(3):  # every global batch is the same for any number of processes
         mine = [row for shard in rows for row in shard[step * share:(step + 1) * share]]
-        assert sorted(mine) == sorted(whole[step * 8:(step + 1) * 8])
+        assert mine == whole[step * 8:(step + 1) * 8]
+
+
+def test_another_number_of_processes_goes_on(tokenizer, tmp_path):
+    """1, 4 and 2 processes in turn read what one reads, also where samples are broken."""
+    bad = {(0, 3), (0, 4), (0, 17)}
+    config = {"sources": numbered(tmp_path, [40], bad), "max_tokens": 64, "system": "",
+              "max_broken": 1.0}
+    whole = iterate(config, tokenizer, batch_size=4)
+    want = [answers(next(whole), tokenizer) for _ in range(30)]
+    rows, state = [], None
+    for processes, steps in ((1, 5), (4, 13), (2, 12)):
+        shares = [iterate(config, tokenizer, batch_size=4, places=places)
+                  for places in shards(processes, 4)]
+        for iterator in shares:
+            if state:
+                iterator.set_state(json.loads(json.dumps(state)))
+        rows += [[row for i in shares for row in answers(next(i), tokenizer)] for _ in range(steps)]
+        states = [iterator.get_state() for iterator in shares]
+        state = {key: {k: v for s in states for k, v in s[key].items()} for key in states[0]}
+        [iterator.close() for iterator in shares]
+    assert rows == want and state == whole.get_state()
+    whole.close()
+    # Exactly once: what was taken of the order is what came out and what was broken.
+    taken, broken = sum(state["taken"].values()), sum(
+        sum(reasons.values()) for reasons in state["broken"].values())
+    assert taken - broken == 120 and broken >= 6
+    epochs = collections.Counter(row for batch in rows for row in batch)
+    assert len(epochs) == 37 and min(epochs.values()) >= 2 and max(epochs.values()) <= 4
+
+
+def test_a_state_of_older_versions(tokenizer, tmp_path):
+    """They saved how many samples one process had read in order; a batch here starts anew there."""
+    config = {"sources": numbered(tmp_path, [24]), "max_tokens": 64, "system": ""}
+    straight = drain(iterate(config, tokenizer), tokenizer, 6)
+    for seen in (8, 10):  # 10: two of them were broken
+        iterator = iterate(config, tokenizer)
+        iterator.set_state({"parent": {}, "seen": seen, "broken": {}})
+        rest = drain(iterator, tokenizer, 3)
+        assert sorted(rest) == sorted(straight[seen:seen + 12])
+    other = iterate(config, tokenizer, batch_size=6)
+    with pytest.raises(UserError, match="is of 4 rows a batch, not of 6: row 4 is not there"):
+        other.set_state({"taken": {str(p): 1 for p in range(4)}, "broken": {}})
+    other.close()
 
 
 def test_mixture_proportions(tokenizer, tmp_path):
@@ -195,7 +245,7 @@ def test_worker_processes_change_nothing(tokenizer, tmp_path):
         assert equal(next(here), next(there)) and here.broken == there.broken
     state = there.get_state()
     want = next(here)
-    resumed = iterate({**config, "workers": 2}, tokenizer)
+    resumed = iterate(config, tokenizer)  # the state is the same, whoever read
     resumed.set_state(state)
     assert equal(next(resumed), want)
     for iterator in (here, there, resumed):
@@ -209,18 +259,27 @@ def test_broken_samples_are_skipped_and_counted(tokenizer, tmp_path):
     bad = {(0, 3), (0, 11)}
     config = {"sources": numbered(tmp_path, [24], bad), "max_tokens": 64, "system": "",
               "max_broken": 0.1}
-    iterator = iterate(config, tokenizer, batch_size=11)
-    rows = [row for _ in range(2) for row in answers(next(iterator), tokenizer)]
-    assert sorted(rows) == sorted(f"0 {i}" for i in range(24) if (0, i) not in bad)
-    rows += [row for _ in range(2) for row in answers(next(iterator), tokenizer)]
+    iterator = iterate(config, tokenizer, batch_size=12)
+    rows = [row for _ in range(4) for row in answers(next(iterator), tokenizer)]
+    assert "0 3" not in rows and "0 11" not in rows
+    assert {f"0 {i}" for i in range(24) if (0, i) not in bad} == set(rows)
     assert [name.split(": ")[0].rsplit("/")[-1] for name in sorted(iterator.broken)] == [
         "0.jsonl:12", "0.jsonl:4"]
-    assert set(iterator.broken.values()) == {2}
+    assert sum(iterator.broken.values()) == sum(iterator.get_state()["taken"].values()) - 48 >= 4
     state, want = iterator.get_state(), next(iterator)
-    resumed = iterate(config, tokenizer, batch_size=11)
+    resumed = iterate(config, tokenizer, batch_size=12)
     resumed.set_state(json.loads(json.dumps(state)))
     assert equal(next(resumed), want) and resumed.broken == iterator.broken
     iterator.close(), resumed.close()
+
+
+def test_nothing_but_broken_samples_ends_the_run(tokenizer, tmp_path):
+    config = {"sources": numbered(tmp_path, [5], {(0, i) for i in range(5)}), "max_tokens": 64,
+              "system": ""}
+    iterator = iterate(config, tokenizer)
+    with pytest.raises(UserError, match=r"next \d+ samples are broken, one after another; the last: .*0.jsonl:"):
+        next(iterator)
+    iterator.close()
 
 
 def test_too_many_broken_samples_end_the_run(tokenizer, tmp_path):
@@ -245,48 +304,6 @@ def test_chat_has_no_mask_for_the_vqvae(tmp_path):
     with pytest.raises(UserError, match="no mask to train the VQ-VAE on"):
         next(iterator)
     iterator.close()
-
-
-# ---------------------------------------------------------------------------------- evaluation
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_eval_counts_every_sample_once(tokenizer, processes):
-    source = sources.open_source("shapes:simple:test")
-    seen, shapes_seen = [], []
-    for p in range(processes):
-        batches = list(eval_batches(source, SHAPES, tokenizer, GEOMETRY, batch_size=4, limit=10,
-                                    process_index=p, process_count=processes, query_tokens=64))
-        shapes_seen.append([(b.tokens.shape, b.tiles.shape) for b in batches])
-        for batch in batches:
-            assert [s is not None for s in batch.samples] == batch.valid.tolist()
-            assert not batch.tiles[~batch.valid].any() and (batch.lengths[~batch.valid] == 1).all()
-            seen += [s.meta["id"] for s in batch.samples if s is not None]
-    assert sorted(seen) == list(range(10))
-    # Otherwise the processes would wait for each other.
-    assert all(s == shapes_seen[0] for s in shapes_seen)
-
-
-def test_eval_queries(tokenizer):
-    source = sources.open_source("shapes:simple:test")
-    (batch,) = eval_batches(source, SHAPES, tokenizer, GEOMETRY, batch_size=3, limit=3)
-    assert batch.tokens.shape == (3, 64)
-    for row, length, sample in zip(batch.tokens, batch.lengths, batch.samples):
-        ask = sample.conversations[0]["value"].removeprefix("<image>\n")
-        assert tokenizer.decode(row[:length]) == f"user\n{ask}\n\nassistant\n"
-        assert (row[length:] == tokenizer.vocab.pad).all()
-
-
-def test_eval_stops_at_a_broken_sample(tokenizer, tmp_path):
-    (name,) = numbered(tmp_path, [5], {(0, 4)})
-    source = sources.open_source(name)
-    batches = eval_batches(source, {"system": ""}, tokenizer, GEOMETRY, batch_size=4)
-    assert next(batches).valid.all()
-    with pytest.raises(SampleError, match="0.jsonl:5: malformed JSON"):
-        next(batches)
-    long = eval_batches(source, {}, tokenizer, GEOMETRY, batch_size=2, query_tokens=8)
-    with pytest.raises(SampleError, match="does not fit into 8"):
-        next(long)
 
 
 def test_photographs_end_to_end(tokenizer, tmp_path):

@@ -1,10 +1,12 @@
 """The evaluator on predictors whose answers are known, its baselines, and its records."""
 import dataclasses
+import json
 import types
 
 import numpy as np
 import pytest
 
+from argenseg_jax import hosts
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.shapes import ShapesSource
 from argenseg_jax.errors import UserError
@@ -107,3 +109,30 @@ def test_faulty_samples_are_named():
                                  images=(np.zeros((4, 4, 3), np.uint8),))])
     with pytest.raises(UserError, match="no sample"):
         run([])
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_scores_do_not_depend_on_the_number_of_processes(monkeypatch, processes):
+    """Each in turn, as in a job of several: what they gather goes through JSON, as it does there."""
+    source = [sample(i, box(0, 0, 8, 1 + i), kind="ab"[i % 2], id=f"s{i}") for i in range(6)]
+    predict = answers({i: [box(i, 0, 8, 3)] for i in range(6)})
+    whole = Evaluator(predict, batch=2, baseline=lambda text: LEFT > 0).run(source)
+    shares = []
+
+    class Gathered(Exception):
+        """Ends a process where it would wait for the others."""
+
+    def hand_over(value):
+        shares.append(json.loads(json.dumps(value)))
+        raise Gathered
+
+    monkeypatch.setattr(hosts, "gather", hand_over)
+    for p in range(processes):
+        monkeypatch.setattr(hosts, "share", lambda count, p=p: range(p, count, processes))
+        with pytest.raises(Gathered):
+            Evaluator(predict, batch=2, baseline=lambda text: LEFT > 0).run(source)
+    monkeypatch.setattr(hosts, "gather", lambda value: shares)
+    got = Evaluator(predict, batch=2, baseline=lambda text: LEFT > 0).run(source)
+    assert [r.row() for r in got.records] == [r.row() for r in whole.records]
+    assert got.scores.pop("seconds_per_image") > 0 and whole.scores.pop("seconds_per_image") > 0
+    assert got.scores == whole.scores and got.scores["by_kind"]["a"]["n"] == 3

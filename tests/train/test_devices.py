@@ -28,7 +28,7 @@ def trajectory(sizes):
         layout = step_lib.state_shardings(jax.eval_shape(lambda: state), mesh)
         step = jax.jit(step_lib.make_train_step(phase.task, tx, select, seed=0),
                        out_shardings=(layout, None), donate_argnums=0)
-        state, data, losses = jax.device_put(state, layout), phase.data(), []
+        state, data, losses = jax.device_put(state, layout), phase.data(mesh), []
         for _ in range(STEPS):
             state, metrics = step(state, sharding.global_batch(mesh, next(data)))
             losses.append(float(metrics["loss"]))

@@ -1,4 +1,4 @@
-"""Resumed == uninterrupted, bit for bit, after kill -9 in either phase."""
+"""Resumed == uninterrupted, bit for bit, after kill -9 in either phase and while a step is saved."""
 import json
 import os
 import signal
@@ -39,12 +39,15 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", [2, 7])
-def test_resume_after_kill_is_bit_exact(kill, whole, tmp_path):
+@pytest.mark.parametrize("moment, number", [("batch", 2), ("batch", 7), ("save", 8)])
+def test_resume_after_kill_is_bit_exact(moment, number, whole, tmp_path):
     env = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # as conftest.py sets it here
-    child = subprocess.run([sys.executable, "-m", "tests.train.resume_child", str(tmp_path), str(kill)],
-                           env=env, capture_output=True, check=False)
+    child = subprocess.run([sys.executable, "-m", "tests.train.resume_child", str(tmp_path),
+                            moment, str(number)], env=env, capture_output=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
+    if moment == "save":
+        assert orbax_io.newest_step(tmp_path) == 6
+        assert list((tmp_path / "checkpoints").glob("8.*"))
     result = train(tmp_path)
     assert result["step"] == 13
     step, data, params, rest = everything(tmp_path)

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from argenseg_jax import sharding
 from argenseg_jax.train.losses import Aux, Task
 from argenseg_jax.train.state import Phase
 from configs import common
@@ -56,14 +58,14 @@ def batch(index: int, rows: int = 8) -> dict[str, np.ndarray]:
 
 
 class Data(Iterator):
-    """Batches 0, 1, 2, ...; the state is the number of the next one."""
+    """This process's rows of the batches 0, 1, 2, ...; the state is the number of the next one."""
 
-    def __init__(self, rows: int = 8):
-        self.index, self.rows = 0, rows
+    def __init__(self, mesh: Mesh, rows: int = 8):
+        self.index, self.rows, self.places = 0, rows, sharding.local_rows(mesh, rows)
 
     def __next__(self) -> dict[str, np.ndarray]:
         self.index += 1
-        return batch(self.index - 1, self.rows)
+        return {k: x[self.places] for k, x in batch(self.index - 1, self.rows).items()}
 
     def get_state(self) -> dict[str, int]:
         return {"index": self.index}

@@ -1,0 +1,235 @@
+"""An endless order of rows -> batches, with grain: shared out among places, skipped, stacked, resumed.
+
+What a place of the batch takes does not depend on the process that reads it, so a run may go on
+with another number of processes. A broken sample is skipped, counted by file and line, and too many
+of them end the run.
+"""
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import grain.python as grain
+import numpy as np
+from absl import flags
+from grain.experimental import ThreadPrefetchIterDataset
+
+from argenseg_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+SMALL = 100  # the share of broken samples is taken of at least so many: one early fault is no verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """Stands in the order for a sample that cannot be used."""
+
+    reason: str
+
+
+class BatchIterator(Iterator[Batch]):
+    """Iterates over batches, and remembers which samples were taken and which of them were broken.
+
+    All processes read one endless order of samples. Place r of a batch of B takes the samples r,
+    r + B, r + 2 B, ... of it, and a broken one is followed by the next of the same place. So each
+    place depends on nothing but how many samples it has taken, whoever reads it: the state is these
+    B numbers, the same for any number of processes, devices and workers, and a run that goes on
+    with another number of them takes every sample once, as if nothing had happened.
+
+    Attributes:
+      broken: {message that names file and line: times seen} in this process's places, up to the
+        last batch that came out.
+      close: call it to end the reading threads and processes; otherwise they end with the iterator.
+    """
+
+    def __init__(self, order: grain.MapDataset, batch_size: int, places: Sequence[int], *,
+                 max_broken: float = 0.01, workers: int = 0, threads: int = 2):
+        """Starts at the beginning.
+
+        Args:
+          order: the endless order of rows (dicts of arrays) and Broken.
+          batch_size: B, rows of the global batch.
+          places: the rows of it that come out here.
+          max_broken: largest share of broken samples; more of them are a UserError.
+          workers: most worker processes; they divide the places evenly among them.
+          threads: that read in this process where there are no workers; 0 = the one that batches.
+        """
+        self._order, self._size, self._max_broken, self._workers, self._threads = (
+            order, batch_size, max_broken, workers, threads)
+        self._open({place: _Taken() for place in places})
+
+    def __next__(self) -> Batch:
+        batch, self._taken = next(self._iterator)
+        return batch
+
+    @property
+    def broken(self) -> dict[str, int]:
+        total = collections.Counter()
+        for taken in self._taken.values():
+            total.update(taken.broken)
+        return dict(total)
+
+    def get_state(self) -> dict[str, Any]:
+        """{"taken", "broken": {place: ...}} of this process; that of a run has all processes' places."""
+        return {"taken": {str(place): t.count for place, t in self._taken.items()},
+                "broken": {str(place): dict(t.broken) for place, t in self._taken.items() if t.broken}}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues where a run's state was taken.
+
+        A state of before there were places, {"seen": samples taken in order}, is understood too.
+        """
+        if "seen" in state:
+            counts = {place: -((place - state["seen"]) // self._size) for place in self._taken}
+            state = {"taken": {str(p): max(n, 0) for p, n in counts.items()}, "broken": {}}
+        known = state.get("taken", {})
+        if missing := [place for place in self._taken if str(place) not in known]:
+            raise UserError(f"the saved place in the data is of {len(known)} rows a batch, not of "
+                            f"{self._size}: row {missing[0]} is not there")
+        self.close()
+        self._open({p: _Taken(known[str(p)], collections.Counter(state["broken"].get(str(p), {})))
+                    for p in self._taken})
+
+    def _open(self, taken: dict[int, _Taken]) -> None:
+        self._taken = taken
+        rows = _Rows(self._order, self._size, {place: t.count for place, t in taken.items()},
+                     self._max_broken, threads=0 if self._workers else self._threads)
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # grain's workers read flags; a notebook has parsed none
+                flags.FLAGS.mark_as_parsed()
+            # Every worker has its own places; grain takes their rows in turn.
+            workers = max(n for n in range(1, self._workers + 1) if len(taken) % n == 0)
+            rows = rows.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        self._iterator = ThreadPrefetchIterDataset(
+            _Batches(rows, taken, self._max_broken), prefetch_buffer_size=2).__iter__()
+        # Also at exit: grain's threads must not outlive the modules that they use.
+        self.close = weakref.finalize(self, _close, self._iterator)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """How many samples a place has taken, and the broken ones among them by reason."""
+
+    count: int = 0
+    broken: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+
+class _Row(NamedTuple):
+    """A row, the place that it is for, the samples that the place has taken by now, and the broken
+    ones that were skipped for it."""
+
+    arrays: Batch
+    place: int
+    count: int
+    broken: tuple[str, ...]
+
+
+class _Rows(grain.IterDataset):
+    """Endless _Rows of some places of the batch, in turn."""
+
+    def __init__(self, order: grain.MapDataset, stride: int, counts: Mapping[int, int],
+                 max_broken: float, threads: int):
+        super().__init__(order)
+        self.stride, self.counts, self.threads = stride, dict(counts), threads
+        # In a row, which chance would not bring about; without such an end one could wait forever.
+        self.most = SMALL / (1 - max_broken) if max_broken < 1 else math.inf
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        """How grain gives each of its worker processes a share: some of the places."""
+        self.counts = dict(list(self.counts.items())[sl])
+
+    def __iter__(self) -> _RowsIterator:
+        return _RowsIterator(self._parent, self)
+
+
+class _RowsIterator(grain.DatasetIterator):
+
+    def __init__(self, order: grain.MapDataset, rows: _Rows):
+        super().__init__()
+        self._order, self._rows, self._counts = order, rows, dict(rows.counts)
+        self._ready: collections.deque[_Row] = collections.deque()
+        self._pool = futures.ThreadPoolExecutor(rows.threads) if rows.threads else None
+
+    def __next__(self) -> _Row:
+        if not self._ready:
+            self._ready.extend((self._pool.map if self._pool else map)(self._read, self._counts))
+        return self._ready.popleft()
+
+    def _read(self, place: int) -> _Row:
+        broken = []
+        while True:
+            row = self._order[place + self._rows.stride * self._counts[place]]
+            self._counts[place] += 1
+            if not isinstance(row, Broken):
+                return _Row(row, place, self._counts[place], tuple(broken))
+            broken.append(row.reason)
+            if len(broken) >= self._rows.most:
+                raise UserError(f"the next {len(broken)} samples are broken, one after another; the "
+                                f"last: {row.reason}")
+
+    def get_state(self) -> dict[str, Any]:
+        """Asked for by grain; what is saved comes with the rows."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Never called: a new iterator is made for a new place in the data."""
+
+    def close(self) -> None:
+        super().close()
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Batches(grain.IterDataset):
+    """Stacks rows into batches: (batch, {place: _Taken}); counts and judges what is broken."""
+
+    def __init__(self, rows: grain.IterDataset, taken: Mapping[int, _Taken], max_broken: float):
+        super().__init__(rows)
+        self.taken, self.max_broken = dict(taken), max_broken
+
+    def __iter__(self) -> _BatchesIterator:
+        return _BatchesIterator(self._parent.__iter__(), self)
+
+
+class _BatchesIterator(grain.DatasetIterator):
+
+    def __init__(self, parent: grain.DatasetIterator, batches: _Batches):
+        super().__init__(parent)
+        self._taken, self._max_broken = dict(batches.taken), batches.max_broken
+
+    def __next__(self) -> tuple[Batch, dict[int, _Taken]]:
+        rows = {}
+        for _ in self._taken:
+            row = next(self._parent)
+            before = self._taken[row.place].broken
+            self._taken[row.place] = _Taken(
+                row.count, before + collections.Counter(row.broken) if row.broken else before)
+            rows[row.place] = row.arrays
+            if row.broken:
+                self._judge(row.broken[-1])
+        ordered = [rows[place] for place in self._taken]
+        return {key: np.stack([row[key] for row in ordered]) for key in ordered[0]}, dict(self._taken)
+
+    def _judge(self, last: str) -> None:
+        count = sum(taken.broken.total() for taken in self._taken.values())
+        seen = sum(taken.count for taken in self._taken.values())
+        if count > self._max_broken * max(seen, SMALL):
+            raise UserError(f"{count} of {seen} samples are broken, more than data.max_broken"
+                            f" = {self._max_broken:g}; the last: {last}")
+
+    def get_state(self) -> dict[str, Any]:
+        """Asked for by grain; what is saved comes with the batches."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Never called: a new iterator is made for a new place in the data."""
+
+
+def _close(iterator: grain.DatasetIterator) -> None:
+    iterator.close()
+    iterator.close = lambda: None  # grain's __del__ closes again, which fails while Python exits
