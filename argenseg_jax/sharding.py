@@ -91,6 +91,16 @@ def make_mesh(cfg: Mapping[str, int], devices: Sequence[jax.Device] | None = Non
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def platform() -> str:
+    """Where what is traced now will run: 'cpu', 'gpu' or 'tpu'.
+
+    Devices of the mesh in use decide; those of a topology description need not exist. Without a mesh
+    it is where this process runs.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pins an activation's layout: one logical name (or None = whole) for each dimension.
 

@@ -223,6 +223,16 @@ def train_iterator(config: Mapping[str, Any] | DataConfig, tokenizer: Tokenizer 
                          threads=config.threads)
 
 
+def batch_shapes(config: Mapping[str, Any] | DataConfig, geometry: Geometry, rows: int
+                 ) -> dict[str, tuple[tuple[int, ...], type]]:
+    """{array: (shape, dtype)} of a batch of the LM task; opens no source."""
+    config = DataConfig.of(config)
+    line, image, mask = (rows, config.max_tokens), geometry.image_size, geometry.mask_size
+    return {**{name: (line, np.int32) for name in ("tokens", "labels", "positions", "segment_ids")},
+            "tiles": ((rows, config.max_tiles, image, image, 3), np.uint8),
+            "masks": ((rows, config.max_masks, mask, mask, 3), np.uint8)}
+
+
 def _stream(part: sources.Part, encode, seed: int) -> grain.MapDataset:
     """An endless shuffled stream of rows (or Broken) of one source."""
     def load(index: int, rng: np.random.Generator) -> Batch | Broken:

@@ -45,9 +45,9 @@ def choose(q: Array, *, plain: bool = True, platform: str | None = None) -> str:
 
     Args:
       plain: whether the mask is a causal one of whole rows, which is all that splash is given.
-      platform: where it will run; default: where this process does.
+      platform: where it will run; default: `sharding.platform`.
     """
-    platform = platform or jax.default_backend()
+    platform = platform or sharding.platform()
     _, t, _, h = q.shape
     if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and h <= 128 and h % 8 == 0:
         return "cudnn"

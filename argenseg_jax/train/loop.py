@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +21,7 @@ from jax.sharding import Mesh
 from argenseg_jax import files, hosts, sharding, trees
 from argenseg_jax.ckpt.orbax_io import CONFIG, Checkpointer, newest_step
 from argenseg_jax.errors import UserError
-from argenseg_jax.train import flops, metrics_log, optim
-from argenseg_jax.train import step as step_lib
+from argenseg_jax.train import flops, metrics_log, program
 from argenseg_jax.train.state import Params, Phase, TrainState
 
 # Config keys that may differ from those of the run that is resumed: its end, what it writes, and how
@@ -32,8 +30,6 @@ FREE_KEYS = (r"train/steps", r"train/(log|sample|checkpoint)_every",
              r"train/(keep|keep_best|max_skipped)", r"mesh/.*", r"train/(microbatch|remat)",
              r"data/(workers|threads)",
              r"eval/.*")
-_LARGE = 64 << 20  # bytes; less may be replicated without a word
-_MAX_REPLICATED = 0.02  # of the trained bytes
 Loader = Callable[[Params], Params]
 
 
@@ -124,33 +120,7 @@ class _PhaseRunner:
         """Checks the sizes and the optimizer's section, as UserErrors; nothing runs yet."""
         self.cfg, self.phase, self.begin, self.mesh = cfg["train"], phase, begin, mesh
         self.end = begin + phase.steps
-        micro = phase.microbatch or phase.global_batch
-        if phase.global_batch % micro:
-            raise UserError(f"{phase.task.name}: the microbatch {micro} does not divide the global "
-                            f"batch {phase.global_batch}")
-        sharding.check_rows(micro, mesh, f"{phase.task.name}: rows per forward pass")
-        task, ema = phase.task, phase.optim["ema"]
-        trainable = optim.trainable(shapes, phase.optim["freeze"], task.frozen)
-        trained, _ = trees.split(shapes, trainable)
-        self.schedule = optim.schedule(phase.optim, phase.steps)
-        count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) / 1e6
-        whole = check_replicated(shapes, trainable, mesh, rules)
-        self.sizes = f"{count(trained):.2f} M of {count(shapes):.2f} M parameters" + (
-            f", {whole / 2**20:,.1f} MiB whole on each of {mesh.size} devices" if mesh.size > 1 else "")
-        self.flops = phase.flops(shapes, trainable) if phase.flops else None
-        tx = optim.build(phase.optim, phase.steps, trained)
-
-        def new_state(params: Params) -> TrainState:
-            return step_lib.init_state(params, tx, trainable, begin, ema=ema,
-                                       extra=task.init_extra(params))
-
-        self.shapes = jax.eval_shape(new_state, shapes)
-        self.layout = step_lib.state_shardings(self.shapes, mesh, rules)
-        self.new_state = jax.jit(new_state, out_shardings=self.layout, donate_argnums=0)
-        self.step = jax.jit(
-            step_lib.make_train_step(task, tx, trainable, seed=cfg["seed"], ema=ema, begin=begin,
-                                     microbatches=phase.global_batch // micro),
-            donate_argnums=0, out_shardings=(self.layout, None))
+        self.program = program.build(cfg, phase, shapes, mesh, rules, begin)
 
     def open(self, checkpoints: Checkpointer, log: metrics_log.MetricsLog, root: epath.Path,
              stop: Callable[[int], bool], profile: tuple[int, int] | None) -> None:
@@ -160,12 +130,11 @@ class _PhaseRunner:
 
     def start(self, params: Params) -> tuple[TrainState, Iterator]:
         """The first state of the phase."""
-        return self.new_state(params), self.phase.data(self.mesh)
+        return self.program.new_state(params), self.phase.data(self.mesh)
 
     def restore(self, step: int) -> tuple[TrainState, Iterator]:
         """The state and the data as they were when `step` was saved."""
-        want = jax.tree.map(lambda s, l: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=l),
-                            self.shapes, self.layout)
+        want = self.program.abstract_state()
         params, ema, rest, data_state = self.checkpoints.restore(step, *_parts(want))
         data = self.phase.data(self.mesh)
         data.set_state(data_state)
@@ -187,8 +156,8 @@ class _PhaseRunner:
                 tracing = True
             batch = sharding.global_batch(self.mesh, interval.next(data))
             if step == first:
-                self.log.say(f"{self.phase.task.name}: trains {self.sizes}; the first step compiles")
-            state, metrics = self.step(state, batch)
+                self.log.say(f"{self.phase.task.name}: trains {self.program.sizes}; the first step compiles")
+            state, metrics = self.program.step(state, batch)
             interval.add(metrics)
             self.log.advance()
             last = step == self.end
@@ -214,13 +183,13 @@ class _PhaseRunner:
              broken: int) -> None:
         numbers = interval.mean(jax.device_get)
         numbers |= {"skipped": int(state.skipped), "broken": broken,
-                    "lr": float(self.schedule(step - 1 - self.begin)),
+                    "lr": float(self.program.schedule(step - 1 - self.begin)),
                     "rows_per_second": self.phase.global_batch / numbers["seconds_per_step"]}
         if "tokens_per_second" in numbers:
             numbers["tokens_per_second"] *= jax.process_count()
         device = jax.local_devices()[0]
-        if self.flops and (peak := flops.peak(device.device_kind)):
-            numbers["mfu"] = self.flops / numbers["seconds_per_step"] / (peak * self.mesh.size)
+        if self.program.flops and (peak := flops.peak(device.device_kind)):
+            numbers["mfu"] = self.program.flops / numbers["seconds_per_step"] / (peak * self.mesh.size)
         if memory := device.memory_stats():
             numbers["memory_gib"] = memory["peak_bytes_in_use"] / 2**30
         self.log.write(step, {"phase": self.phase.task.name, **numbers})
@@ -234,27 +203,6 @@ class _PhaseRunner:
         pictures = self.phase.samples(averaged(state))
         if hosts.is_first():
             metrics_log.save_pictures(self.root / "samples", pictures, step)
-
-
-def check_replicated(shapes: Params, trainable: Callable[[str], bool], mesh: Mesh,
-                     rules: Sequence[sharding.Rule]) -> int:
-    """Bytes of the parameters, trained or not, that every device of the mesh holds whole.
-
-    UserError where these are more than 2 % of the trained bytes although weights are sharded.
-    """
-    layout = trees.flatten(sharding.shardings(shapes, mesh, rules))
-    size = {path: math.prod(leaf.shape) * leaf.dtype.itemsize
-            for path, leaf in trees.flatten(shapes).items()}
-    whole = {path: size[path] for path, place in layout.items() if place.is_fully_replicated}
-    trained = {path: n for path, n in whole.items() if trainable(path)}
-    limit = _MAX_REPLICATED * sum(n for path, n in size.items() if trainable(path))
-    if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and sum(trained.values()) > max(limit, _LARGE):
-        largest = sorted(trained, key=trained.get, reverse=True)[:3]
-        raise UserError(
-            f"{sum(trained.values()) / 2**20:,.0f} MiB of trained parameters would be whole on every "
-            f"device, more than {_MAX_REPLICATED:.0%} of them: {', '.join(largest)}, ...; give them a "
-            "rule in sharding.PARAM_RULES")
-    return sum(whole.values())
 
 
 def averaged(state: TrainState) -> Params:

@@ -34,13 +34,18 @@ def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | No
     """
     # Spelled out, so that the saved config means the same when a variant has changed.
     cfg = {**cfg, "model": variants.resolve(cfg["model"])}
-    model = variants.build({**cfg["model"], "dtype": cfg["train"]["dtype"],
-                            "remat": cfg["train"]["remat"]})
+    model = build_model(cfg)
     source = checkpoint.open_checkpoint(cfg["init_from"]) if cfg["init_from"] else None
     tokenizer = checkpoint.tokenizer_for(model, source)
     return loop.run(cfg, workdir, phases(cfg, model, tokenizer), init_fn(model),
                     load=source and (lambda shapes: known_weights(source, shapes)),
                     beside={checkpoint.TOKENIZER: tokenizer.save}, profile=profile)
+
+
+def build_model(cfg: Mapping[str, Any]) -> ARGenSeg:
+    """The module as it is trained."""
+    return variants.build({**cfg["model"], "dtype": cfg["train"]["dtype"],
+                           "remat": cfg["train"]["remat"]})
 
 
 def init_fn(model: ARGenSeg) -> Callable[[jax.Array], Params]:
@@ -103,14 +108,19 @@ def lm_flops(cfg: Mapping[str, Any], model: ARGenSeg, shapes: Params,
                          width=data["max_tokens"], tiles=data["max_tiles"], masks=data["max_masks"])
 
 
-def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer) -> list[Phase]:
-    """First the VQ-VAE (vqvae.steps > 0), then the language model (train.steps > 0)."""
-    parts = sources.open_mixture(cfg["data"]["sources"], cfg["data"]["root"])  # or a UserError now
+def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer | None) -> list[Phase]:
+    """First the VQ-VAE (vqvae.steps > 0), then the language model (train.steps > 0).
 
-    def batches(task: str, rows: int, seed: int) -> Callable[[Mesh], BatchIterator]:
-        return lambda mesh: pipeline.train_iterator(
+    Without a tokenizer no data is opened: such phases can be compiled, not run.
+    """
+    parts = None
+    if tokenizer:
+        parts = sources.open_mixture(cfg["data"]["sources"], cfg["data"]["root"])  # or a UserError now
+
+    def batches(task: str, rows: int, seed: int) -> Callable[[Mesh], BatchIterator] | None:
+        return tokenizer and (lambda mesh: pipeline.train_iterator(
             cfg["data"], tokenizer, geometry(model), seed=seed, batch_size=rows,
-            places=sharding.local_rows(mesh, rows), task=task)
+            places=sharding.local_rows(mesh, rows), task=task))
 
     vq, lm, data = cfg["vqvae"], cfg["train"], cfg["data"]
     key = "max_labels" if data["max_labels"] else "max_tokens"
@@ -122,9 +132,9 @@ def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer) -> lis
                             batches("vqvae", vq["batch"], cfg["seed"] + 1)))
     if lm["steps"]:
         task = losses.lm_task(model, losses.LMOptions(**lm["loss"], max_labels=data["max_labels"]))
+        draws = sampler(cfg, model, tokenizer, parts[0]) if parts and lm["sample_every"] else None
         listed.append(Phase(task, lm["steps"], lm["global_batch"], lm["microbatch"], cfg["optim"],
-                            batches("lm", lm["global_batch"], cfg["seed"]),
-                            sampler(cfg, model, tokenizer, parts[0]) if lm["sample_every"] else None,
+                            batches("lm", lm["global_batch"], cfg["seed"]), draws,
                             lambda shapes, select: sum(lm_flops(cfg, model, shapes, select).values())))
     if not listed:
         raise UserError("nothing to train: both vqvae.steps and train.steps are 0")

@@ -48,7 +48,7 @@ class Phase:
       optim: keys of configs/common.py `optimizer`.
       data: mesh -> endless iterator of this process's rows of the batches (dicts of numpy arrays,
         see sharding.local_rows), with get_state() -> JSON-able dict of what this process knows, and
-        set_state() of the union of all processes' dicts.
+        set_state() of the union of all processes' dicts. None in a phase that is only compiled.
       samples: params -> {name: u8[H, W, 3]}, pictures for people; None draws nothing.
       flops: (shapes of all parameters, path -> trained?) -> operations of one step over all
         devices, for the utilisation; None where nobody counted.
@@ -59,6 +59,6 @@ class Phase:
     global_batch: int
     microbatch: int
     optim: Mapping[str, Any]
-    data: Callable[[Mesh], Iterator[Batch]]
+    data: Callable[[Mesh], Iterator[Batch]] | None
     samples: Callable[[Params], dict[str, np.ndarray]] | None = None
     flops: Callable[[Params, Callable[[str], bool]], float] | None = None

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from argenseg_jax.data import shapes, transforms
-from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry, train_iterator
+from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry, batch_shapes, train_iterator
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.tokenizer import nano_tokenizer
 from argenseg_jax.errors import SampleError, UserError
@@ -324,3 +324,9 @@ def test_photographs_end_to_end(tokenizer, tmp_path):
     iterator.close()
     assert len({row.tobytes() for row in batch["tiles"]}) == 6  # every repetition is another view
     assert (batch["masks"].max(axis=(1, 2, 3, 4)) > 200).all()
+
+
+def test_shapes_of_a_batch_without_its_data(tokenizer):
+    config = {**SHAPES, "max_tiles": 2, "max_masks": 3}
+    batch = next(iterate(config, tokenizer))
+    assert batch_shapes(config, GEOMETRY, 4) == {k: (x.shape, x.dtype) for k, x in batch.items()}

@@ -6,7 +6,7 @@ import pytest
 from argenseg_jax import sharding, trees
 from argenseg_jax.ckpt import checkpoint
 from argenseg_jax.models import variants
-from argenseg_jax.train import optim, run, step as step_lib
+from argenseg_jax.train import program, run
 from tests.cli import tiny_config
 
 STEPS = 3
@@ -15,22 +15,17 @@ STEPS = 3
 def trajectory(sizes):
     """([loss of each step], parameters after them) on a mesh of these sizes."""
     cfg = tiny_config.get_config().to_dict()
-    cfg["train"].update(global_batch=4, microbatch=0)
+    cfg["train"].update(global_batch=4, microbatch=0, steps=STEPS)
     model = variants.build({**cfg["model"], "dtype": "float32"})
     phase = run.phases(cfg, model, checkpoint.tokenizer_for(model, None))[-1]
     mesh = sharding.make_mesh(dict(dcn_data=1, data=1, fsdp=1, tensor=1) | sizes,
                               jax.devices()[:int(np.prod(list(sizes.values())))])
     with jax.set_mesh(mesh):
         params = jax.jit(run.init_fn(model))(jax.random.key(0))
-        select = optim.trainable(params, (), phase.task.frozen)
-        tx = optim.build(cfg["optim"], STEPS, trees.split(params, select)[0])
-        state = step_lib.init_state(params, tx, select)
-        layout = step_lib.state_shardings(jax.eval_shape(lambda: state), mesh)
-        step = jax.jit(step_lib.make_train_step(phase.task, tx, select, seed=0),
-                       out_shardings=(layout, None), donate_argnums=0)
-        state, data, losses = jax.device_put(state, layout), phase.data(mesh), []
+        made = program.build(cfg, phase, jax.eval_shape(lambda: params), mesh)
+        state, data, losses = made.new_state(params), phase.data(mesh), []
         for _ in range(STEPS):
-            state, metrics = step(state, sharding.global_batch(mesh, next(data)))
+            state, metrics = made.step(state, sharding.global_batch(mesh, next(data)))
             losses.append(float(metrics["loss"]))
         data.close()
     return losses, state.params

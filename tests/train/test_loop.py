@@ -11,7 +11,7 @@ from etils import epath
 from argenseg_jax import sharding, trees
 from argenseg_jax.ckpt import orbax_io
 from argenseg_jax.errors import UserError
-from argenseg_jax.train import loop
+from argenseg_jax.train import loop, program
 from tests.train import toy
 
 ONE = jax.devices()[:1]
@@ -109,15 +109,15 @@ def test_large_trained_parameters_must_be_sharded(monkeypatch):
     shapes = jax.eval_shape(toy.init, jax.random.key(0))
     cfg = toy.config()["mesh"] | {"fsdp": 2}
     mesh = sharding.make_mesh(cfg, jax.devices()[:2])
-    whole = loop.check_replicated(shapes, lambda path: True, mesh, sharding.PARAM_RULES)
+    whole = program.check_replicated(shapes, lambda path: True, mesh, sharding.PARAM_RULES)
     kernels = 4 * (8 * 16 + 16 * 4 + 8 * 8)  # all that the table splits
     assert whole == 4 * sum(x.size for x in jax.tree.leaves(shapes)) - kernels
-    monkeypatch.setattr(loop, "_LARGE", 0)
+    monkeypatch.setattr(program, "_LARGE", 0)
     with pytest.raises(UserError, match="more than 2% of them: visual/pos_embed"):
-        loop.check_replicated(shapes, lambda path: path.startswith(("visual", "connector")), mesh,
+        program.check_replicated(shapes, lambda path: path.startswith(("visual", "connector")), mesh,
                               sharding.PARAM_RULES)
     only = lambda path: path.endswith("kernel")  # what is frozen may be whole
-    assert loop.check_replicated(shapes, only, mesh, sharding.PARAM_RULES) == whole
+    assert program.check_replicated(shapes, only, mesh, sharding.PARAM_RULES) == whole
 
 
 def test_a_finished_run_answers_at_once(tmp_path):
