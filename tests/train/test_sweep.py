@@ -7,6 +7,7 @@ import types
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+import yaml
 
 from argenseg_jax.errors import UserError
 from argenseg_jax.train import sweep
@@ -67,7 +68,6 @@ def test_a_slurm_array_runs_each_point(tmp_path):
 
 
 def test_job_sets_hold_the_arguments():
-    yaml = pytest.importorskip("yaml")
     sets = list(yaml.safe_load_all(sweep.job_sets(commands())))
     assert [s["metadata"]["name"] for s in sets] == ["argenseg-0", "argenseg-1"]
     for one, args in zip(sets, commands()):
