@@ -37,6 +37,12 @@ class Rule:
     optional: bool = False
 
 
+def _adapters(part: str) -> tuple[Rule, Rule]:
+    """Of models/lora.py: the side of the kernel's inputs, and that of its outputs."""
+    return (Rule(part, r".*/lora_a", ("fsdp", None), optional=True),
+            Rule(part, r".*/lora_b", (None, "fsdp"), optional=True))
+
+
 PARAM_RULES = (
     Rule("vision", r"patch_embed/kernel", (None, None, None, "fsdp")),
     Rule("vision", r"class_embed|pos_embed"),
@@ -46,9 +52,11 @@ PARAM_RULES = (
     Rule("vision", r"layers/mlp/fc1/kernel", ("fsdp", "tensor")),
     Rule("vision", r"layers/mlp/fc2/kernel", ("tensor", "fsdp")),
     Rule("vision", r"(.*/)?(scale|bias|ls1|ls2)"),
+    *_adapters("vision"),
     Rule("connector", r"fc1/kernel", ("fsdp", "tensor")),
     Rule("connector", r"fc2/kernel", ("tensor", "fsdp")),
     Rule("connector", r".*/(scale|bias)"),
+    *_adapters("connector"),
     Rule("llm", r"embed/embedding", ("tensor", "fsdp")),
     Rule("llm", r"layers/attn/(q|k|v)/kernel", ("fsdp", "tensor", None)),
     Rule("llm", r"layers/attn/o/kernel", ("tensor", None, "fsdp")),
@@ -56,15 +64,18 @@ PARAM_RULES = (
     Rule("llm", r"layers/mlp/down/kernel", ("tensor", "fsdp")),
     Rule("llm", r"lm_head/kernel", ("fsdp", "tensor"), optional=True),  # absent where tied
     Rule("llm", r".*/(scale|bias)"),
+    *_adapters("llm"),
     Rule("visual", r"word_embed/kernel", (None, "fsdp")),
     Rule("visual", r"word_embed/bias|lvl_embed|pos_embed"),
     Rule("vqvae", r".*"),  # small and frozen: whole on every device
 )
 
-# Logical axis of an activation -> mesh axes.
+# Logical axis of an activation -> mesh axes. The places of the residual stream lie on the tensor axis
+# (Korthikanti et al., 2022): norms and sums work on shards, and what would be an all-reduce behind each
+# layer is a reduce-scatter and an all-gather.
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "act_batch": BATCH_AXES,
-    "act_len": (),
+    "act_len": ("tensor",),
     "act_emb": (),
     "act_heads": ("tensor",),
     "act_ffw": ("tensor",),

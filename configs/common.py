@@ -80,7 +80,9 @@ def base() -> ConfigDict:
             "workers": 0,       # most grain worker processes; 0 reads in the training process
             "threads": 2,       # of the training process that read, where workers is 0
             "root": "",         # directory that relative paths of the sources start from
+            "pack": 0,          # samples that wait to fill a row, which then holds several; 0 = one a row
             "max_tiles": 1,     # P, tiles per row
+            "sample_tiles": 0,  # most tiles of one sample; 0 = max_tiles
             "max_masks": 1,     # M, masks per row
             "pad_to_square": False,  # keep the aspect ratio of images and masks, and pad them
             "augment": False,   # disturb photographs: data/augment.py
@@ -101,12 +103,19 @@ def base() -> ConfigDict:
             "microbatch": 0,    # rows per forward pass, over all devices; 0 = global_batch
             "remat": "full",    # none | full | dots: what the backward pass computes again
             "dtype": "bfloat16",  # of the computation; parameters stay float32
+            "grad_dtype": "",   # in which gradients of layers are summed over devices; '' = dtype
             "checkpoint_every": 1000,  # steps
             "keep": 2,          # checkpoints kept, the newest ones
             "keep_best": "",    # min:NAME or max:NAME of a logged number: its best one is kept too
             "log_every": 50,    # steps per line of metrics.jsonl
             "sample_every": 0,  # steps per picture in samples/; 0 = none
             "max_skipped": 0,   # so many steps that are not finite end the run; 0 = any number
+            "lora": {           # low-rank adapters of frozen kernels; see models/lora.py
+                "rank": 0,      # of each; 0 = none: everything learns that optim.freeze leaves
+                "alpha": 0.0,   # what they add is multiplied with alpha / rank; 0 = with 1
+                "targets": (),  # path regexes of kernels; () = all of the decoder's layers
+                "also": (),     # path regexes of what learns, whole, beside them; nothing else does
+            },
             "loss": {           # departures from the paper's plain loss; see train/losses.LMOptions
                 "soft_targets": 0.0,  # temperature that spreads a code's target over near codes
                 "scale_power": 0.0,  # weight of a code ~ (codes of its scale) ** -power
@@ -134,9 +143,11 @@ def paper(variant: str, arg: str | None = None) -> ConfigDict:
 
     Args:
       variant: a name of models/variants.py.
-      arg: `start=PATH` is the converted checkpoint (default runs/start); `variant=NAME` another size.
+      arg: `start=PATH` is the converted checkpoint (default runs/start); `variant=NAME` another size;
+        `lora=RANK` trains adapters of the decoder's kernels instead of these, and what is new or
+        speaks of what is new: the vocabulary, the connector, the tables of visual tokens.
     """
-    arg = parse_arg(arg, start="runs/start", variant=variant)
+    arg = parse_arg(arg, start="runs/start", variant=variant, lora=0)
     cfg = base()
     cfg.model.variant = arg.variant
     cfg.model.vision = {"drop_path": 0.1}  # active in the reference's training, frozen or not
@@ -145,4 +156,7 @@ def paper(variant: str, arg: str | None = None) -> ConfigDict:
     cfg.train.update(steps=12900)
     cfg.train.max_skipped = 100
     cfg.train.loss.update(chunk=512, scale_accuracy=True)
+    if arg.lora:
+        cfg.train.lora.update(rank=arg.lora, alpha=2.0 * arg.lora,
+                              also=(r"connector/.*", r"visual/.*", r"llm/(embed|lm_head)/.*"))
     return cfg

@@ -2,12 +2,13 @@
 import importlib
 import pathlib
 
+import jax
 import pytest
 
 from argenseg_jax import sharding, trees
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.models import variants
-from argenseg_jax.train import losses, optim
+from argenseg_jax.train import losses, optim, program, run
 from configs import common
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(common.__file__).parent).glob("*.py") if p.stem != "common")
@@ -26,6 +27,23 @@ def test_a_config_builds_abstractly(name):
     losses.LMOptions(**cfg["train"]["loss"])
     chunk = cfg["train"]["loss"]["chunk"]
     assert not chunk or cfg["data"]["max_tokens"] % chunk == 0
+
+
+def test_the_papers_recipe_with_adapters():
+    """It trains the adapters, the vocabulary, the connector and the tables; little lies whole on a device."""
+    cfg = importlib.import_module("configs.argenseg_8b").get_config("lora=16").lock().to_dict()
+    lora = run.adapters(cfg)
+    plain = hf_folder.param_shapes(variants.build(cfg["model"]))
+    shapes = jax.eval_shape(lambda tree: lora.add(tree, jax.random.key(0)), plain)
+    select = optim.trainable(shapes, cfg["optim"]["freeze"], held=("vqvae/.*", *lora.held()))
+    trained, _ = trees.split(shapes, select)
+    optim.build(cfg["optim"], 10, trained)
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    layer = 16 * (4 * 4096 + 2 * (4096 + 1024) + 3 * (4096 + 14336))  # q and o, k and v, the MLP
+    assert size({k: v for k, v in trained["llm"].items() if k == "layers"}) == 32 * layer
+    assert set(trained["llm"]) == {"layers", "embed", "lm_head"} and set(trained) == {"llm", "connector", "visual"}
+    mesh = sharding.make_mesh(dict(dcn_data=1, data=1, fsdp=8, tensor=1), jax.devices()[:8])
+    program.check_replicated(shapes, select, mesh, sharding.PARAM_RULES)
 
 
 def test_the_papers_recipe_is_written_once():

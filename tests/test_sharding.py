@@ -1,4 +1,6 @@
 """The mesh, the table of layouts against the real parameter trees, activation constraints."""
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from argenseg_jax import sharding, trees
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.models import variants
+from tests import tiny
 
 ONE = {"dcn_data": 1, "data": 1, "fsdp": 1, "tensor": 1}
 
@@ -30,14 +33,13 @@ def test_every_parameter_has_exactly_one_rule(variant, shapes):
 
 
 def test_golden_specs_of_the_8b(shapes):
+    """tests/golden/shardings_8b.txt: a mesh axis, or - for whole, for each dimension."""
     specs = sharding.param_specs(shapes["8b"])
-    assert specs["llm/layers/attn/q/kernel"] == P(None, "fsdp", "tensor", None)
-    assert specs["llm/layers/attn/o/kernel"] == P(None, "tensor", None, "fsdp")
-    assert specs["llm/layers/mlp/down/kernel"] == P(None, "tensor", "fsdp")
-    assert specs["llm/embed/embedding"] == P("tensor", "fsdp")
-    assert specs["llm/lm_head/kernel"] == P("fsdp", "tensor")
-    assert specs["vision/layers/mlp/fc1/kernel"] == P(None, "fsdp", "tensor")
-    assert specs["vqvae/quantizer/codebook"] == P()
+    got = [f"{path}: {' '.join(axis or '-' for axis in spec) or 'whole'}" for path, spec in specs.items()
+           if not path.startswith("vqvae/")]
+    golden = pathlib.Path(__file__).parent / "golden" / "shardings_8b.txt"
+    assert sorted(got) == golden.read_text().splitlines()
+    assert not any(any(spec) for path, spec in specs.items() if path.startswith("vqvae/"))
 
 
 def test_little_of_a_large_model_is_replicated(shapes):
@@ -88,6 +90,15 @@ def test_constrain():
         assert len(y.sharding.spec) < 3 or y.sharding.spec[2] is None  # 10 is not divided by 4
         z = jax.jit(lambda x: sharding.constrain(x, "act_batch", None, "act_heads"))(jnp.zeros((4, 1, 8)))
         assert z.addressable_shards[0].data.shape == (2, 1, 2)
+
+
+def test_the_residual_stream_is_split_over_places_and_batch():
+    model, params = tiny.made()
+    with jax.set_mesh(mesh(data=2, tensor=2)):
+        embed = jax.jit(lambda tokens: model.apply({"params": params}, tokens,
+                                                   method=lambda m, t: m.llm.embed_tokens(t)))
+        assert embed(np.zeros((2, 8), np.int32)).addressable_shards[0].data.shape == (1, 4, 32)
+        assert embed(np.zeros((2, 7), np.int32)).addressable_shards[0].data.shape == (1, 7, 32)
 
 
 def test_global_batch():

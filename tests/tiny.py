@@ -84,12 +84,16 @@ def sample(seed: int = 0, masks: int = 1, image: bool = True, answer: str = "It 
     return Sample(turns, (picture(seed),) if image else (), (truth,) * masks)
 
 
+def encoder(model: ARGenSeg, **data: Any) -> pipeline.Encoder:
+    """Of samples of a model, by the keys of a section `data`."""
+    return pipeline.Encoder(pipeline.DataConfig(system="", **data), geometry(model), tokenizer())
+
+
 def batch(model: ARGenSeg, samples: list[Sample], max_tokens: int = 96, max_masks: int = 1
           ) -> dict[str, np.ndarray]:
     """The samples as a batch of the LM task."""
-    config = pipeline.DataConfig(max_tokens=max_tokens, max_masks=max_masks, system="")
-    encoder = pipeline.Encoder(config, geometry(model), tokenizer())
-    rows = [encoder.training_row(s, np.random.default_rng(0)) for s in samples]
+    encode = encoder(model, max_tokens=max_tokens, max_masks=max_masks).training_row
+    rows = [encode(s, np.random.default_rng(0)) for s in samples]
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from argenseg_jax import files
+from argenseg_jax import files, trees
 from argenseg_jax.ckpt import orbax_io
 from argenseg_jax.data.shapes import corpus
 from argenseg_jax.data.tokenizer import VOCABULARIES, Tokenizer, nano_tokenizer
@@ -16,6 +16,7 @@ from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import ARGenSeg
+from argenseg_jax.models.lora import Lora, is_adapter
 
 NANO = pathlib.Path(__file__).parent.parent / "assets" / "nano"
 RUN_CONFIG = "run_config.json"  # in an HF folder: the config of the run that trained it
@@ -41,7 +42,8 @@ class Checkpoint:
         return variants.build({**self.config["model"], **overrides})
 
     def load_params(self, optional: Sequence[str] = ()) -> dict[str, Any]:
-        """The whole parameter tree as numpy arrays (averaged weights where the run kept some).
+        """The whole parameter tree as numpy arrays: averaged weights where the run kept some, and
+        adapters merged into their kernels.
 
         Args:
           optional: regexes of leaves that an HF folder may lack; the result lacks them too.
@@ -52,8 +54,18 @@ class Checkpoint:
         model = self.model()
         if self.is_hf:
             return hf_folder.load_params(self.path, model, optional=optional)
-        orbax_io.check_shapes(orbax_io.find_step(self.path), hf_folder.param_shapes(model))
-        return orbax_io.restore_params(self.path)
+        self.check_shapes()
+        return self.adapters().merged(orbax_io.restore_params(self.path))
+
+    def check_shapes(self) -> None:
+        """UserError that lists what a step's arrays, adapters aside, have unlike the model."""
+        step = orbax_io.find_step(self.path)
+        plain, _ = trees.split(orbax_io.saved_params(step), lambda name: not is_adapter(name))
+        trees.check_same(plain, hf_folder.param_shapes(self.model()), str(step))
+
+    def adapters(self) -> Lora:
+        """How adapters among the weights are to be merged; `load_params` has done it."""
+        return Lora(**self.config.get("train", {}).get("lora", {}))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer saved beside the weights."""

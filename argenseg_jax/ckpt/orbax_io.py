@@ -3,6 +3,9 @@
 Layout: W/checkpoints/STEP/{params, ema, train, meta}. A step counts only when it is complete, so a
 kill at any time leaves the last whole one: on a disk it is renamed last, in a bucket (gs://), where
 folders cannot be renamed, Orbax marks it by a last file. `ema` is absent where there is none.
+
+Parameters that a phase of training never changes are written once, to W/checkpoints/frozen/N, before
+its first step N is; `meta` of each of its steps refers to them ("frozen": N).
 """
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ from argenseg_jax.interop.tensor_files import contiguous
 
 DIRECTORY = "checkpoints"  # within a workdir
 CONFIG = "config.json"
+_FROZEN = "frozen"  # within DIRECTORY
 _IN_FLIGHT_BYTES = 256 << 20  # of ParamsWriter
 
 
@@ -60,6 +64,7 @@ class Checkpointer:
         self._dir = files.absolute(workdir) / DIRECTORY
         self._manager = ocp.CheckpointManager(
             self._dir, options=options, item_names=("params", "ema", "train", "meta"))
+        self._frozen: int | None = None  # where this phase's frozen parameters are
 
     def latest(self) -> int | None:
         """Number of the newest complete step, or None."""
@@ -69,29 +74,57 @@ class Checkpointer:
         """Number of the step with the best number; None without `best`."""
         return self._manager.best_step() if self.best else None
 
+    def begin_phase(self) -> None:
+        """The next save writes its frozen parameters anew; after `restore` there is no need to."""
+        self._frozen = None
+
     def save(self, step: int, params: Any, ema: Any, train: Any, meta: Mapping[str, Any],
-             data_state: Mapping[str, Any], numbers: Mapping[str, Any] | None = None) -> None:
+             data_state: Mapping[str, Any], numbers: Mapping[str, Any] | None = None, *,
+             frozen: Mapping[str, Any] | None = None) -> None:
         """Starts writing; the arrays are copied before it returns, the files come later.
 
         Args:
+          params: what may have changed since the phase began.
           meta: JSON-able facts about the run, the same on every process.
           data_state: this process's place in the data, a JSON-able dict. The dicts of all processes
             are united, key by key at every level, and saved as one.
           numbers: what was logged last; the one that `best` names ranks this step.
+          frozen: the other parameters; written, and waited for, at the first save of a phase.
         """
+        if frozen and self._frozen is None:
+            save_params(self._dir / _FROZEN / str(step), frozen, force=True)
+            self._frozen = step
+        meta = {**meta, "data": _united(hosts.gather(data_state))}
+        if frozen:
+            meta[_FROZEN] = self._frozen
         items = {"params": ocp.args.StandardSave(params, _by_layer(params)),
-                 "train": ocp.args.StandardSave(train),
-                 "meta": ocp.args.JsonSave({**meta, "data": _united(hosts.gather(data_state))})}
+                 "train": ocp.args.StandardSave(train), "meta": ocp.args.JsonSave(meta)}
         if ema:
             items["ema"] = ocp.args.StandardSave(ema, _by_layer(ema))
         value = (numbers or {}).get(self.best)
         self._manager.save(step, args=ocp.args.Composite(**items),
                            metrics=None if value is None else {self.best: value})
+        if hosts.is_first():
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Removes frozen parameters that no step refers to: of earlier phases, or of a killed run."""
+        folder = self._dir / _FROZEN
+        found = [p for p in folder.iterdir() if p.name != str(self._frozen)] if folder.is_dir() else ()
+        if not found:
+            return
+        steps = [self._dir / str(s) for s in self._manager.all_steps()]
+        try:
+            used = {str(_read_meta(step).get(_FROZEN)) for step in steps}
+        except UserError:  # a step went while it was read: the next save comes back to this
+            return
+        for path in found:
+            if path.name not in used:
+                path.rmtree()
 
     def meta(self, step: int) -> dict[str, Any]:
         """The facts saved with a step."""
-        return dict(self._manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+        return _read_meta(self._dir / str(step))
 
     def restore(self, step: int, params: Any, ema: Any, train: Any) -> tuple[Any, Any, Any, Any]:
         """(params, ema, train, data_state) into the shapes and shardings of the arguments' leaves.
@@ -99,16 +132,21 @@ class Checkpointer:
         `data_state` is that of all processes, on each of them. Raises UserError if the checkpoint
         is of another model, optimizer or task.
         """
-        check_shapes(self._dir / str(step), params)
-        items = {"params": ocp.args.StandardRestore(params), "meta": ocp.args.JsonRestore(),
+        path = self._dir / str(step)
+        check_shapes(path, params)
+        own = trees.flatten(_saved_shapes(path / "params"))
+        changing, rest = trees.split(params, own.__contains__)
+        items = {"params": ocp.args.StandardRestore(changing), "meta": ocp.args.JsonRestore(),
                  "train": ocp.args.StandardRestore(train)}
         if ema:
             items["ema"] = ocp.args.StandardRestore(ema)
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError) as error:
-            raise UserError(f"{self._dir / str(step)} was written with another optimizer or task: "
+            raise UserError(f"{path} was written with another optimizer or task: "
                             f"{str(error)[:300]}") from error
+        held = _restore_item(_frozen_folder(path), rest) if rest else {}
+        self._frozen = found["meta"].get(_FROZEN)
         data = found["meta"]["data"]
         if isinstance(data, list):  # version 0.1 kept a text per process
             if len(data) > 1:
@@ -116,7 +154,8 @@ class Checkpointer:
                                 "processes, whose places in the data have no common meaning; start "
                                 "another --workdir with init_from set to this one")
             data = json.loads(data[0])["json"]
-        return found["params"], found["ema"] if ema else {}, found["train"], data
+        whole = trees.replace(params, {**trees.flatten(found["params"]), **trees.flatten(held)})
+        return whole, found["ema"] if ema else {}, found["train"], data
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -162,7 +201,7 @@ def find_config(path: epath.PathLike) -> dict[str, Any]:
 
 def check_shapes(step_dir: epath.Path, want: Any) -> None:
     """UserError that lists the leaves whose names or shapes differ from `want`."""
-    trees.check_same(_saved_shapes(step_dir, "params"), want, str(step_dir))
+    trees.check_same(saved_params(step_dir), want, str(step_dir))
 
 
 def restore_params(path: epath.PathLike, want: Any | None = None, *, ema: bool = True) -> Any:
@@ -178,29 +217,63 @@ def restore_params(path: epath.PathLike, want: Any | None = None, *, ema: bool =
     """
     step = find_step(path)
     if want is None:
-        want = _abstract(_saved_shapes(step, "params"))
+        want = _abstract(saved_params(step))
     else:
         check_shapes(step, want)
-    flat = trees.flatten(want)
-    averaged = {}
-    if ema and (step / "ema").exists():
-        names = trees.flatten(_saved_shapes(step, "ema"))
-        averaged = _restore_item(step, "ema", trees.unflatten({n: flat[n] for n in names}))
-    raw = _restore_item(step, "params", want)
-    return trees.replace(raw, trees.flatten(averaged))
+    flat, found = trees.flatten(want), {}
+    for folder in _param_folders(step, ema=ema):
+        names = trees.flatten(_saved_shapes(folder))
+        found |= trees.flatten(_restore_item(folder, trees.unflatten({n: flat[n] for n in names})))
+    return trees.replace(want, found)
+
+
+def saved_params(step: epath.Path) -> dict[str, Any]:
+    """The tree of a step's parameters, anything with .shape and .dtype: the frozen ones and its own."""
+    flat = {}
+    for folder in _param_folders(step, ema=False):
+        flat |= trees.flatten(_saved_shapes(folder))
+    return trees.unflatten(flat)
+
+
+def _param_folders(step: epath.Path, *, ema: bool) -> list[epath.Path]:
+    """Where a step's parameters are; what a later folder has as well counts for use."""
+    own = [step / item for item in ("params", *(["ema"] if ema else [])) if (step / item).exists()]
+    frozen = _frozen_folder(step)
+    return own if frozen is None else [frozen, *own]
+
+
+def _frozen_folder(step: epath.Path) -> epath.Path | None:
+    """Where the parameters are that were frozen when a step was saved, if any were."""
+    number = _read_meta(step).get(_FROZEN)
+    if number is None:
+        return None
+    folder = step.parent / _FROZEN / str(number) / "params"
+    if not folder.exists():
+        raise UserError(f"{step} lacks what was frozen in training, {folder}: copy the folder "
+                        f"{DIRECTORY}/ as a whole")
+    return folder
+
+
+def _read_meta(step: epath.Path) -> dict[str, Any]:
+    """The facts saved with a step; {} where it has parameters alone."""
+    file = step / "meta" / "metadata"  # as Orbax's JsonSave names it
+    return files.read_json(file) if file.exists() else {}
 
 
 def read_train(path: epath.PathLike) -> dict[str, Any]:
     """What a step holds beside parameters: step, skipped, opt_state, extra, as numpy arrays."""
-    step = find_step(path)
-    return _restore_item(step, "train", _abstract(_saved_shapes(step, "train")))
+    folder = find_step(path) / "train"
+    return _restore_item(folder, _abstract(_saved_shapes(folder)))
 
 
-def save_params(path: str, params: Any) -> None:
-    """Writes parameters alone, as a step that find_step and restore_params understand."""
+def save_params(path: epath.PathLike, params: Any, *, force: bool = False) -> None:
+    """Writes parameters alone, as a step that find_step and restore_params understand.
+
+    `force` replaces what is there.
+    """
     step = files.absolute(path)
     with ocp.StandardCheckpointer() as writer:
-        writer.save(step / "params", params, save_args=_by_layer(params))
+        writer.save(step / "params", params, save_args=_by_layer(params), force=force)
     _mark_complete(step)
 
 
@@ -289,11 +362,8 @@ def open_params(path: epath.PathLike) -> dict[str, StoredLeaf]:
     """{leaf: array} as restore_params gives them, but read when asked for."""
     step = find_step(path)
     leaves = {}
-    for item in ("params", "ema"):
-        folder = files.absolute(step) / item
-        if not folder.exists():
-            continue
-        names, layout = trees.flatten(_saved_shapes(step, item)), _read_layout(folder)
+    for folder in _param_folders(files.absolute(step), ema=True):
+        names, layout = trees.flatten(_saved_shapes(folder)), _read_layout(folder)
         with _readable(folder):
             for name in names:
                 leaves[name] = StoredLeaf(tensorstore.open(_spec(folder, layout, name)).result())
@@ -331,21 +401,21 @@ def _spec(item: epath.Path, layout: Mapping[str, Any], name: str) -> dict[str, A
     return {"driver": driver, "kvstore": store(key)}
 
 
-def _restore_item(step: epath.Path, item: str, want: Any) -> Any:
+def _restore_item(folder: epath.Path, want: Any) -> Any:
     def place(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
         if leaf.sharding is None:
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
         return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape,
                                     dtype=leaf.dtype)
 
-    with _readable(step / item), ocp.PyTreeCheckpointer() as reader:
-        return reader.restore(files.absolute(step) / item, item=want,
+    with _readable(folder), ocp.PyTreeCheckpointer() as reader:
+        return reader.restore(files.absolute(folder), item=want,
                               restore_args=jax.tree.map(place, want))
 
 
-def _saved_shapes(step: epath.Path, item: str) -> dict[str, Any]:
-    with _readable(step / item):
-        return ocp.PyTreeCheckpointHandler().metadata(files.absolute(step) / item).tree
+def _saved_shapes(folder: epath.Path) -> dict[str, Any]:
+    with _readable(folder):
+        return ocp.PyTreeCheckpointHandler().metadata(files.absolute(folder)).tree
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ def to_hf(source: checkpoint.Checkpoint, target: epath.PathLike, *, layout: str 
     """Orbax checkpoint -> HF folder; the run's config rides along: config.json has no name for it.
 
     Args:
-      source: the checkpoint; averaged weights are taken where it has them.
+      source: the checkpoint; averaged weights are taken where it has them, adapters are merged.
       target: the folder to make; it appears when it is complete.
       layout: names of the keys and form of config.json: 'official', or 'hf' (transformers' own).
       dtype: of the weights; None keeps the checkpoint's.
@@ -95,8 +95,8 @@ def to_hf(source: checkpoint.Checkpoint, target: epath.PathLike, *, layout: str 
       {params, bytes} as to_orbax.
     """
     model = source.model()
-    orbax_io.check_shapes(orbax_io.find_step(source.path), hf_folder.param_shapes(model))
-    leaves = orbax_io.open_params(source.path)
+    source.check_shapes()
+    leaves = source.adapters().merged_lazily(orbax_io.open_params(source.path))
     config = {key: value for key, value in source.config.items() if key != "model"}
     kept = {name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype)
             for name, leaf in leaves.items()}

@@ -1,4 +1,4 @@
-"""An endless order of rows -> batches, with grain: shared out among places, skipped, stacked, resumed.
+"""An endless order of samples -> batches, with grain: shared out among places, packed, stacked, resumed.
 
 What a place of the batch takes does not depend on the process that reads it, so a run may go on
 with another number of processes. A broken sample is skipped, counted by file and line, and too many
@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
+from argenseg_jax.data import packing
 from argenseg_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -36,10 +37,11 @@ class BatchIterator(Iterator[Batch]):
     """Iterates over batches, and remembers which samples were taken and which of them were broken.
 
     All processes read one endless order of samples. Place r of a batch of B takes the samples r,
-    r + B, r + 2 B, ... of it, and a broken one is followed by the next of the same place. So each
-    place depends on nothing but how many samples it has taken, whoever reads it: the state is these
-    B numbers, the same for any number of processes, devices and workers, and a run that goes on
-    with another number of them takes every sample once, as if nothing had happened.
+    r + B, r + 2 B, ... of it, and a broken one is followed by the next of the same place. Where rows
+    are packed, some of the samples that a place has taken wait for a later row. So each place depends
+    on nothing but how many samples it has taken and which of them wait, whoever reads it: this is the
+    state, the same for any number of processes, devices and workers, and a run that goes on with
+    another number of them takes every sample once, as if nothing had happened.
 
     Attributes:
       broken: {message that names file and line: times seen} in this process's places, up to the
@@ -47,20 +49,22 @@ class BatchIterator(Iterator[Batch]):
       close: call it to end the reading threads and processes; otherwise they end with the iterator.
     """
 
-    def __init__(self, order: grain.MapDataset, batch_size: int, places: Sequence[int], *,
-                 max_broken: float = 0.01, workers: int = 0, threads: int = 2):
+    def __init__(self, order: grain.MapDataset, rows: packing.Packing, batch_size: int,
+                 places: Sequence[int], *, max_broken: float = 0.01, workers: int = 0,
+                 threads: int = 2):
         """Starts at the beginning.
 
         Args:
-          order: the endless order of rows (dicts of arrays) and Broken.
+          order: the endless order of pieces (dicts of arrays) and Broken.
+          rows: how pieces become rows.
           batch_size: B, rows of the global batch.
           places: the rows of it that come out here.
           max_broken: largest share of broken samples; more of them are a UserError.
           workers: most worker processes; they divide the places evenly among them.
           threads: that read in this process where there are no workers; 0 = the one that batches.
         """
-        self._order, self._size, self._max_broken, self._workers, self._threads = (
-            order, batch_size, max_broken, workers, threads)
+        self._order, self._packing, self._size = order, rows, batch_size
+        self._max_broken, self._workers, self._threads = max_broken, workers, threads
         self._open({place: _Taken() for place in places})
 
     def __next__(self) -> Batch:
@@ -75,8 +79,12 @@ class BatchIterator(Iterator[Batch]):
         return dict(total)
 
     def get_state(self) -> dict[str, Any]:
-        """{"taken", "broken": {place: ...}} of this process; that of a run has all processes' places."""
+        """{"taken", "waiting", "broken": {place: ...}} of this process; that of a run has all places.
+
+        Which samples wait is said by their numbers among those that the place has taken.
+        """
         return {"taken": {str(place): t.count for place, t in self._taken.items()},
+                "waiting": {str(place): list(t.waiting) for place, t in self._taken.items() if t.waiting},
                 "broken": {str(place): dict(t.broken) for place, t in self._taken.items() if t.broken}}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -92,13 +100,15 @@ class BatchIterator(Iterator[Batch]):
             raise UserError(f"the saved place in the data is of {len(known)} rows a batch, not of "
                             f"{self._size}: row {missing[0]} is not there")
         self.close()
-        self._open({p: _Taken(known[str(p)], collections.Counter(state["broken"].get(str(p), {})))
+        waiting = state.get("waiting", {})
+        self._open({p: _Taken(known[str(p)], tuple(waiting.get(str(p), ())),
+                              collections.Counter(state["broken"].get(str(p), {})))
                     for p in self._taken})
 
     def _open(self, taken: dict[int, _Taken]) -> None:
         self._taken = taken
-        rows = _Rows(self._order, self._size, {place: t.count for place, t in taken.items()},
-                     self._max_broken, threads=0 if self._workers else self._threads)
+        rows = _Rows(self._order, self._packing, self._size, taken, self._max_broken,
+                     threads=0 if self._workers else self._threads)
         if self._workers:
             if not flags.FLAGS.is_parsed():  # grain's workers read flags; a notebook has parsed none
                 flags.FLAGS.mark_as_parsed()
@@ -113,35 +123,38 @@ class BatchIterator(Iterator[Batch]):
 
 @dataclasses.dataclass(frozen=True)
 class _Taken:
-    """How many samples a place has taken, and the broken ones among them by reason."""
+    """How many samples a place has taken; which of them wait; the broken ones by reason."""
 
     count: int = 0
+    waiting: tuple[int, ...] = ()
     broken: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
 class _Row(NamedTuple):
-    """A row, the place that it is for, the samples that the place has taken by now, and the broken
-    ones that were skipped for it."""
+    """A row, the place that it is for, what the place has taken by now and which of it waits, and the
+    broken samples that were skipped for it."""
 
     arrays: Batch
     place: int
     count: int
+    waiting: tuple[int, ...]
     broken: tuple[str, ...]
 
 
 class _Rows(grain.IterDataset):
     """Endless _Rows of some places of the batch, in turn."""
 
-    def __init__(self, order: grain.MapDataset, stride: int, counts: Mapping[int, int],
-                 max_broken: float, threads: int):
+    def __init__(self, order: grain.MapDataset, rows: packing.Packing, stride: int,
+                 taken: Mapping[int, _Taken], max_broken: float, threads: int):
         super().__init__(order)
-        self.stride, self.counts, self.threads = stride, dict(counts), threads
+        self.packing, self.stride, self.threads = rows, stride, threads
+        self.taken = dict(taken)
         # In a row, which chance would not bring about; without such an end one could wait forever.
         self.most = SMALL / (1 - max_broken) if max_broken < 1 else math.inf
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
         """How grain gives each of its worker processes a share: some of the places."""
-        self.counts = dict(list(self.counts.items())[sl])
+        self.taken = dict(list(self.taken.items())[sl])
 
     def __iter__(self) -> _RowsIterator:
         return _RowsIterator(self._parent, self)
@@ -151,26 +164,15 @@ class _RowsIterator(grain.DatasetIterator):
 
     def __init__(self, order: grain.MapDataset, rows: _Rows):
         super().__init__()
-        self._order, self._rows, self._counts = order, rows, dict(rows.counts)
+        self._places = [_Place(order, rows, place, taken) for place, taken in rows.taken.items()]
         self._ready: collections.deque[_Row] = collections.deque()
         self._pool = futures.ThreadPoolExecutor(rows.threads) if rows.threads else None
 
     def __next__(self) -> _Row:
         if not self._ready:
-            self._ready.extend((self._pool.map if self._pool else map)(self._read, self._counts))
+            read = self._pool.map if self._pool else map
+            self._ready.extend(read(_Place.next_row, self._places))
         return self._ready.popleft()
-
-    def _read(self, place: int) -> _Row:
-        broken = []
-        while True:
-            row = self._order[place + self._rows.stride * self._counts[place]]
-            self._counts[place] += 1
-            if not isinstance(row, Broken):
-                return _Row(row, place, self._counts[place], tuple(broken))
-            broken.append(row.reason)
-            if len(broken) >= self._rows.most:
-                raise UserError(f"the next {len(broken)} samples are broken, one after another; the "
-                                f"last: {row.reason}")
 
     def get_state(self) -> dict[str, Any]:
         """Asked for by grain; what is saved comes with the rows."""
@@ -183,6 +185,43 @@ class _RowsIterator(grain.DatasetIterator):
         super().close()
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Place:
+    """Reads the samples of one place of the batch and fills its rows."""
+
+    def __init__(self, order: grain.MapDataset, rows: _Rows, place: int, taken: _Taken):
+        self._order, self._rows, self._place, self._count = order, rows, place, taken.count
+        self._resumed = taken.waiting  # numbers of samples to be read again
+        self._waiting: list[tuple[int, packing.Piece]] = []  # number and content, the oldest first
+
+    def next_row(self) -> _Row:
+        rule, broken = self._rows.packing, []
+        for number in self._resumed:
+            self._take(number, broken)
+        self._resumed = ()
+        chosen = packing.fill(rule, self._waiting, lambda count: self._fill(count, broken))
+        return _Row(rule.join(chosen), self._place, self._count, tuple(n for n, _ in self._waiting),
+                    tuple(broken))
+
+    def _fill(self, length: int, broken: list[str]) -> None:
+        """Reads until so many samples wait."""
+        in_turn = 0
+        while len(self._waiting) < length:
+            in_turn = 0 if self._take(self._count, broken) else in_turn + 1
+            self._count += 1
+            if in_turn >= self._rows.most:
+                raise UserError(f"the next {in_turn} samples are broken, one after another; the last: "
+                                f"{broken[-1]}")
+
+    def _take(self, number: int, broken: list[str]) -> bool:
+        """Whether sample `number` of this place could be read."""
+        piece = self._order[self._place + self._rows.stride * number]
+        if isinstance(piece, Broken):
+            broken.append(piece.reason)
+            return False
+        self._waiting.append((number, piece))
+        return True
 
 
 class _Batches(grain.IterDataset):
@@ -208,7 +247,8 @@ class _BatchesIterator(grain.DatasetIterator):
             row = next(self._parent)
             before = self._taken[row.place].broken
             self._taken[row.place] = _Taken(
-                row.count, before + collections.Counter(row.broken) if row.broken else before)
+                row.count, row.waiting,
+                before + collections.Counter(row.broken) if row.broken else before)
             rows[row.place] = row.arrays
             if row.broken:
                 self._judge(row.broken[-1])

@@ -1,4 +1,4 @@
-"""Samples -> rows of numpy arrays, in one endless order: encode, mix, shuffle, repeat, with grain.
+"""Samples -> numpy arrays, in one endless order: encode, mix, shuffle, repeat, with grain.
 
 The order is a function of (seed, index) alone; data/batches.py shares it out among the rows of the
 batch. A sample that cannot be used leaves `Broken` in its place.
@@ -12,7 +12,7 @@ from typing import Any
 import grain.python as grain
 import numpy as np
 
-from argenseg_jax.data import prompt, sources, transforms
+from argenseg_jax.data import packing, prompt, sources, transforms
 from argenseg_jax.data.augment import Augment, recolour
 from argenseg_jax.data.batches import Batch, BatchIterator, Broken
 from argenseg_jax.data.sample import Sample
@@ -54,7 +54,10 @@ class DataConfig:
       threads: of these; 0 reads in the one thread that fills the batches, which is quickest for
         drawn scenes, where threads only wait for one another.
       root: directory that relative paths of the sources start from.
+      pack: several samples share a row; so many wait at each place of the batch to fill its next
+        row. 0 = one sample a row.
       max_tiles: P, tiles of a row; a picture is cut into as many as its grid asks for, within P.
+      sample_tiles: most tiles of one sample; 0 = max_tiles.
       max_masks: M, masks of a row.
       pad_to_square: keep the aspect ratio of images and masks, and pad them.
       augment: disturb photographs (data/augment.py).
@@ -71,7 +74,9 @@ class DataConfig:
     workers: int = 0
     threads: int = 2
     root: str = ""
+    pack: int = 0
     max_tiles: int = 1
+    sample_tiles: int = 0
     max_masks: int = 1
     pad_to_square: bool = False
     augment: bool = False
@@ -102,8 +107,21 @@ class Encoder:
     tokenizer: Tokenizer | None = None  # the `vqvae` task has no text
     augment: Augment = Augment()
 
+    @property
+    def packing(self) -> packing.Packing:
+        """How pieces of the LM task become rows."""
+        c = self.config
+        room = {"tokens": c.max_tokens, "labels": c.max_labels or c.max_tokens, "tiles": c.max_tiles,
+                "masks": c.max_masks}
+        pad = self.tokenizer.vocab.pad
+        return packing.Packing(room, packing.size, lambda pieces: packing.join(pieces, room, pad), c.pack)
+
     def training_row(self, sample: Sample, rng: np.random.Generator) -> Batch:
-        """One row of the LM task; SampleError where the sample does not fit into it."""
+        """A row of the LM task with one sample."""
+        return self.packing.join([self.piece(sample, rng)])
+
+    def piece(self, sample: Sample, rng: np.random.Generator) -> packing.Piece:
+        """A sample of the LM task as it goes into a row; SampleError where it does not fit into one."""
         name, config, turns = _name(sample), self.config, sample.conversations
         sample = self._disturbed(sample, rng)
         if config.recolour and rng.random() < config.recolour:
@@ -126,14 +144,9 @@ class Encoder:
         if len(sample.masks) > config.max_masks:
             raise SampleError(f"{name}: {len(sample.masks)} masks, "
                               f"data.max_masks is {config.max_masks}")
-        masks = self._masks(sample)
-        width, side = config.max_tokens, self.geometry.mask_size
-        return {"tokens": _padded(tokens, width, self.tokenizer.vocab.pad),
-                "labels": _padded(labels, width, IGNORE),
-                "positions": _padded(np.arange(len(tokens), dtype=np.int32), width, 0),
-                "segment_ids": _padded(np.ones(len(tokens), np.int32), width, 0),
-                "tiles": tiles,
-                "masks": _stacked(masks, config.max_masks, (side, side, 3))}
+        side = self.geometry.mask_size
+        masks = np.asarray(self._masks(sample), np.uint8).reshape(-1, side, side, 3)
+        return {"tokens": tokens, "labels": labels, "tiles": tiles, "masks": masks}
 
     def mask_row(self, sample: Sample, rng: np.random.Generator) -> Batch:
         """One row of the VQ-VAE task: one of the sample's masks."""
@@ -147,17 +160,19 @@ class Encoder:
         return self.augment(sample, rng) if disturb else sample
 
     def _tiles(self, sample: Sample, name: str) -> tuple[np.ndarray, list[int]]:
-        """(tiles u8[P, S, S, 3], zero beyond the used ones; tiles per image)."""
-        room, side = self.config.max_tiles, self.geometry.image_size
+        """(tiles u8[p, S, S, 3]; tiles per image)."""
+        side, key = self.geometry.image_size, "sample_tiles" if self.config.sample_tiles else "max_tiles"
+        room = min(getattr(self.config, key), self.config.max_tiles)
         if len(sample.images) > room:
-            raise SampleError(f"{name}: {len(sample.images)} images, data.max_tiles is {room}")
+            raise SampleError(f"{name}: {len(sample.images)} images, data.{key} is {room}")
         share = room // max(len(sample.images), 1)
         # The thumbnail takes one place, and a grid of one tile has none.
         most = max(min(share - 1, sample.meta.get("max_tiles", share)), 1)
         cut = [transforms.image_tiles(i, side, most, pad=self.config.pad_to_square)
                for i in sample.images]
         tiles = [tile for of_image in cut for tile in of_image]
-        return _stacked(tiles, room, (side, side, 3)), [len(of_image) for of_image in cut]
+        return (np.asarray(tiles, np.uint8).reshape(-1, side, side, 3),
+                [len(of_image) for of_image in cut])
 
     def _masks(self, sample: Sample) -> list[np.ndarray]:
         return [transforms.resize_mask(m, self.geometry.mask_size, pad=self.config.pad_to_square)
@@ -167,20 +182,6 @@ class Encoder:
 def _name(sample: Sample) -> str:
     meta = sample.meta
     return str(meta.get("line") or f"{meta.get('source', 'sample')}:{meta.get('id', '?')}")
-
-
-def _padded(row: np.ndarray, length: int, fill: int) -> np.ndarray:
-    padded = np.full(length, fill, np.int32)
-    padded[:len(row)] = row
-    return padded
-
-
-def _stacked(items: Sequence[np.ndarray], room: int, shape: tuple[int, ...]) -> np.ndarray:
-    """u8[room, *shape]: the items, then zeros."""
-    stacked = np.zeros((room, *shape), np.uint8)
-    for k, item in enumerate(items):
-        stacked[k] = item
-    return stacked
 
 
 # ---------------------------------------------------------------------------------- training
@@ -203,8 +204,9 @@ def train_iterator(config: Mapping[str, Any] | DataConfig, tokenizer: Tokenizer 
     Returns:
       An iterator with `get_state()`, `set_state(state)`, `broken` and `close()`. Batches, of
       b = len(places) rows:
-        lm     tokens, labels, positions, segment_ids i32[b, T] (right padded; segment 0 = padding),
-               tiles u8[b, P, S, S, 3] and masks u8[b, M, R, R, 3], zero beyond a row's own ones.
+        lm     tokens, labels, positions, segment_ids i32[b, T] (segments 1, 2, ... of a row are its
+               samples; 0 = padding, on the right), tiles u8[b, P, S, S, 3] and masks
+               u8[b, M, R, R, 3] in the order of the samples, zero beyond a row's own ones.
         vqvae  masks u8[b, R, R, 3].
 
     Raises:
@@ -212,13 +214,16 @@ def train_iterator(config: Mapping[str, Any] | DataConfig, tokenizer: Tokenizer 
     """
     config = DataConfig.of(config)
     encoder = Encoder(config, geometry, tokenizer)
-    encode = {"lm": encoder.training_row, "vqvae": encoder.mask_row}[task]
+    if task == "lm":
+        encode, rows = encoder.piece, encoder.packing
+    else:
+        encode, rows = encoder.mask_row, packing.Packing({}, lambda piece: {}, lambda pieces: pieces[0])
     parts = sources.open_mixture(config.sources, config.root)
     seeds = np.random.SeedSequence(seed).generate_state(len(parts))
     mixed = [_stream(part, encode, int(s)) for part, s in zip(parts, seeds)]
     order = (mixed[0] if len(mixed) == 1 else
              grain.MapDataset.mix(mixed, weights=[part.weight for part in parts]))
-    return BatchIterator(order, batch_size, range(batch_size) if places is None else places,
+    return BatchIterator(order, rows, batch_size, range(batch_size) if places is None else places,
                          max_broken=config.max_broken, workers=config.workers,
                          threads=config.threads)
 
@@ -234,8 +239,8 @@ def batch_shapes(config: Mapping[str, Any] | DataConfig, geometry: Geometry, row
 
 
 def _stream(part: sources.Part, encode, seed: int) -> grain.MapDataset:
-    """An endless shuffled stream of rows (or Broken) of one source."""
-    def load(index: int, rng: np.random.Generator) -> Batch | Broken:
+    """An endless shuffled stream of pieces (or Broken) of one source."""
+    def load(index: int, rng: np.random.Generator) -> packing.Piece | Broken:
         try:
             return encode(sources.draw(part.source, index, rng), rng)
         except SampleError as error:

@@ -63,7 +63,7 @@ class Mlp(nn.Module):
             return layers.dense(width, self.dtype, bias=False, name=name)
 
         y = jax.nn.silu(dense(self.hidden, "gate")(x)) * dense(self.hidden, "up")(x)
-        return dense(x.shape[-1], "down")(sharding.constrain(y, "act_batch", "act_len", "act_ffw"))
+        return dense(x.shape[-1], "down")(sharding.constrain(y, "act_batch", None, "act_ffw"))
 
 
 class Block(nn.Module):
@@ -185,7 +185,7 @@ class DecoderLM(nn.Module):
         """[B, T, D] -> f32[B, T, V] (padding rows included)."""
         y = jnp.einsum("...D,DV->...V", hidden.astype(self.dtype), self.head_matrix(),
                        preferred_element_type=jnp.float32)
-        return sharding.constrain(y, "act_batch", "act_len", "act_vocab")
+        return sharding.constrain(y, "act_batch", None, "act_vocab")
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         return KVCache.empty(self.depth, batch, capacity, self.kv_heads, self.head_dim, self.dtype,

@@ -4,6 +4,7 @@ Axes: B batch, T length, H head dim, D width, F MLP width, L layers.
 """
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -72,7 +73,49 @@ class Int8:
         return cls(jnp.round(kernel / scale).astype(jnp.int8), jnp.squeeze(scale, inputs))
 
 
-def flat_dot_general(x: Array, kernel: Array | Int8, dimension_numbers: Any, precision: Any = None,
+@flax.struct.dataclass
+class Adapted:
+    """A kernel [*in, *out] and what is added to it: a [I, r] times b [r, O], over the flat axes.
+
+    Stands where a dense layer's kernel array would be, like Int8; see models/lora.py.
+    """
+
+    kernel: Array
+    a: Array
+    b: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+
+@flax.struct.dataclass
+class GradIn:
+    """A kernel whose gradient is computed, and so summed over devices, in a dtype of its own.
+
+    Stands where a dense layer's kernel array would be. A plain kernel's gradient has the dtype of the
+    computation, and is rounded to it on every device before the sum.
+    """
+
+    kernel: Array
+    dtype: jnp.dtype = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+
+Kernel = Array | Int8 | Adapted | GradIn
+# Paths of the kernels that `dense` has made.
+DENSE = r"(llm|vision)/layers/(attn|mlp)/\w+/kernel|connector/fc\d/kernel"
+
+
+def kernel_inputs(path: str) -> int:
+    """How many of the axes of a dense layer's kernel are inputs: heads and their width of attn/o."""
+    return 2 if path.endswith("/attn/o/kernel") else 1
+
+
+def flat_dot_general(x: Array, kernel: Kernel, dimension_numbers: Any, precision: Any = None,
                      preferred_element_type: Any = None) -> Array:
     """dot_general of a dense layer as one 2-D matmul.
 
@@ -86,12 +129,37 @@ def flat_dot_general(x: Array, kernel: Array | Int8, dimension_numbers: Any, pre
             or tuple(onto) != tuple(range(n)):
         raise ValueError(f"not the contraction of a dense layer: {dimension_numbers}")
     depth = math.prod(kernel.shape[:n])
+    if isinstance(kernel, Adapted):
+        y = flat_dot_general(x, kernel.kernel, dimension_numbers, precision, preferred_element_type)
+        return y + (x.reshape(-1, depth) @ kernel.a @ kernel.b).reshape(y.shape).astype(y.dtype)
+    if isinstance(kernel, GradIn):
+        y = _product(x.reshape(-1, depth), kernel.kernel.reshape(depth, -1), kernel.dtype)
+        return y.reshape(*x.shape[:x.ndim - n], *kernel.shape[n:])
     if isinstance(kernel, Int8):
         y = flat_dot_general(x, kernel.values.astype(x.dtype), dimension_numbers, precision)
         return y * kernel.scale.astype(y.dtype)
     y = jax.lax.dot_general(x.reshape(-1, depth), kernel.reshape(depth, -1), (((1,), (0,)), ((), ())),
                             precision=precision, preferred_element_type=preferred_element_type)
     return y.reshape(*x.shape[:x.ndim - n], *kernel.shape[n:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, kernel: Array, grad_dtype: jnp.dtype) -> Array:
+    """x [T, I] times kernel [I, O] in the dtype of x, whatever that of the kernel."""
+    return x @ kernel.astype(x.dtype)
+
+
+def _product_fwd(x: Array, kernel: Array, grad_dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel, grad_dtype), (x, kernel)
+
+
+def _product_bwd(grad_dtype: jnp.dtype, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    into_kernel = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=grad_dtype)
+    return dy @ kernel.astype(x.dtype).T, into_kernel.astype(kernel.dtype)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 def dense(features: int | tuple[int, ...], dtype: jnp.dtype, *, inputs: int = 1, bias: bool = True,
@@ -101,10 +169,13 @@ def dense(features: int | tuple[int, ...], dtype: jnp.dtype, *, inputs: int = 1,
                            dot_general=flat_dot_general, promote_dtype=_promote, name=name)
 
 
-def _promote(x: Array, kernel: Array | Int8, bias: Array | None, dtype: jnp.dtype
-             ) -> tuple[Array, Array | Int8, Array | None]:
-    """flax's promotion to the compute dtype, but for kernels that stay in eight bits."""
-    if isinstance(kernel, Int8):
+def _promote(x: Array, kernel: Kernel, bias: Array | None, dtype: jnp.dtype
+             ) -> tuple[Array, Kernel, Array | None]:
+    """flax's promotion to the compute dtype, but for kernels that are promoted where they are used."""
+    if isinstance(kernel, Adapted):
+        x, bias, *parts = promote_dtype(x, bias, kernel.kernel, kernel.a, kernel.b, dtype=dtype)
+        return x, Adapted(*parts), bias
+    if isinstance(kernel, Int8 | GradIn):
         x, bias = promote_dtype(x, bias, dtype=dtype)
         return x, kernel, bias
     return promote_dtype(x, kernel, bias, dtype=dtype)

@@ -37,7 +37,7 @@ def lm_step(model: ARGenSeg, shapes: Mapping[str, Any], trainable: Callable[[str
       tiles, masks: per row, padding included (it is computed as well).
     """
     kernels = {path: math.prod(leaf.shape) for path, leaf in trees.flatten(shapes).items()
-               if path.endswith("/kernel") or path == "llm/embed/embedding"}
+               if path.endswith(("/kernel", "/lora_a", "/lora_b")) or path == "llm/embed/embedding"}
     vit, llm = model.vision, model.llm
     if not llm.tied:
         del kernels["llm/embed/embedding"]  # a look-up; a tied one is the head as well

@@ -130,6 +130,7 @@ class _PhaseRunner:
 
     def start(self, params: Params) -> tuple[TrainState, Iterator]:
         """The first state of the phase."""
+        self.checkpoints.begin_phase()
         return self.program.new_state(params), self.phase.data(self.mesh)
 
     def restore(self, step: int) -> tuple[TrainState, Iterator]:
@@ -144,7 +145,10 @@ class _PhaseRunner:
     def save(self, step: int, state: TrainState, data: Iterator) -> None:
         if self.checkpoints.latest() != step:
             meta = {"phase": self.phase.task.name, "step": step}
-            self.checkpoints.save(step, *_parts(state), meta, data.get_state(), self.log.last())
+            params, ema, rest = _parts(state)
+            params, frozen = trees.split(params, self.program.changes)
+            self.checkpoints.save(step, params, ema, rest, meta, data.get_state(), self.log.last(),
+                                  frozen=frozen)
 
     def train(self, state: TrainState, data: Iterator) -> TrainState:
         """Steps until the end of the phase; saves on the way, at the end, and on SIGTERM."""
@@ -185,8 +189,8 @@ class _PhaseRunner:
         numbers |= {"skipped": int(state.skipped), "broken": broken,
                     "lr": float(self.program.schedule(step - 1 - self.begin)),
                     "rows_per_second": self.phase.global_batch / numbers["seconds_per_step"]}
-        if "tokens_per_second" in numbers:
-            numbers["tokens_per_second"] *= jax.process_count()
+        for name in {"tokens_per_second", "samples_per_second"} & numbers.keys():
+            numbers[name] *= jax.process_count()
         device = jax.local_devices()[0]
         if self.program.flops and (peak := flops.peak(device.device_kind)):
             numbers["mfu"] = self.program.flops / numbers["seconds_per_step"] / (peak * self.mesh.size)

@@ -5,6 +5,7 @@ Axes: B rows, T places, M masks a row, N codes a mask, V padded vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from argenseg_jax import trees
 from argenseg_jax.models.argenseg import ARGenSeg
+from argenseg_jax.models.layers import DENSE, GradIn
+from argenseg_jax.models.lora import Lora
 from argenseg_jax.train import vqvae_loss
 from argenseg_jax.vocab import IGNORE
 
@@ -49,6 +53,7 @@ class Task:
       init_extra: params -> the task's own state (None if it has none).
       normalizer: whole batch -> denominators, so that accumulated microbatches give exact means.
       loss: (params, extra, microbatch, rng, norm) -> (loss, Aux).
+      overridden: regexes of those `frozen` parameters that the loss sets itself, by Aux.overrides.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Task:
     init_extra: Callable[[Params], Any]
     normalizer: Callable[[Batch], dict[str, Array]]
     loss: Callable[[Params, Any, Batch, Array, dict[str, Array]], tuple[Array, Aux]]
+    overridden: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +213,13 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
                       "code_accuracy": accuracy, **by_scale})
 
 
-def lm_task(model: ARGenSeg, opts: LMOptions, frozen: tuple[str, ...] = ()) -> Task:
-    """Fine-tunes everything but the VQ-VAE and what `frozen` names."""
+def lm_task(model: ARGenSeg, opts: LMOptions, lora: Lora = Lora(), grad_dtype: str = "") -> Task:
+    """Fine-tunes everything but the VQ-VAE; with adapters, them and what `lora.also` names.
+
+    `grad_dtype`: of the gradients of dense layers, in which they are summed over devices; '' = that of
+    the computation.
+    """
+    summed = jnp.dtype(grad_dtype) if grad_dtype else None
 
     def normalizer(batch: Batch) -> dict[str, Array]:
         ids, is_code, _ = targets(model, batch["labels"], None)
@@ -216,8 +227,14 @@ def lm_task(model: ARGenSeg, opts: LMOptions, frozen: tuple[str, ...] = ()) -> T
         return {"text": jnp.maximum(text, 1).astype(jnp.float32),
                 "codes": jnp.maximum(jnp.sum(is_code), 1).astype(jnp.float32)}
 
-    return Task("lm", ("vqvae/.*", *frozen), lambda params: None, normalizer,
-                lambda params, extra, batch, rng, norm: lm_loss(model, params, batch, rng, norm, opts))
+    def loss(params: Params, extra: Any, batch: Batch, rng: Array, norm: Any) -> tuple[Array, Aux]:
+        params = lora.adapted(params)
+        if summed:
+            params = trees.map_named(lambda path, x: GradIn(x, summed) if isinstance(x, jax.Array)
+                                     and re.fullmatch(DENSE, path) else x, params)
+        return lm_loss(model, params, batch, rng, norm, opts)
+
+    return Task("lm", ("vqvae/.*", *lora.held()), lambda params: None, normalizer, loss)
 
 
 def vqvae_task(model: ARGenSeg) -> Task:
@@ -232,4 +249,5 @@ def vqvae_task(model: ARGenSeg) -> Task:
 
     return Task("vqvae", ("(vision|connector|llm|visual)/.*", f"vqvae/{vqvae_loss.CODEBOOK}"),
                 lambda params: vqvae_loss.init_state(model.vqvae),
-                lambda batch: {"rows": jnp.float32(batch["masks"].shape[0])}, loss)
+                lambda batch: {"rows": jnp.float32(batch["masks"].shape[0])}, loss,
+                overridden=(f"vqvae/{vqvae_loss.CODEBOOK}",))

@@ -94,15 +94,18 @@ class Interval:
     def __init__(self):
         self._steps: list[Mapping[str, Any]] = []
         self._begin = time.perf_counter()
-        self._waited = self._tokens = 0.0
+        self._waited = self._tokens = self._samples = self._places = 0.0
 
     def next(self, data: Iterator[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
-        """The next batch; counts how long it took, and the tokens in it that are no padding."""
+        """The next batch; counts how long it took, its samples, and its tokens that are no padding."""
         begin = time.perf_counter()
         batch = next(data)
         self._waited += time.perf_counter() - begin
         if "segment_ids" in batch:
-            self._tokens += np.count_nonzero(batch["segment_ids"])
+            segments = batch["segment_ids"]
+            self._tokens += np.count_nonzero(segments)
+            self._samples += segments.max(axis=1).sum()
+            self._places += segments.size
         return batch
 
     def add(self, metrics: Mapping[str, Any]) -> None:
@@ -110,14 +113,17 @@ class Interval:
         self._steps.append(metrics)
 
     def mean(self, get: Callable[[Any], Any]) -> dict[str, float]:
-        """Means over the finite values, seconds_per_step, and this process's tokens_per_second and
-        data_wait (share of the time); `get` brings arrays to the host."""
+        """Means over the finite values, seconds_per_step, and of this process tokens_per_second,
+        samples_per_second, padding (share of the places) and data_wait (share of the time); `get` brings
+        arrays to the host."""
         steps, self._steps = get(self._steps), []
         now = time.perf_counter()
         speeds = {"data_wait": self._waited / (now - self._begin)}
         if self._tokens:
             speeds["tokens_per_second"] = self._tokens / (now - self._begin)
-        self._waited = self._tokens = 0.0
+            speeds["samples_per_second"] = self._samples / (now - self._begin)
+            speeds["padding"] = 1 - self._tokens / self._places
+        self._waited = self._tokens = self._samples = self._places = 0.0
         seconds, self._begin = (now - self._begin) / len(steps), now
         values = {k: np.asarray([s[k] for s in steps], np.float64) for k in steps[-1]}
         means = {k: float(v[np.isfinite(v)].mean()) if np.isfinite(v).any() else math.nan

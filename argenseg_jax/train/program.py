@@ -31,7 +31,8 @@ class Program:
       step: jitted, (state (donated), batch) -> (state, metrics); see step.make_train_step.
       shapes, layout: TrainStates of ShapeDtypeStruct and of NamedSharding.
       schedule: update of the phase -> learning rate.
-      trainable: path -> whether the step changes the parameter.
+      trainable: path -> whether the optimizer changes the parameter.
+      changes: path -> whether it or the loss does; what never changes is saved once.
       flops: operations of one step over all devices, None where nobody counted.
       sizes: for people: how much is trained, and how much every device holds whole.
     """
@@ -42,6 +43,7 @@ class Program:
     layout: TrainState
     schedule: Callable[[Any], Any]
     trainable: Callable[[str], bool]
+    changes: Callable[[str], bool]
     flops: float | None
     sizes: str
 
@@ -88,6 +90,7 @@ def build(cfg: Mapping[str, Any], phase: Phase, shapes: Params, mesh: Mesh,
         new_state=jax.jit(new_state, out_shardings=layout, donate_argnums=0),
         step=jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),
         shapes=state, layout=layout, schedule=schedule, trainable=trainable,
+        changes=lambda path: trainable(path) or trees.match(task.overridden, path),
         flops=phase.flops(shapes, trainable) if phase.flops else None, sizes=sizes)
 
 

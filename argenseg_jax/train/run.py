@@ -1,7 +1,6 @@
 """From a config to a run: builds model, tokenizer, tasks and data, and hands them to the loop."""
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from argenseg_jax.errors import UserError
 from argenseg_jax.eval import evaluator, pictures
 from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import ARGenSeg, init_params
+from argenseg_jax.models.lora import Lora, is_adapter
 from argenseg_jax.train import flops, loop, losses
 from argenseg_jax.train.state import Params, Phase
 
@@ -37,7 +37,7 @@ def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | No
     model = build_model(cfg)
     source = checkpoint.open_checkpoint(cfg["init_from"]) if cfg["init_from"] else None
     tokenizer = checkpoint.tokenizer_for(model, source)
-    return loop.run(cfg, workdir, phases(cfg, model, tokenizer), init_fn(model),
+    return loop.run(cfg, workdir, phases(cfg, model, tokenizer), init_fn(model, adapters(cfg)),
                     load=source and (lambda shapes: known_weights(source, shapes)),
                     beside={checkpoint.TOKENIZER: tokenizer.save}, profile=profile)
 
@@ -48,9 +48,14 @@ def build_model(cfg: Mapping[str, Any]) -> ARGenSeg:
                            "remat": cfg["train"]["remat"]})
 
 
-def init_fn(model: ARGenSeg) -> Callable[[jax.Array], Params]:
-    """rng -> fresh parameters of the whole model."""
-    return functools.partial(init_params, model)
+def adapters(cfg: Mapping[str, Any]) -> Lora:
+    """The low-rank adapters of a config."""
+    return Lora(**cfg["train"]["lora"])
+
+
+def init_fn(model: ARGenSeg, lora: Lora = Lora()) -> Callable[[jax.Array], Params]:
+    """rng -> fresh parameters of the whole model, adapters included."""
+    return lambda rng: lora.add(init_params(model, rng), jax.random.fold_in(rng, 1))
 
 
 def known_weights(source: checkpoint.Checkpoint, shapes: Params) -> Params:
@@ -65,10 +70,10 @@ def known_weights(source: checkpoint.Checkpoint, shapes: Params) -> Params:
              if n in want and x.shape == want[n].shape}
     if not known:
         raise UserError(f"init_from={source.path}: none of its parameters fits this model")
-    if fresh := set(want) - set(known):
+    if fresh := {name for name in want if name not in known and not is_adapter(name)}:
         parts = {n.split("/")[0] for n in fresh} - {n.split("/")[0] for n in known}
         names = {f"{n.split('/')[0]}/*" if n.split("/")[0] in parts else n for n in fresh}
-        print(f"init_from={source.path}: {len(known)} of {len(want)} arrays fit; these start fresh: "
+        print(f"init_from={source.path}: {len(known)} of {len(known) + len(fresh)} arrays fit; these start fresh: "
               + ", ".join(sorted(names)), file=sys.stderr)
     return trees.unflatten(known)
 
@@ -76,12 +81,12 @@ def known_weights(source: checkpoint.Checkpoint, shapes: Params) -> Params:
 def sampler(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer, part: sources.Part
             ) -> Callable[[Params], dict[str, np.ndarray]]:
     """params -> pictures of a few training samples: image | truth | prediction."""
-    predictor = Predictor(model, {}, tokenizer, cfg)
+    predictor, lora = Predictor(model, {}, tokenizer, cfg), adapters(cfg)
     samples = [part.source[i] for i in range(min(SAMPLES, part.length))]
     samples = [s for s in samples if s.images and s.masks]
 
     def draw(params: Params) -> dict[str, np.ndarray]:
-        predictor.engine.params = params
+        predictor.engine.params = lora.merged(params)
         results = predictor.segment_batch([evaluator.request(s) for s in samples])
         drawn = {}
         for i, (sample, result) in enumerate(zip(samples, results)):
@@ -126,12 +131,19 @@ def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer | None)
     key = "max_labels" if data["max_labels"] else "max_tokens"
     if lm["loss"]["chunk"] and data[key] % lm["loss"]["chunk"]:
         raise UserError(f"train.loss.chunk={lm['loss']['chunk']} does not divide data.{key}={data[key]}")
+    llm = model.llm
+    if data["pack"] and llm.ntk_factor > 1 and data["max_tokens"] > llm.max_positions:
+        raise UserError(f"data.pack: beyond {llm.max_positions} tokens this model turns positions by the "
+                        "length of the row, so samples may not share one; lower data.max_tokens")
     listed = []
     if vq["steps"]:
         listed.append(Phase(losses.vqvae_task(model), vq["steps"], vq["batch"], 0, vq,
                             batches("vqvae", vq["batch"], cfg["seed"] + 1)))
     if lm["steps"]:
-        task = losses.lm_task(model, losses.LMOptions(**lm["loss"], max_labels=data["max_labels"]))
+        options = losses.LMOptions(**lm["loss"], max_labels=data["max_labels"])
+        if lm["grad_dtype"] not in ("", "float32", "bfloat16"):
+            raise UserError(f"train.grad_dtype='{lm['grad_dtype']}'; there are float32, bfloat16, ''")
+        task = losses.lm_task(model, options, adapters(cfg), lm["grad_dtype"])
         draws = sampler(cfg, model, tokenizer, parts[0]) if parts and lm["sample_every"] else None
         listed.append(Phase(task, lm["steps"], lm["global_batch"], lm["microbatch"], cfg["optim"],
                             batches("lm", lm["global_batch"], cfg["seed"]), draws,

@@ -81,6 +81,9 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, trainable: Cal
         else:
             total, (overrides, extra) = _accumulate(part, carry, rest, batch, microbatches)
 
+        if strange := [name for name in overrides if not trees.match(task.overridden, name)]:
+            raise ValueError(f"the loss of task '{task.name}' sets {strange}, which its `overridden` "
+                             "does not name: checkpoints would miss the change")
         grads, grad_norm = total["grads"], optax.tree.norm(total["grads"])
         ok = jnp.isfinite(total["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, trained)

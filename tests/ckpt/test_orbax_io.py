@@ -65,7 +65,7 @@ def test_restores_into_shardings(tmp_path):
 def test_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step, seed=step, keep=2)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]  # nothing is frozen
     same(orbax_io.restore_params(str(tmp_path)), params(3))
 
 
@@ -80,6 +80,43 @@ def test_the_best_is_kept_too(tmp_path, best, kept):
         assert checkpoints.best_step() == (kept if best else None)
     with pytest.raises(UserError, match="keep_best='loss': write min:NAME or max:NAME"):
         orbax_io.Checkpointer(str(tmp_path), best="loss")
+
+
+def frozen(value):
+    return {"llm": {"base": {"kernel": jnp.full((2, 3), value)}}}
+
+
+def test_what_is_frozen_is_written_once_a_phase(tmp_path):
+    """Three phases: the steps of the first two refer to their own; later ones vanish with their steps."""
+    def saved(checkpoints, step, value, index):
+        checkpoints.save(step, params(step), {}, {"step": jnp.int32(step)}, {"phase": "lm"},
+                         {"index": index}, frozen=value and frozen(value))
+
+    folder = tmp_path / "checkpoints" / "frozen"
+    with orbax_io.Checkpointer(str(tmp_path), keep=2) as checkpoints:
+        saved(checkpoints, 1, 1.0, 0)
+        saved(checkpoints, 2, 1.0, 0)
+        assert [p.name for p in folder.iterdir()] == ["1"]
+        checkpoints.begin_phase()
+        saved(checkpoints, 3, 7.0, 0)
+    (folder / "9" / "params.orbax-checkpoint-tmp").mkdir(parents=True)  # a kill has left this
+    for step, value in ((2, 1.0), (3, 7.0)):
+        path = tmp_path / "checkpoints" / str(step)
+        whole = {"llm": {**params(step)["llm"], **frozen(value)["llm"]}}
+        same(orbax_io.restore_params(path), whole)
+        orbax_io.check_shapes(path, whole)
+        leaves = orbax_io.open_params(path)
+        same(leaves["llm/base/kernel"][...], frozen(value)["llm"]["base"]["kernel"])
+    with orbax_io.Checkpointer(str(tmp_path), keep=2) as checkpoints:
+        got = checkpoints.restore(3, abstract(whole), {}, abstract({"step": jnp.int32(0)}))
+        same(got[0], whole)
+        saved(checkpoints, 4, 7.0, 1)  # the same phase goes on
+        saved(checkpoints, 5, 7.0, 2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "5", "frozen"]
+    assert [p.name for p in folder.iterdir()] == ["3"]
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="5 lacks what was frozen in training, .*frozen/3/params: copy"):
+        orbax_io.restore_params(tmp_path)
 
 
 def test_states_of_several_processes_are_one():

@@ -81,3 +81,24 @@ def test_rope_2d_turns_by_place_and_picture():
     same = score((.5, .5), (.5, .5))
     for other in (((.5, .5), (.25, .5)), ((.5, .5), (.5, .25)), ((.5, .5), (.5, .5), 9)):
         assert abs(score(*other) - same) > 1e-2
+
+
+def test_the_gradient_of_a_kernel_has_a_dtype_of_its_own():
+    """In bfloat16 the sum over rows is rounded before it leaves a device, in float32 it is not."""
+    x = jax.random.normal(jax.random.key(0), (3, 5, 8))
+    layer = layers.dense((2, 4), jnp.bfloat16, bias=False)
+    kernel = layer.init(jax.random.key(1), x)["params"]["kernel"]
+
+    def grads(wrap):
+        return jax.grad(lambda k, x: jnp.sum(jnp.sin(layer.apply({"params": {"kernel": wrap(k)}}, x))),
+                        argnums=(0, 1))(kernel, x)
+
+    plain = grads(lambda k: k)
+    fine, coarse = (grads(lambda k: layers.GradIn(k, jnp.dtype(d))) for d in ("float32", "bfloat16"))
+    rounded = lambda g: g.astype(jnp.bfloat16).astype(jnp.float32)
+    assert np.array_equal(coarse[0], plain[0]) and np.array_equal(coarse[0], rounded(coarse[0]))
+    assert not np.array_equal(fine[0], rounded(fine[0]))
+    np.testing.assert_allclose(fine[0], coarse[0], rtol=0.02, atol=0.02)
+    for grad in (fine, coarse):
+        assert np.array_equal(grad[1], plain[1])  # that of the input is as it was
+        assert grad[0].dtype == jnp.float32

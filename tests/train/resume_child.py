@@ -1,8 +1,8 @@
 """Trains the toy task in a workdir, and kills its own process with SIGKILL.
 
-    python -m tests.train.resume_child WORKDIR batch|save N
+    python -m tests.train.resume_child WORKDIR batch|save|frozen N
 
-before it takes batch N, or while step N is being written.
+before it takes batch N, or while step N, or what is frozen from there on, is being written.
 """
 import os
 import pathlib
@@ -21,9 +21,9 @@ def end():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def watch(folder: pathlib.Path, step: int) -> None:
-    """Waits for the first files of a step that has not got its name yet."""
-    while not any(any(p.iterdir()) for p in folder.glob(f"{step}.orbax-checkpoint-tmp*")):
+def watch(folder: pathlib.Path, pattern: str) -> None:
+    """Waits for the first files in a folder that has not got its name yet."""
+    while not any(any(p.iterdir()) for p in folder.glob(f"{pattern}.orbax-checkpoint-tmp*")):
         time.sleep(0.0005)
     end()
 
@@ -35,9 +35,10 @@ def main(workdir: str, moment: str, number: int) -> None:
                 end()
             return super().__next__()
 
-    if moment == "save":
+    if moment != "batch":
         folder = pathlib.Path(workdir, "checkpoints")
-        threading.Thread(target=watch, args=(folder, number), daemon=True).start()
+        name = {"save": f"{number}", "frozen": f"frozen/{number}/params"}[moment]
+        threading.Thread(target=watch, args=(folder, name), daemon=True).start()
     cfg = toy.config(steps=10, checkpoint_every=2, microbatch=4)
     loop.run(cfg, workdir, toy.phases(cfg, 3, Deadly), toy.init, devices=jax.devices()[:1])
 

@@ -35,7 +35,7 @@ def test_a_run_leaves_its_files_and_numbers(tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved == json.loads(json.dumps(cfg))
     assert all(0 <= line["data_wait"] < 1 for line in lines(tmp_path))
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["30", "60"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["30", "60", "frozen"]
     assert any((tmp_path / "tensorboard").iterdir())
 
 

@@ -5,9 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from argenseg_jax import trees
+from argenseg_jax.models import variants
 from argenseg_jax.train import losses, optim
 from argenseg_jax.train import step as step_lib
 from argenseg_jax.vocab import IGNORE
@@ -148,6 +150,39 @@ def test_microbatches_add_up_to_the_batch(batch):
     parts = [loss({k: v[i:i + 1] for k, v in batch.items()}, norm=norm) for i in range(3)]
     for key, value in loss(batch).items():
         assert sum(p[key] for p in parts) == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("form, block_causal", [("qwen", False), ("nano", True)])
+def test_packed_rows_have_the_losses_of_unpacked_ones(form, block_causal):
+    """Chat, a picture without a mask, one and two masks, text alone; two rows, in another order."""
+    model = variants.build(tiny.config(form, block_causal=block_causal))
+    params = tiny.params(model)
+    samples = [tiny.sample(0, masks=2), tiny.sample(1, image=False), tiny.sample(2, masks=0),
+               tiny.sample(3), tiny.sample(4, masks=0, image=False)]
+    room = dict(max_tokens=224, max_tiles=2, max_masks=3)
+    encoder = tiny.encoder(model, **room, sample_tiles=1)
+    pieces = [encoder.piece(s, np.random.default_rng(0)) for s in samples]
+    stack = lambda rows: {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    plain = stack([encoder.packing.join([p]) for p in pieces])
+    packed = stack([encoder.packing.join([pieces[k] for k in row]) for row in ((4, 0, 3), (2, 1))])
+    assert packed["segment_ids"].max(1).tolist() == [3, 2]
+    assert (packed["masks"].max((2, 3, 4)) > 0).sum(1).tolist() == [3, 1]
+    opts = losses.LMOptions(scale_accuracy=True, scale_power=0.5, max_labels=200)
+    task = losses.lm_task(model, opts)
+
+    @jax.jit
+    def run(params, batch):
+        def value(params):
+            return losses.lm_loss(model, params, batch, jax.random.key(0), task.normalizer(batch), opts,
+                                  deterministic=True)
+        (_, aux), grads = jax.value_and_grad(value, has_aux=True)(params)
+        return aux.metrics, grads
+
+    (one, grads), (many, packed_grads) = run(params, plain), run(params, packed)
+    for name in one:
+        assert float(many[name]) == pytest.approx(float(one[name]), rel=1e-5), name
+    norm = lambda tree: float(optax.tree.norm(tree))
+    assert norm(jax.tree.map(jnp.subtract, grads, packed_grads)) < 1e-4 * norm(grads) > 0
 
 
 def test_scale_power_and_foreground_weigh_the_codes(batch, by_hand):

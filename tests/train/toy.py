@@ -48,7 +48,8 @@ def loss(params, extra, batch, rng, norm):
 def task(name: str = "lm", frozen: tuple[str, ...] = ("vqvae/.*",), *, dropout: bool = True) -> Task:
     fn = loss if dropout else lambda p, e, b, r, n: loss(p, e, b, jax.random.key(0), n)
     return Task(name, frozen, lambda params: {"seen": jnp.zeros(())},
-                lambda batch: {"rows": jnp.maximum(batch["weight"].sum(), 1.0)}, fn)
+                lambda batch: {"rows": jnp.maximum(batch["weight"].sum(), 1.0)}, fn,
+                overridden=("vqvae/quantizer/codebook",))
 
 
 def batch(index: int, rows: int = 8) -> dict[str, np.ndarray]:
