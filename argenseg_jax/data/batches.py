@@ -109,14 +109,17 @@ class BatchIterator(Iterator[Batch]):
         self._taken = taken
         rows = _Rows(self._order, self._packing, self._size, taken, self._max_broken,
                      threads=0 if self._workers else self._threads)
+        shares, workers = _Shares(rows), 0
         if self._workers:
             if not flags.FLAGS.is_parsed():  # grain's workers read flags; a notebook has parsed none
                 flags.FLAGS.mark_as_parsed()
-            # Every worker has its own places; grain takes their rows in turn.
+            # Every worker has its own places; grain takes their shares of a batch in turn.
             workers = max(n for n in range(1, self._workers + 1) if len(taken) % n == 0)
-            rows = rows.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+            # Two shares ahead, so that they need not wait for the slowest of them every time.
+            shares = shares.mp_prefetch(grain.MultiprocessingOptions(
+                num_workers=workers, per_worker_buffer_size=2))
         self._iterator = ThreadPrefetchIterDataset(
-            _Batches(rows, taken, self._max_broken), prefetch_buffer_size=2).__iter__()
+            _Batches(shares, taken, self._max_broken, workers), prefetch_buffer_size=2).__iter__()
         # Also at exit: grain's threads must not outlive the modules that they use.
         self.close = weakref.finalize(self, _close, self._iterator)
 
@@ -224,12 +227,42 @@ class _Place:
         return True
 
 
-class _Batches(grain.IterDataset):
-    """Stacks rows into batches: (batch, {place: _Taken}); counts and judges what is broken."""
+class _Shares(grain.IterDataset):
+    """Rows of one step, stacked: (batch of the places of this process or worker, its _Rows, emptied).
 
-    def __init__(self, rows: grain.IterDataset, taken: Mapping[int, _Taken], max_broken: float):
-        super().__init__(rows)
-        self.taken, self.max_broken = dict(taken), max_broken
+    A worker sends a few large arrays a step instead of as many small ones as it has rows.
+    """
+
+    def __iter__(self) -> _SharesIterator:
+        return _SharesIterator(self._parent.__iter__(), len(self._parent.taken))
+
+
+class _SharesIterator(grain.DatasetIterator):
+
+    def __init__(self, parent: grain.DatasetIterator, places: int):
+        super().__init__(parent)
+        self._places = places
+
+    def __next__(self) -> tuple[Batch, list[_Row]]:
+        rows = [next(self._parent) for _ in range(self._places)]
+        stacked = {key: np.stack([row.arrays[key] for row in rows]) for key in rows[0].arrays}
+        return stacked, [row._replace(arrays={}) for row in rows]
+
+    def get_state(self) -> dict[str, Any]:
+        """Asked for by grain; what is saved comes with the rows."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Never called: a new iterator is made for a new place in the data."""
+
+
+class _Batches(grain.IterDataset):
+    """Puts shares together: (batch, {place: _Taken}); counts and judges what is broken."""
+
+    def __init__(self, shares: grain.IterDataset, taken: Mapping[int, _Taken], max_broken: float,
+                 workers: int):
+        super().__init__(shares)
+        self.taken, self.max_broken, self.workers = dict(taken), max_broken, workers
 
     def __iter__(self) -> _BatchesIterator:
         return _BatchesIterator(self._parent.__iter__(), self)
@@ -240,20 +273,29 @@ class _BatchesIterator(grain.DatasetIterator):
     def __init__(self, parent: grain.DatasetIterator, batches: _Batches):
         super().__init__(parent)
         self._taken, self._max_broken = dict(batches.taken), batches.max_broken
+        self._workers = batches.workers
 
     def __next__(self) -> tuple[Batch, dict[int, _Taken]]:
-        rows = {}
-        for _ in self._taken:
-            row = next(self._parent)
+        shares = [next(self._parent) for _ in range(self._workers or 1)]
+        for row in (row for _, rows in shares for row in rows):
             before = self._taken[row.place].broken
             self._taken[row.place] = _Taken(
                 row.count, row.waiting,
                 before + collections.Counter(row.broken) if row.broken else before)
-            rows[row.place] = row.arrays
             if row.broken:
                 self._judge(row.broken[-1])
-        ordered = [rows[place] for place in self._taken]
-        return {key: np.stack([row[key] for row in ordered]) for key in ordered[0]}, dict(self._taken)
+        # What workers send lies in shared memory that is not ours to keep.
+        return self._joined(shares) if self._workers else shares[0][0], dict(self._taken)
+
+    def _joined(self, shares: list[tuple[Batch, list[_Row]]]) -> Batch:
+        """The rows of all shares, each at its place."""
+        order = {place: at for at, place in enumerate(self._taken)}
+        whole = {key: np.empty((len(order), *array.shape[1:]), array.dtype)
+                 for key, array in shares[0][0].items()}
+        for batch, rows in shares:
+            for key, array in batch.items():
+                whole[key][[order[row.place] for row in rows]] = array
+        return whole
 
     def _judge(self, last: str) -> None:
         count = sum(taken.broken.total() for taken in self._taken.values())
