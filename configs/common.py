@@ -88,6 +88,7 @@ def base() -> ConfigDict:
             "augment": False,   # disturb photographs: data/augment.py
             "recolour": 0.0,    # share of samples in other colours, where the text names none
             "prompt_drop": 0.0,  # share of text-to-image prompts that ask for nothing (guidance)
+            "codes": False,     # read the codes that `prepare --codes` kept, in place of masks
             "max_broken": 0.01,  # largest share of broken samples; more of them end the run
         },
         "optim": optimizer(freeze=(r"vision/.*",)),  # of the lm phase

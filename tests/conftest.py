@@ -16,12 +16,12 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Takes out tests that need recordings or PyTorch where there are none."""
+    """Takes out tests that need recordings, PyTorch or Beam where there are none."""
     absent = []
     if not os.path.isdir(os.environ.get("ARGENSEG_GOLDEN", "")):
         absent.append("golden_full")
-    if importlib.util.find_spec("torch") is None:
-        absent.append("torch")
+    absent += [marker for marker, module in (("torch", "torch"), ("beam", "apache_beam"))
+               if importlib.util.find_spec(module) is None]
     out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
     if out:
         config.hook.pytest_deselected(items=out)

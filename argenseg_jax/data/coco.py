@@ -1,8 +1,9 @@
-"""COCO-style annotations: COCO instances, and "segment {class}" from PACO-LVIS and PASCAL-Part.
+"""COCO-style annotations: COCO instances, and "segment {class}" from PACO-LVIS, PASCAL-Part, one's own.
 
     coco/{annotations/instances_val2017.json, val2017/*.jpg}
     paco/annotations/paco_lvis_v1_val.json, pictures as in COCO (val2017/*.jpg)
     pascal_part/train.json (as VLPart and LISA publish it), VOCdevkit/VOC2010/JPEGImages/*.jpg
+    own: see data/own.py
 """
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ LAYOUTS = {
     "pascalpart": (("{split}.json", "pascal_part/{split}.json", "vlpart/pascal_part/{split}.json"),
                    ("VOCdevkit/VOC2010/JPEGImages", "../VOCdevkit/VOC2010/JPEGImages",
                     "../../VOCdevkit/VOC2010/JPEGImages", "JPEGImages")),
+    "own": (("annotations.json",), ("images",)),
 }
-SPLITS = {"coco": "val2017", "paco": "val", "pascalpart": "train"}
+SPLITS = {"coco": "val2017", "paco": "val", "pascalpart": "train", "own": ""}
 
 
 class Objects(NamedTuple):

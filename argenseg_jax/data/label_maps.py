@@ -1,8 +1,9 @@
-"""ADE20K and COCO-Stuff: pictures whose label maps give every pixel a class.
+"""ADE20K, COCO-Stuff and one's own: pictures whose label maps give every pixel a class.
 
     ADEChallengeData2016/{images,annotations}/{training,validation}/*.{jpg,png}, objectInfo150.txt
     cocostuff/{train2017,val2017}/*.jpg, stuffthingmaps/{train2017,val2017}/*.png, labels.txt
     (or images/SPLIT and annotations/SPLIT, as in the official COCO-Stuff repository)
+    own: see data/own.py
 """
 from __future__ import annotations
 
@@ -21,25 +22,29 @@ LAYOUTS = {
     "cocostuff": (("{split}", "images/{split}", "../coco/{split}"),
                   ("stuffthingmaps/{split}", "annotations/{split}", "stuffthingmaps_trainval2017/{split}"),
                   ("labels.txt", "cocostuff_classes.txt"), 0, (255,)),
+    "own": (("images",), ("labels",), ("classes.txt",), 1, (0, 255)),
 }
-SPLITS = {"ade20k": "validation", "cocostuff": "val2017"}
+SPLITS = {"ade20k": "validation", "cocostuff": "val2017", "own": ""}
+ASKED = ("", "shown", "every")  # which classes of a picture are asked: one that is drawn, ...
 
 
 class LabelMapSource(layout.Indexed[tuple]):
     """"Segment {class}" from label maps.
 
-    One sample per picture, its class drawn among those that it shows (`draw`); with `every` one
-    sample per picture and class of the data set, also of absent ones (the mask is empty), which is
-    what the mIoU of semantic segmentation is made of.
+    One sample per picture, its class drawn among those that it shows (`draw`). Asked for `shown`: one
+    per picture and class that it shows (all maps are read to know them). Asked for `every`: one per
+    picture and class of the data set, also of absent ones (the mask is empty), which is what the mIoU
+    of semantic segmentation is made of.
 
     Args:
       folder: see the module's text.
       family: a key of LAYOUTS.
       split: such as validation.
-      every: ask every class of every picture.
+      asked: one of ASKED.
     """
 
-    def __init__(self, folder: epath.Path, family: str, split: str = "", every: bool = False):
+    def __init__(self, folder: epath.Path, family: str, split: str = "", asked: str = ""):
+        check_asked(asked, f"{family}:{folder}:{split}")
         split = split or SPLITS[family]
         images, maps, names, first, self._none = LAYOUTS[family]
         self._maps = layout.find(folder, f"label maps of {family}",
@@ -47,8 +52,10 @@ class LabelMapSource(layout.Indexed[tuple]):
         root = layout.find(folder, f"pictures of {family}", *(p.format(split=split) for p in images))
         self.names = read_names(layout.find(folder, f"class names of {family}", *names), first)
         paths = layout.pictures(root)
-        entries = [(p, v) for p in paths for v in self.names] if every else [(p, None) for p in paths]
-        super().__init__(str(root), entries)
+        super().__init__(str(root), [(p, None) for p in paths])
+        if asked:
+            self.entries = [(p, v) for p in paths
+                            for v in (self.names if asked == "every" else self._shown(p))]
 
     def from_(self, entry: tuple) -> str:
         return entry[0].name
@@ -62,23 +69,46 @@ class LabelMapSource(layout.Indexed[tuple]):
 
     def _class_of(self, entry: tuple, rng: np.random.Generator) -> Sample:
         path, value = entry
-        image = transforms.read_image(path)
-        labels = transforms.read_raw_mask(self._maps / f"{path.stem}.png")
-        if labels.ndim != 2:
-            raise SampleError(f"{path.stem}.png is coloured; a label map has one channel")
+        image, labels = transforms.read_image(path), self._labels(path)
         transforms.check_sizes(image, [labels], [f"{path.stem}.png"])
         if value is None:
-            shown = [int(v) for v in np.unique(labels) if v not in self._none]
-            if unknown := [v for v in shown if v not in self.names]:
-                raise SampleError(f"{path.stem}.png: value {unknown[0]} has no class name")
-            if not shown:
-                raise SampleError(f"{path.stem}.png shows no class")
+            shown = self._classes(labels, path)
             value = shown[rng.integers(len(shown))]
         name, ignored = self.names[value], np.isin(labels, self._none)
         return Sample(layout.turns(psalm.question([name], "semantic")), (image,),
                       ((labels == value).astype(np.uint8) * 255,),
                       {"files": [path.name], "kind": name, "sents": [name], "metric": "semantic",
                        "ignore_mask": ignored.astype(np.uint8) * 255})
+
+
+    def _labels(self, path: epath.Path) -> np.ndarray:
+        """The map u8[H, W] of a picture."""
+        labels = transforms.read_raw_mask(self._maps / f"{path.stem}.png")
+        if labels.ndim != 2:
+            raise SampleError(f"{path.stem}.png is coloured; a label map has one channel")
+        return labels
+
+    def _classes(self, labels: np.ndarray, path: epath.Path) -> list[int]:
+        """The values of the classes that a map shows."""
+        shown = [int(v) for v in np.unique(labels) if v not in self._none]
+        if unknown := [v for v in shown if v not in self.names]:
+            raise SampleError(f"{path.stem}.png: value {unknown[0]} has no class name")
+        if not shown:
+            raise SampleError(f"{path.stem}.png shows no class")
+        return shown
+
+    def _shown(self, path: epath.Path) -> list[int | None]:
+        """As `_classes`; [None] of a map that cannot be used: reading the sample says why."""
+        try:
+            return self._classes(self._labels(path), path)
+        except SampleError:
+            return [None]
+
+
+def check_asked(asked: str, name: str) -> None:
+    """UserError unless `asked` is one of ASKED."""
+    if asked not in ASKED:
+        raise UserError(f"{name}: the third word is `every`, `shown` or absent, not '{asked}'")
 
 
 def read_names(path: epath.Path, first: int) -> dict[int, str]:

@@ -37,6 +37,11 @@ class Geometry:
     mask_size: int
     code_tokens: int
 
+    def mask(self, codes: bool) -> tuple[tuple[int, ...], type]:
+        """(shape, dtype) of a mask as the LM task reads it: a picture, or its codes."""
+        side = self.mask_size
+        return ((self.code_tokens,), np.int32) if codes else ((side, side, 3), np.uint8)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -63,6 +68,7 @@ class DataConfig:
       augment: disturb photographs (data/augment.py).
       recolour: share of the samples that get other colours, where the text names none.
       prompt_drop: share of text-to-image prompts replaced by the unconditional one.
+      codes: rows hold the codes that `prepare --codes` kept, in place of masks.
       max_broken: largest share of broken samples; more of them end the run.
     """
 
@@ -82,6 +88,7 @@ class DataConfig:
     augment: bool = False
     recolour: float = 0.0
     prompt_drop: float = 0.0
+    codes: bool = False
     max_broken: float = 0.01
 
     @classmethod
@@ -144,8 +151,8 @@ class Encoder:
         if len(sample.masks) > config.max_masks:
             raise SampleError(f"{name}: {len(sample.masks)} masks, "
                               f"data.max_masks is {config.max_masks}")
-        side = self.geometry.mask_size
-        masks = np.asarray(self._masks(sample), np.uint8).reshape(-1, side, side, 3)
+        shape, dtype = self.geometry.mask(config.codes)
+        masks = np.asarray(self._written(sample, name), dtype).reshape(-1, *shape)
         return {"tokens": tokens, "labels": labels, "tiles": tiles, "masks": masks}
 
     def mask_row(self, sample: Sample, rng: np.random.Generator) -> Batch:
@@ -157,6 +164,9 @@ class Encoder:
 
     def _disturbed(self, sample: Sample, rng: np.random.Generator) -> Sample:
         disturb = self.config.augment or sample.meta.get("augment")
+        if disturb and self.config.codes:
+            raise SampleError(f"{_name(sample)}: codes that were kept are of masks as they are; switch "
+                              "data.augment (and data_augment of the meta JSON) or data.codes off")
         return self.augment(sample, rng) if disturb else sample
 
     def _tiles(self, sample: Sample, name: str) -> tuple[np.ndarray, list[int]]:
@@ -173,6 +183,15 @@ class Encoder:
         tiles = [tile for of_image in cut for tile in of_image]
         return (np.asarray(tiles, np.uint8).reshape(-1, side, side, 3),
                 [len(of_image) for of_image in cut])
+
+    def _written(self, sample: Sample, name: str) -> Sequence[np.ndarray]:
+        """The masks u8[R, R, 3] of a row, or their codes i32[N] where data.codes asks for them."""
+        if not self.config.codes:
+            return self._masks(sample)
+        if sample.codes is None and sample.masks:
+            raise SampleError(f"{name}: no codes were kept of its masks; prepare it with --codes, or set "
+                              "data.codes=false")
+        return () if sample.codes is None else sample.codes
 
     def _masks(self, sample: Sample) -> list[np.ndarray]:
         return [transforms.resize_mask(m, self.geometry.mask_size, pad=self.config.pad_to_square)
@@ -206,7 +225,8 @@ def train_iterator(config: Mapping[str, Any] | DataConfig, tokenizer: Tokenizer 
       b = len(places) rows:
         lm     tokens, labels, positions, segment_ids i32[b, T] (segments 1, 2, ... of a row are its
                samples; 0 = padding, on the right), tiles u8[b, P, S, S, 3] and masks
-               u8[b, M, R, R, 3] in the order of the samples, zero beyond a row's own ones.
+               u8[b, M, R, R, 3] in the order of the samples, zero beyond a row's own ones; with
+               data.codes the masks are their codes, i32[b, M, N].
         vqvae  masks u8[b, R, R, 3].
 
     Raises:
@@ -232,10 +252,10 @@ def batch_shapes(config: Mapping[str, Any] | DataConfig, geometry: Geometry, row
                  ) -> dict[str, tuple[tuple[int, ...], type]]:
     """{array: (shape, dtype)} of a batch of the LM task; opens no source."""
     config = DataConfig.of(config)
-    line, image, mask = (rows, config.max_tokens), geometry.image_size, geometry.mask_size
+    line, image, (mask, dtype) = (rows, config.max_tokens), geometry.image_size, geometry.mask(config.codes)
     return {**{name: (line, np.int32) for name in ("tokens", "labels", "positions", "segment_ids")},
             "tiles": ((rows, config.max_tiles, image, image, 3), np.uint8),
-            "masks": ((rows, config.max_masks, mask, mask, 3), np.uint8)}
+            "masks": ((rows, config.max_masks, *mask), dtype)}
 
 
 def _stream(part: sources.Part, encode, seed: int) -> grain.MapDataset:

@@ -51,9 +51,8 @@ def encode_training(conversations: Conversations, tokenizer: Tokenizer,
       SampleError: unknown roles, or places that do not match the images and masks.
     """
     turns = _turns(conversations, len(tiles_per_image), system, image_last, name)
-    places = sum(text.count(MASK) for role, text in turns if role == "assistant")
-    if num_masks is not None and places != num_masks:
-        raise SampleError(f"{name}: {places} {MASK} places in the answers for {num_masks} masks")
+    if num_masks is not None:
+        _check_masks(turns, num_masks, name)
     header = len(tokenizer.encode([tokenizer.im_start, "assistant\n"]))
     vocab = tokenizer.vocab
     tokens, labels = _start(tokenizer)
@@ -91,6 +90,11 @@ def encode_query(conversations: Conversations | str, tokenizer: Tokenizer,
     return np.asarray(tokens + tokenizer.encode([tokenizer.im_start, "assistant\n"]), np.int32)
 
 
+def check(conversations: Conversations, num_images: int, num_masks: int, name: str = "sample") -> None:
+    """SampleError where the roles or the number of places would make `encode_training` refuse it."""
+    _check_masks(_turns(conversations, num_images, "", False, name), num_masks, name)
+
+
 def query_turns(conversations: Conversations, name: str = "sample") -> list[Mapping[str, str]]:
     """The turns before the first answer with a mask (before the last answer where none has one)."""
     roles = _roles(conversations, name)
@@ -121,6 +125,12 @@ def _turns(conversations, num_images, system, image_last, name) -> list[tuple[st
     if image_last:
         turns = [(role, _image_last(text) if role == "user" else text) for role, text in turns]
     return ([("system", system)] if system else []) + turns
+
+
+def _check_masks(turns: Sequence[tuple[str, str]], num_masks: int, name: str) -> None:
+    places = sum(text.count(MASK) for role, text in turns if role == "assistant")
+    if places != num_masks:
+        raise SampleError(f"{name}: {places} {MASK} places in the answers for {num_masks} masks")
 
 
 def _roles(conversations: Conversations, name: str) -> list[tuple[str, str]]:

@@ -18,9 +18,11 @@ class Sample:
       masks: u8[H, W] with values 0 and 255, or u8[H, W, 3] for a picture to be generated, in the
         order of the `<mask>` places of the answers.
       meta: where the sample came from (source, file, line, id, kind, ...), for messages and reports.
+      codes: i32[M, N], the masks as the VQ-VAE writes them, where `prepare --codes` has kept them.
     """
 
     conversations: Sequence[Mapping[str, str]]
     images: Sequence[np.ndarray] = ()
     masks: Sequence[np.ndarray] = ()
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    codes: np.ndarray | None = None

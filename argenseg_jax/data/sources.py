@@ -6,11 +6,14 @@
     jsonl:F  or F.jsonl           official JSONL, one sample a line
     meta:F   or F.json            official meta JSON: a mixture of JSONL files
     psalm:F  or F.json            PSALM JSON, for evaluation (data/psalm.py)
-    tfds:FOLDER[:SPLIT] or FOLDER shards that `prepare` wrote (split: train)
+    prepared:FOLDER or FOLDER     shards that `prepare` wrote (data/prepared.py)
+    tfds:FOLDER[:SPLIT] or FOLDER a TFDS data set: shapes_tfds, or TFDS's ref_coco (split: train)
     refer:FOLDER[:SPLIT[:BY]]     RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO (data/refer.py)
     reasonseg:FOLDER[:SPLIT]      ReasonSeg (data/reasonseg.py)
     coco:FOLDER[:SPLIT]           COCO instances; paco: and pascalpart: classes (data/coco.py)
-    ade20k:, cocostuff:FOLDER[:SPLIT[:every]]  classes; `every`: also absent ones (data/label_maps.py)
+    ade20k:, cocostuff:FOLDER[:SPLIT[:ASKED]]  classes: one drawn, all `shown`, `every` (data/label_maps.py)
+    panoptic:FOLDER[:SPLIT[:ASKED]]  COCO panoptic, likewise (data/panoptic.py)
+    own:FOLDER                    pictures with masks, label maps or COCO polygons (data/own.py)
     mvtec:FOLDER[:SPLIT[:CATEGORY]]  anomaly detection (data/mvtec.py)
     t2i:FOLDER[:SPLIT]            text-to-image pairs (data/text_to_image.py)
     interactive:PROMPT:SOURCE     any of these with a point, box, ... as prompt (data/interactive.py)
@@ -20,7 +23,6 @@ something to chance. Opening one reads an index, not the samples.
 """
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +36,7 @@ from argenseg_jax.data.coco import CocoSource
 from argenseg_jax.data.interactive import InteractiveSource
 from argenseg_jax.data.label_maps import LabelMapSource
 from argenseg_jax.data.mvtec import AnomalySource
+from argenseg_jax.data.own import open_own
 from argenseg_jax.data.psalm import PsalmSource
 from argenseg_jax.data.reasonseg import ReasonSegSource
 from argenseg_jax.data.refer import ReferSource
@@ -68,14 +71,6 @@ class Options(NamedTuple):
     image_root: str
 
 
-def _label_maps(folder: epath.Path, words: list[str], options: Options, family: str) -> Source:
-    split, every = (*words, "", "")[:2]
-    if every not in ("", "every"):
-        raise UserError(f"{family}:{folder}:{split}: the third word is `every` or absent, "
-                        f"not '{every}'")
-    return LabelMapSource(folder, family, split, every=bool(every))
-
-
 # Families of published layouts: name -> (opens (folder, words after it, options), most words).
 # A family adds one line here and one file.
 FAMILIES: dict[str, tuple[Callable[[epath.Path, list[str], Options], Source], int]] = {
@@ -85,7 +80,10 @@ FAMILIES: dict[str, tuple[Callable[[epath.Path, list[str], Options], Source], in
     "t2i": (lambda f, w, o: PairSource(f, *w), 1),
     **{name: (lambda f, w, o, name=name: CocoSource(f, name, *w, image_root=o.image_root), 1)
        for name in ("coco", "paco", "pascalpart")},
-    **{name: (functools.partial(_label_maps, family=name), 2) for name in ("ade20k", "cocostuff")},
+    **{name: (lambda f, w, o, name=name: LabelMapSource(f, name, *w), 2)
+       for name in ("ade20k", "cocostuff")},
+    "panoptic": (lambda f, w, o: panoptic.PanopticSource(f, *w, image_root=o.image_root), 2),
+    "own": (lambda f, w, o: open_own(f), 0),
 }
 
 
@@ -107,13 +105,15 @@ def draw(source: Source, index: int, rng: np.random.Generator) -> Sample:
     return source.draw(index, rng) if hasattr(source, "draw") else source[index]
 
 
-def open_mixture(names: Sequence[str], root: str = "") -> list[Part]:
+def open_mixture(names: Sequence[str], root: str = "", prompt: str = "referring",
+                 image_root: str = "") -> list[Part]:
     """Opens the sources of a training run.
 
     Args:
       names: names as above, each optionally with a trailing `*W`: W < 1 takes the first part of the
         samples, W > 1 repeats them (`repeat_time` of the official meta JSON).
       root: directory that relative paths start from.
+      prompt, image_root: as of `open_source`.
 
     Raises:
       UserError: no source, an unknown one, an empty one, or an endless one in a mixture.
@@ -122,9 +122,11 @@ def open_mixture(names: Sequence[str], root: str = "") -> list[Part]:
     for name in [names] if isinstance(names, str) else names:
         found = re.fullmatch(r"(.+)\*(\d+(?:\.\d+)?)", name)
         plain, repeat = (found[1], float(found[2])) if found else (name, 1.0)
-        source = open_source(plain, root)
+        source = open_source(plain, root, prompt, image_root)
         if isinstance(source, MetaSource):
             parts += [Part(p.source, p.length, p.weight * repeat) for p in source.parts]
+        elif hasattr(source, "spans"):  # prepared from a mixture, perhaps
+            parts += [_part(part, weight, repeat, name) for part, weight in source.spans()]
         else:
             parts.append(_part(source, len(source), repeat, name))
     if not parts:
@@ -153,11 +155,11 @@ def open_source(name: str, root: str = "", prompt: str = "referring",
         return InteractiveSource(open_source(inner, root, prompt, image_root), prompted)
     if kind in FAMILIES:
         return _open_family(kind, rest, root, Options(prompt, str(image_root)))
-    if kind not in ("jsonl", "meta", "psalm", "tfds"):
+    if kind not in ("jsonl", "meta", "psalm", "tfds", "prepared"):
         kind, rest = "", name
     path = epath.Path(root) / rest
-    if kind == "tfds" or (not kind and path.is_dir()):
-        return _open_tfds(path)
+    if kind in ("tfds", "prepared") or (not kind and path.is_dir()):
+        return _open_shards(path, kind, prompt)
     if not rest or not path.exists() or path.is_dir():
         raise UserError(f"{path}: no such source (known: shapes:LEVEL:SPLIT, X.jsonl, X.json, "
                         f"{', '.join(f'{k}:FOLDER' for k in FAMILIES)})")
@@ -190,12 +192,16 @@ def _open_shapes(name: str) -> shapes.ShapesSource:
                                kind_weights=weights or None)
 
 
-def _open_tfds(path: epath.Path) -> Source:
-    from argenseg_jax.data.shapes_tfds import TfdsSource  # slow to import, seldom needed
+def _open_shards(path: epath.Path, kind: str, prompt: str) -> Source:
+    from argenseg_jax.data import prepared, records, tfds_ref_coco  # slow to import, seldom needed
+    if kind == "prepared" or prepared.is_prepared(path):
+        return prepared.PreparedSource(path)
     folder, colon, split = str(path).rpartition(":")
-    if colon and not epath.Path(path).exists():
-        return TfdsSource(folder, split)
-    return TfdsSource(path)
+    if not colon or path.exists():
+        folder, split = path, "train"
+    if tfds_ref_coco.is_ref_coco(folder):
+        return tfds_ref_coco.RefCocoSource(folder, split, prompt)
+    return records.TfdsSource(folder, split)
 
 
 class JsonlSource:

@@ -179,7 +179,8 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
 
     codes = features = None
     if batch["masks"].shape[1]:
-        codes = jax.lax.stop_gradient(run("tokenize", batch["masks"]))
+        kept = batch["masks"].ndim == 3  # int32[B, M, N]: `prepare` has tokenised them
+        codes = batch["masks"] if kept else jax.lax.stop_gradient(run("tokenize", batch["masks"]))
     if batch["tiles"].shape[1]:
         features = run("encode_images", batch["tiles"], deterministic=deterministic)
     inputs = codes

@@ -14,6 +14,7 @@ from argenseg_jax.ckpt import checkpoint
 from argenseg_jax.data import pipeline, sources
 from argenseg_jax.data.batches import BatchIterator
 from argenseg_jax.data.tokenizer import Tokenizer
+from argenseg_jax.decode import codes
 from argenseg_jax.decode.predictor import Predictor
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval import evaluator, pictures
@@ -37,8 +38,17 @@ def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | No
     model = build_model(cfg)
     source = checkpoint.open_checkpoint(cfg["init_from"]) if cfg["init_from"] else None
     tokenizer = checkpoint.tokenizer_for(model, source)
+
+    def load(shapes: Params) -> Params:
+        known = known_weights(source, shapes)
+        check_codes(cfg, model, known.get("vqvae"))
+        return known
+
+    if cfg["data"].get("codes") and (source is None or cfg["vqvae"]["steps"]):
+        raise UserError("data.codes=true: kept codes belong to a fixed VQ-VAE: set init_from to the "
+                        "checkpoint that wrote them, and vqvae.steps=0")
     return loop.run(cfg, workdir, phases(cfg, model, tokenizer), init_fn(model, adapters(cfg)),
-                    load=source and (lambda shapes: known_weights(source, shapes)),
+                    load=source and load,
                     beside={checkpoint.TOKENIZER: tokenizer.save}, profile=profile)
 
 
@@ -78,6 +88,24 @@ def known_weights(source: checkpoint.Checkpoint, shapes: Params) -> Params:
     return trees.unflatten(known)
 
 
+def check_codes(cfg: Mapping[str, Any], model: ARGenSeg, vqvae: Params | None) -> None:
+    """UserError where data.codes asks for codes that this run would not have computed itself."""
+    data = cfg["data"]
+    if not data.get("codes"):
+        return
+    if vqvae is None:
+        raise UserError(f"init_from={cfg['init_from']} has no VQ-VAE, whose codes data.codes asks for")
+    mine = codes.identity(codes.fingerprint(vqvae), cfg["train"]["dtype"], data["pad_to_square"],
+                          model.mask_size, model.scales.num_codes)
+    for part in sources.open_mixture(data["sources"], data["root"]):
+        kept = getattr(part.source, "codes", None)
+        if differs := sorted(k for k in mine if kept and kept.get(k) != mine[k]):
+            shown = "; ".join(f"{k}: {kept.get(k)!r}, here {mine[k]!r}" for k in differs)
+            raise UserError(f"data.codes=true: {part.source.path} holds codes of another mask tokenizer "
+                            f"({shown}); prepare it again with --codes of this run's init_from, or set "
+                            "data.codes=false")
+
+
 def sampler(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer, part: sources.Part
             ) -> Callable[[Params], dict[str, np.ndarray]]:
     """params -> pictures of a few training samples: image | truth | prediction."""
@@ -109,8 +137,9 @@ def lm_flops(cfg: Mapping[str, Any], model: ARGenSeg, shapes: Params,
              trainable: Callable[[str], bool]) -> dict[str, float]:
     """{part: operations} of one step of the lm phase, over all devices."""
     data = cfg["data"]
-    return flops.lm_step(model, shapes, trainable, rows=cfg["train"]["global_batch"],
-                         width=data["max_tokens"], tiles=data["max_tiles"], masks=data["max_masks"])
+    parts = flops.lm_step(model, shapes, trainable, rows=cfg["train"]["global_batch"],
+                          width=data["max_tokens"], tiles=data["max_tiles"], masks=data["max_masks"])
+    return {**parts, "vqvae": 0.0} if data.get("codes") else parts
 
 
 def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer | None) -> list[Phase]:

@@ -18,7 +18,9 @@ def call(capfd, *args) -> tuple[int, str, list[str]]:
     finally:
         sys.argv = argv
         for name in set(flags.FLAGS) - known:
-            delattr(flags.FLAGS, name)
+            # A library that a command imports keeps its flags: it is imported once.
+            if not flags.FLAGS.find_module_defining_flag(name, "").startswith("array_record"):
+                delattr(flags.FLAGS, name)
         sys.modules.pop(f"argenseg_jax.cli.{args[0]}", None)
     out, err = capfd.readouterr()
     return code, out, [line for line in err.splitlines() if line.strip()]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argenseg_jax.data import label_maps, layout, plain_pickle, reasonseg
+from argenseg_jax.data import label_maps, layout, panoptic, plain_pickle, reasonseg
 from argenseg_jax.data.sources import open_mixture, open_source
 from argenseg_jax.errors import SampleError, UserError
 
@@ -239,6 +239,57 @@ def stripes(*values):
     return np.repeat(np.repeat(values, WIDTH // len(values))[None], HEIGHT, 0)
 
 
+@pytest.fixture
+def panoptic_folder(tmp_path):
+    """COCO panoptic: two things of a class, stuff, a crowd."""
+    ids = stripes(0, 7, 256, 65536, 9, 9)
+    colours = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1)
+    picture(tmp_path / "val2017/000000000139.jpg")
+    grey(tmp_path / "annotations/panoptic_val2017/000000000139.png", colours)
+    segments = [{"id": i, "category_id": c, "iscrowd": crowd, "area": 16, "bbox": [0, 0, 2, 8]}
+                for i, c, crowd in ((7, 1, 0), (256, 1, 0), (65536, 200, 0), (9, 1, 1))]
+    text(tmp_path / "annotations/panoptic_val2017.json", {
+        "images": [{"id": 139, "file_name": "000000000139.jpg", "height": HEIGHT, "width": WIDTH}],
+        "annotations": [{"image_id": 139, "file_name": "000000000139.png", "segments_info": segments}],
+        "categories": [{"id": 1, "name": "person", "isthing": 1}, {"id": 2, "name": "bicycle", "isthing": 1},
+                       {"id": 200, "name": "rug-merged", "isthing": 0}]})
+    return tmp_path
+
+
+def test_coco_panoptic(panoptic_folder):
+    source = open_source(f"panoptic:{panoptic_folder}")
+    drawn = {s.meta["kind"]: columns(s.masks[0])
+             for s in (source.draw(0, np.random.default_rng(k)) for k in range(9))}
+    assert len(source) == 1 and drawn == {"person": [2, 3, 4, 5], "rug-merged": [6, 7]}
+    shown = open_source(f"panoptic:{panoptic_folder}:val2017:shown")
+    assert [s.meta["kind"] for s in (shown[i] for i in range(len(shown)))] == ["person", "rug-merged"]
+    assert columns(shown[0].meta["ignore_mask"]) == [8, 9, 10, 11]
+    assert shown[0].conversations[0]["value"] == "<image>\n Please segment person in this image."
+    every = open_source(f"panoptic:{panoptic_folder}:val2017:every")
+    assert len(every) == 3 and not every[1].masks[0].any() and every[1].meta["kind"] == "bicycle"
+
+
+def test_coco_panoptic_has_plainer_names(panoptic_folder):
+    path = panoptic_folder / "annotations/panoptic_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"] = [{"id": k, "name": f"{n}-merged"} for k, n in panoptic.COCO_NAMES.items()]
+    text(path, content)
+    assert open_source(f"panoptic:{panoptic_folder}:val2017:shown")[1].meta["kind"] == "rug"
+
+
+def test_faults_of_coco_panoptic(panoptic_folder):
+    for name, says in (("train2017", "no panoptic annotations; looked for annotations/panoptic_train2017.json"),
+                       ("val2017:all", "third word is `every`, `shown` or absent")):
+        with pytest.raises(UserError, match=says):
+            open_source(f"panoptic:{panoptic_folder}:{name}")
+    (panoptic_folder / "annotations/panoptic_val2017/000000000139.png").unlink()
+    with pytest.raises(SampleError, match="000000000139.png: cannot be read"):
+        open_source(f"panoptic:{panoptic_folder}")[0]
+    (panoptic_folder / "annotations/panoptic_val2017").rmdir()
+    with pytest.raises(UserError, match="no panoptic maps; looked for annotations/panoptic_val2017,"):
+        open_source(f"panoptic:{panoptic_folder}")
+
+
 def test_ade20k(tmp_path):
     root = tmp_path / "ADEChallengeData2016"
     text(root / "objectInfo150.txt", "Idx\tRatio\tTrain\tVal\tStuff\tName\n"
@@ -254,6 +305,8 @@ def test_ade20k(tmp_path):
     every = open_source(f"ade20k:{root}:validation:every")
     assert [s.meta["kind"] for s in (every[i] for i in range(len(every)))] == ["wall", "door", "sky"]
     assert not every[2].masks[0].any()  # an absent class is asked too
+    shown = open_source(f"ade20k:{root}:validation:shown")
+    assert [s.meta["kind"] for s in (shown[i] for i in range(len(shown)))] == ["wall", "door"]
     grey(root / "annotations/validation/ADE_val_00000001.png", stripes(0, 9))
     with pytest.raises(SampleError, match="ADE_val_00000001.jpg: .*value 9 has no class name"):
         source[0]

@@ -289,10 +289,11 @@ def _phrase(sample) -> str:
 
 
 def test_tfds_round_trip(tmp_path):
-    from argenseg_jax.data.shapes_tfds import Shapes, TfdsSource
+    from argenseg_jax.data.records import TfdsSource
+    from argenseg_jax.data.shapes_tfds import Shapes
     sizes = dict(train=9, val=3, test=3, unseen=2)
     Shapes(config='full', data_dir=tmp_path, sizes=sizes).download_and_prepare()
-    folder = tmp_path / 'shapes' / 'full' / '1.0.0'
+    folder = tmp_path / 'shapes' / 'full' / '1.1.0'
     assert list(folder.glob('*train.array_record*'))
     for split, size in sizes.items():
         read, drawn = TfdsSource(folder, split), ShapesSource('full', split, size=size)
@@ -301,13 +302,13 @@ def test_tfds_round_trip(tmp_path):
             assert_same(read[index], drawn[index])
     with pytest.raises(UserError, match='no split'):
         TfdsSource(folder, 'dev')
-    with pytest.raises(UserError, match='no dataset_info.json'):
+    with pytest.raises(UserError, match='looked for dataset_info.json'):
         TfdsSource(tmp_path, 'train')
 
 
 def test_tfds_of_any_source(tmp_path):
     """Odd sizes, no picture, a mask in colour, non-ASCII text; a broken sample is left out."""
-    from argenseg_jax.data.shapes_tfds import Samples, TfdsSource
+    from argenseg_jax.data.records import Samples, TfdsSource
     rng = np.random.default_rng(0)
     picture, colours = rng.integers(0, 256, (2, 5, 7, 3), np.uint8)
     grey = np.where(rng.random((5, 7)) < 0.5, 0, 255).astype(np.uint8)
@@ -326,7 +327,7 @@ def test_tfds_of_any_source(tmp_path):
     builder = Samples(sources={'train': Source()}, data_dir=tmp_path)
     builder.download_and_prepare()
     assert builder.samples == 2 and builder.broken == ['bad.jsonl:2: unreadable']
-    read = TfdsSource(tmp_path / 'samples' / '1.0.0')
+    read = TfdsSource(tmp_path / 'samples' / '1.1.0')
     assert len(read) == 2
     for index in (0, 1):
         assert_same(read[index], written[index])

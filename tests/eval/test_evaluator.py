@@ -71,6 +71,19 @@ def test_limit_kinds_and_question():
     assert [r.question for r in got.records] == ["Segment 0.", "Segment 1.", "Segment 2."]
 
 
+@pytest.mark.parametrize("n, batch", [(7, 4), (3, 8), (4, 2)])
+def test_a_ragged_last_batch_counts_every_sample_once(n, batch):
+    asked = []
+
+    def predict(requests):
+        asked.append([int(r.image[0, 0, 0]) for r in requests])
+        return answers({v: [LEFT] for v in range(n)})(requests)
+
+    got = Evaluator(predict, batch=batch).run([sample(v, LEFT) for v in range(n)])
+    assert [v for values in asked for v in values] == list(range(n)) == [r.index for r in got.records]
+    assert all(len(values) == batch for values in asked[:-1]) and got.scores["n"] == n
+
+
 def test_baseline_of_shapes_is_the_mask_of_all_objects():
     source = ShapesSource("full", "test", size=30)
     got = Evaluator(lambda rs: [types.SimpleNamespace(masks=[], text="", scales=[]) for _ in rs]

@@ -1,0 +1,71 @@
+"""A folder of one's own pictures and masks, in any of three forms, as "segment {class}".
+
+    FOLDER/images/*.{jpg,png,...}    and one of
+    FOLDER/masks/CLASS/NAME.png      a black and white mask per class and picture images/NAME.jpg
+    FOLDER/labels/NAME.png           a class number per pixel (0 and 255: none), and the names of
+    FOLDER/classes.txt               1, 2, ..., one a line (or lines `3: river`)
+    FOLDER/annotations.json          polygons or run lengths of COCO; file names as in images/
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from etils import epath
+
+from argenseg_jax.data import layout, psalm, transforms
+from argenseg_jax.data.coco import CocoSource
+from argenseg_jax.data.label_maps import LabelMapSource
+from argenseg_jax.data.sample import Sample
+from argenseg_jax.errors import UserError
+
+
+class Masked(NamedTuple):
+    """A picture, a class, and the mask of the one in the other."""
+
+    picture: epath.Path
+    name: str
+    mask: epath.Path
+
+
+class MaskFolders(layout.Indexed[Masked]):
+    """One sample per mask file of masks/CLASS/; black ones too: they teach that a class is absent."""
+
+    def __init__(self, folder: epath.Path):
+        pictures = {p.stem: p for p in layout.pictures(_images(folder))}
+        entries = []
+        for kind in layout.subfolders(folder / "masks"):
+            for mask in layout.pictures(kind):
+                if mask.stem not in pictures:
+                    raise UserError(f"{mask}: no picture of this name in {folder / 'images'}")
+                entries.append(Masked(pictures[mask.stem], layout.spoken(kind.name), mask))
+        if not entries:
+            raise UserError(f"{folder}: no masks; looked for masks/CLASS/*.png")
+        super().__init__(str(folder), sorted(entries))
+
+    def from_(self, entry: Masked) -> str:
+        return str(entry.mask)
+
+    def made(self, entry: Masked) -> Sample:
+        image, mask = transforms.read_image(entry.picture), transforms.read_mask(entry.mask)
+        transforms.check_sizes(image, [mask], [entry.mask.name])
+        return Sample(layout.turns(psalm.question([entry.name], "semantic")), (image,), (mask,),
+                      {"files": [entry.picture.name], "kind": entry.name, "sents": [entry.name],
+                       "metric": "semantic"})
+
+
+def open_own(folder: epath.Path) -> layout.Indexed:
+    """The source of whichever form the folder has; UserError where it is none of them, or several."""
+    forms = {"annotations.json": lambda: CocoSource(folder, "own"),
+             "labels": lambda: LabelMapSource(folder, "own", asked="shown"),
+             "masks": lambda: MaskFolders(folder)}
+    found = [name for name in forms if (folder / name).exists()]
+    if len(found) != 1:
+        raise UserError(f"{folder}: {'no' if not found else 'several'} annotations; looked for one of "
+                        f"masks/CLASS/*.png, labels/*.png with classes.txt, annotations.json; found "
+                        f"{', '.join(found) or 'none of them'}")
+    _images(folder)
+    return forms[found[0]]()
+
+
+def _images(folder: epath.Path) -> epath.Path:
+    return layout.find(folder, "pictures", "images")

@@ -1,0 +1,140 @@
+"""A folder that `prepare` has written, as a source: checked, read at random, a mixture if it was one."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from argenseg_jax import files
+from argenseg_jax.data.records import TfdsSource
+from argenseg_jax.data.sample import Sample
+from argenseg_jax.errors import SampleError, UserError
+
+MANIFEST, PLAN, SUMMARY, SHARDS = "prepared.json", "plan.json", "summary.json", "shards"
+FORMAT = 1
+_AT_ONCE = 1 << 30  # bytes; a folder up to this size is checked byte by byte whenever it is opened
+
+
+class PreparedSource:
+    """Random access to the samples of a prepared folder.
+
+    Opening it checks that every shard is there with its size, and of up to 1 GiB the checksums too (a
+    second or two); `prepare --verify` checks larger ones.
+
+    Attributes:
+      manifest: the content of prepared.json.
+
+    Raises:
+      UserError: not prepared to the end, a shard missing, or other bytes than were written.
+    """
+
+    def __init__(self, folder: epath.PathLike):
+        self.path = epath.Path(folder)
+        self.manifest = read_manifest(self.path)
+        small = sum(shard["bytes"] for shard in self.manifest["shards"]) <= _AT_ONCE
+        for fault in faults(self.path, self.manifest, checksums=small):
+            raise UserError(fault)
+        self._samples = TfdsSource(self.path)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside of 0..{len(self) - 1}")
+        try:
+            return self._samples[index]
+        except (ValueError, RuntimeError, OSError, LookupError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise SampleError(f"{self.path / self._shard(index)}: sample {index} cannot be read "
+                              f"({reason}); see `prepare --verify`") from None
+
+    @property
+    def codes(self) -> Mapping[str, Any] | None:
+        """What the kept codes depend on (decode/codes.py); None where none were kept."""
+        return self.manifest["codes"]
+
+    def spans(self) -> Iterator[tuple[Span, float]]:
+        """(samples, weight) of each part of the mixture that was prepared."""
+        first = 0
+        for part in self.manifest["parts"]:
+            if part["samples"]:
+                yield Span(self, first, part["samples"]), part["weight"]
+            first += part["samples"]
+
+    def _shard(self, index: int) -> str:
+        for shard in self.manifest["shards"]:
+            if index < shard["samples"]:
+                return shard["file"]
+            index -= shard["samples"]
+        raise IndexError(index)
+
+
+class Span:
+    """Some consecutive samples of a source."""
+
+    def __init__(self, source: PreparedSource, first: int, length: int):
+        self.source, self.first, self.length = source, first, length
+
+    @property
+    def path(self) -> epath.Path:
+        return self.source.path
+
+    @property
+    def codes(self) -> Mapping[str, Any] | None:
+        return self.source.codes
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index {index} is outside of 0..{self.length - 1}")
+        return self.source[self.first + index]
+
+
+def is_prepared(folder: epath.Path) -> bool:
+    """Whether `prepare` has begun or finished this folder."""
+    return (folder / MANIFEST).exists() or (folder / PLAN).exists()
+
+
+def read_manifest(folder: epath.Path) -> dict[str, Any]:
+    """The content of prepared.json; UserError where there is none, or a part of it is missing."""
+    if not (folder / MANIFEST).exists():
+        done = len(list((folder / SHARDS).glob("*.json"))) if (folder / SHARDS).exists() else 0
+        begun = f"`prepare` has not finished it ({done} shards so far): run the same command again" if (
+            folder / PLAN).exists() else f"looked for {MANIFEST}, which `prepare` writes"
+        raise UserError(f"{folder}: no prepared data set; {begun}")
+    manifest = files.read_json(folder / MANIFEST)
+    try:
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{folder / MANIFEST}: format {manifest['format']}, this version reads "
+                            f"{FORMAT}: prepare the data again")
+        [(s["file"], s["samples"], s["bytes"], s["sha256"]) for s in manifest["shards"]]
+        [(p["samples"], p["weight"]) for p in manifest["parts"]], manifest["codes"], manifest["resize"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / MANIFEST}: not as `prepare` writes it ({error})") from None
+    return manifest
+
+
+def faults(folder: epath.Path, manifest: Mapping[str, Any], *, checksums: bool) -> Iterator[str]:
+    """What is wrong with the shards, one line each."""
+    for shard in manifest["shards"]:
+        path = folder / shard["file"]
+        if not path.exists():
+            yield f"{path}: missing shard; prepare the data again, or copy the folder again"
+        elif path.stat().length != shard["bytes"]:
+            yield f"{path}: {path.stat().length} bytes, {shard['bytes']} were written"
+        elif checksums and checksum(path) != shard["sha256"]:
+            yield f"{path}: checksum mismatch: the bytes are not those that were written"
+
+
+def checksum(path: epath.PathLike) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,76 @@
+"""One's own pictures and masks: the three forms give the same samples; what is wrong is named."""
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from argenseg_jax.data.sources import open_source
+from argenseg_jax.errors import SampleError, UserError
+
+WIDTH, HEIGHT = 12, 8
+MAP = np.repeat([[1, 1, 1, 1, 3, 3, 3, 3, 0, 0, 255, 255]], HEIGHT, axis=0).astype(np.uint8)
+NAMES = {1: "road", 3: "traffic light"}
+
+
+@pytest.fixture
+def forms(tmp_path):
+    """{form: folder}; every folder holds the same picture and the same two classes."""
+    for form in ("masks", "labels", "polygons"):
+        (tmp_path / form / "images").mkdir(parents=True)
+        Image.new("RGB", (WIDTH, HEIGHT), (9, 9, 9)).save(tmp_path / form / "images" / "street.jpg")
+    for value, name in NAMES.items():
+        path = tmp_path / "masks/masks" / name.replace(" ", "_") / "street.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray((MAP == value).astype(np.uint8)).save(path)
+    (tmp_path / "labels/labels").mkdir()
+    Image.fromarray(MAP).save(tmp_path / "labels/labels/street.png")
+    (tmp_path / "labels/classes.txt").write_text("road\npavement\ntraffic_light\n")
+    boxes = {1: [0, 0, 4, 0, 4, 8, 0, 8], 3: [4, 0, 8, 0, 8, 8, 4, 8]}
+    (tmp_path / "polygons/annotations.json").write_text(json.dumps({
+        "images": [{"id": 1, "file_name": "street.jpg", "height": HEIGHT, "width": WIDTH}],
+        "categories": [{"id": k, "name": n.replace(" ", "_")} for k, n in NAMES.items()],
+        "annotations": [{"id": k, "image_id": 1, "category_id": k, "segmentation": [box]}
+                        for k, box in boxes.items()]}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("form", ["masks", "labels", "polygons"])
+def test_forms(forms, form):
+    source = open_source(f"own:{form}", root=str(forms))
+    assert len(source) == 2
+    for k, (value, name) in enumerate(NAMES.items()):
+        sample = source[k]
+        np.testing.assert_array_equal(sample.masks[0], (MAP == value) * np.uint8(255))
+        assert sample.conversations[0]["value"] == f"<image>\n Please segment {name} in this image."
+        assert (sample.meta["kind"], sample.meta["metric"]) == (name, "semantic")
+
+
+def test_a_black_mask_teaches_absence(forms):
+    Image.new("L", (WIDTH, HEIGHT)).save(forms / "masks/masks/road/street.png")
+    assert not open_source(f"own:{forms}/masks")[0].masks[0].any()
+
+
+def test_faults(forms):
+    cases = {"no annotations; looked for one of masks/CLASS":
+             lambda: (forms / "masks/masks").rename(forms / "m"),
+             "several annotations; .*found annotations.json, labels":
+             lambda: (forms / "polygons/labels").mkdir(),
+             "no class names of own; looked for classes.txt": lambda: (forms / "labels/classes.txt").unlink()}
+    for (says, damage), form in zip(cases.items(), ("masks", "polygons", "labels")):
+        damage()
+        with pytest.raises(UserError, match=says):
+            open_source(f"own:{forms}/{form}")
+    with pytest.raises(UserError, match="no pictures; looked for images"):
+        (forms / "labels/images").rename(forms / "pictures")
+        (forms / "labels/classes.txt").write_text("road\n")
+        open_source(f"own:{forms}/labels")
+
+
+def test_faulty_files_are_named(forms):
+    Image.new("L", (WIDTH, HEIGHT), 1).save(forms / "masks/masks/road/alley.png")
+    with pytest.raises(UserError, match="alley.png: no picture of this name in .*images"):
+        open_source(f"own:{forms}/masks")
+    Image.fromarray(MAP + (MAP == 3)).save(forms / "labels/labels/street.png")
+    with pytest.raises(SampleError, match="street.png: value 4 has no class name"):
+        open_source(f"own:{forms}/labels")[0]
