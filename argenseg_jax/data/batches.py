@@ -115,9 +115,7 @@ class BatchIterator(Iterator[Batch]):
                 flags.FLAGS.mark_as_parsed()
             # Every worker has its own places; grain takes their shares of a batch in turn.
             workers = max(n for n in range(1, self._workers + 1) if len(taken) % n == 0)
-            # Two shares ahead, so that they need not wait for the slowest of them every time.
-            shares = shares.mp_prefetch(grain.MultiprocessingOptions(
-                num_workers=workers, per_worker_buffer_size=2))
+            shares = shares.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
         self._iterator = ThreadPrefetchIterDataset(
             _Batches(shares, taken, self._max_broken, workers), prefetch_buffer_size=2).__iter__()
         # Also at exit: grain's threads must not outlive the modules that they use.
