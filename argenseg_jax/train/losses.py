@@ -126,8 +126,9 @@ def token_nll(model: ARGenSeg, params: Params, hidden: Array, ids: Array, is_cod
     def chunk_nll(hidden: Array, ids: Array, is_code: Array) -> tuple[Array, Array]:
         logits = model.apply({"params": params}, hidden, method="logits")
         log_z = jax.nn.logsumexp(logits, axis=-1)
-        at = jnp.maximum(ids, 0)
-        picked = jnp.take_along_axis(logits, at[..., None], axis=-1)[..., 0]
+        # Compared, not gathered: a gather's gradient is a scatter, and words may lie on many devices.
+        at = jnp.maximum(ids, 0)[..., None]
+        picked = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == at, logits, 0), axis=-1)
         right = picked >= jnp.max(logits, axis=-1)  # an argmax takes CPUs several times as long
         if spread is not None:
             share = spread[jnp.clip(ids - first, 0, size - 1)]
