@@ -73,6 +73,8 @@ class LMOptions:
         near codes a share, since many codes draw almost the same patch. 0 = one-hot.
       scale_power: the weight of a code goes with (codes of its scale) ** -power. 0 = all equal.
       foreground: weight of codes other than code 0 (nano's code of nothing). 1 = all equal.
+      text: weight of the text loss beside that of the codes. A short answer is a few of all the text
+        targets of a mixture, most of which are the standing words around a mask.
       corrupt: up to this share of the input codes is replaced by random ones, so that decoding
         learns to go on from its own mistakes. 0 = never.
       chunk: number of places whose logits are in memory at a time; 0 = all.
@@ -83,6 +85,7 @@ class LMOptions:
     soft_targets: float = 0.0
     scale_power: float = 0.0
     foreground: float = 1.0
+    text: float = 1.0
     corrupt: float = 0.0
     chunk: int = 0
     scale_accuracy: bool = False
@@ -204,7 +207,7 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
     text_loss = jnp.sum(jnp.where(is_text, nll, 0.0)) / norm["text"]
     gen_loss = jnp.sum(jnp.where(is_code, nll * weight, 0.0)) / norm["codes"]
     accuracy = jnp.sum(is_code & right) / norm["codes"]
-    loss = text_loss + gen_loss
+    loss = opts.text * text_loss + gen_loss
     by_scale = {}
     if opts.scale_accuracy:
         level = jnp.asarray(model.scales.levels)[jnp.maximum(index, 0) % model.scales.num_codes]
