@@ -132,7 +132,7 @@ def base() -> ConfigDict:
         },
         "eval": {
             "prompt": "referring",  # PSALM: referring | semantic | reasoning, or a text with {sent}
-            "data": (),         # what `evaluate` scores without --data: files and named sources
+            "data": (),         # what `evaluate` scores without --data: DATA or METRIC@DATA each
             "metric": "",       # of eval/table.py; "" = what the data asks for, or referring
             "masks": "first",   # first | union: which masks of an answer are scored
         },

@@ -6,11 +6,11 @@
 
 --data is an official JSONL, a PSALM evaluation JSON, or a named source: shapes:simple:test,
 shapes:full:unseen, ...; shapes:test, shapes:unseen and nano:test are of the shipped model's level. It
-may be given several times. Writes OUT/eval/NAME/{scores.json, predictions.jsonl, coco_results.json,
-pictures/}, OUT/report.html and OUT/table.md, where OUT is --out or else the workdir; with neither, nothing is
-written. An evaluation that was stopped goes on where it was when the same command comes again.
---metric names other scores than the data's own (eval/table.py). Saved predictions are scored again
-without the model:
+may be given several times, and METRIC@DATA scores it by a metric of eval/table.py; --metric does so for
+all. Writes OUT/eval/NAME/{scores.json, predictions.jsonl, coco_results.json, pictures/}, OUT/report.html
+and OUT/table.md, where OUT is --out or else the workdir; with neither, nothing is written. An evaluation
+that was stopped goes on where it was when the same command comes again. Saved predictions are scored
+again without the model:
 
   python -m argenseg_jax evaluate --rescore runs/nano/eval/val/predictions.jsonl --metric grefcoco
 
@@ -23,7 +23,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
@@ -86,13 +86,15 @@ def run() -> dict[str, Any]:
         common.require("data")
     for key in ("prompt", "masks", "metric"):
         settings[key] = getattr(FLAGS, key) or settings[key]
-    sources = {name: _open(name, settings["prompt"]) for name in names}  # mistakes before the work
+    sources = {name: _open(_plain(name), settings["prompt"]) for name in names}  # mistakes before the work
     predictor = Predictor.load(checkpoint, FLAGS.dtype)
+    baseline = functools.cache(lambda: _baseline(config))  # reads the training data: only where needed
     out = FLAGS.out or FLAGS.workdir
     each = {}
     for name, source in sources.items():
         start = time.perf_counter()
-        each[name] = _evaluate(name, source, predictor, config, settings, out)
+        metric = name.removesuffix(_plain(name)).rstrip("@") or settings["metric"]
+        each[name] = _evaluate(name, source, predictor, config, {**settings, "metric": metric}, baseline, out)
         each[name]["seconds"] = round(time.perf_counter() - start, 2)
         if len(names) > 1:
             common.log(f"{name}: " + json.dumps(each[name]))
@@ -105,6 +107,14 @@ def run() -> dict[str, Any]:
     return {"n": sum(scores["n"] for scores in each.values()), "data": each, **written, "seconds": seconds}
 
 
+def _plain(name: str) -> str:
+    """The name of a data set without the METRIC@ before it."""
+    from argenseg_jax.eval.table import METRICS
+
+    metric, _, rest = name.partition("@")
+    return rest if rest and metric in METRICS else name
+
+
 def _open(name: str, prompt: str) -> Any:
     from argenseg_jax.data.sources import open_source
 
@@ -112,7 +122,8 @@ def _open(name: str, prompt: str) -> Any:
 
 
 def _evaluate(name: str, source: Any, predictor: Any, config: Mapping[str, Any],
-              settings: Mapping[str, Any], out: str | None) -> dict[str, Any]:
+              settings: Mapping[str, Any], baseline: Callable[[], Any], out: str | None
+              ) -> dict[str, Any]:
     """The scores of one data set, and the path of its predictions."""
     from etils import epath
 
@@ -121,7 +132,10 @@ def _evaluate(name: str, source: Any, predictor: Any, config: Mapping[str, Any],
     from argenseg_jax.eval.evaluator import Evaluator
     from argenseg_jax.eval.partial import Partial
 
-    metric = settings["metric"] or (source[0].meta.get("metric") if len(source) else "")
+    first = source[0] if len(source) else None
+    metric = settings["metric"] or (first.meta.get("metric") if first else "")
+    needs = (FLAGS.baseline and first and first.masks and "all_objects_mask" not in first.meta
+             and config.get("data", {}).get("sources"))
     several = settings["masks"] != "first" or metric == "instances"
     answer = functools.partial(predictor.segment_batch, max_masks=MAX_MASKS if several else 1)
     previews = functools.partial(answer, previews=True) if FLAGS.previews else None
@@ -129,7 +143,7 @@ def _evaluate(name: str, source: Any, predictor: Any, config: Mapping[str, Any],
     kept = None
     if folder:
         checkpoint = FLAGS.checkpoint or FLAGS.workdir
-        path = epath.Path(name)
+        path = epath.Path(_plain(name))
         key = {"data": name, "samples": len(source), "image_root": FLAGS.image_root,
                "file": [path.stat().length, path.stat().mtime] if path.is_file() else None,
                "checkpoint": str(checkpoint), "step": orbax_io.newest_step(checkpoint),
@@ -137,7 +151,7 @@ def _evaluate(name: str, source: Any, predictor: Any, config: Mapping[str, Any],
                **{k: settings[k] for k in ("prompt", "masks", "metric")}}
         kept = Partial(folder / "partial", key, FLAGS.save_every)
     result = Evaluator(answer, batch=FLAGS.batch, masks=settings["masks"],
-                       baseline=_baseline(config, source), preview_fn=previews, previews=FLAGS.previews,
+                       baseline=baseline() if needs else None, preview_fn=previews, previews=FLAGS.previews,
                        metric=settings["metric"], pad=config.get("data", {}).get("pad_to_square", False),
                        ).run(source, FLAGS.limit, kept)
     scores = {"data": name, **result.scores}
@@ -158,16 +172,13 @@ def _rescore(path: str) -> dict[str, Any]:
     return {"data": path, **scores, "seconds": round(time.perf_counter() - begin, 2)}
 
 
-def _baseline(config: Mapping[str, Any], source: Any) -> Any:
-    """The constant baseline of the training data; None where it is needless or out of reach."""
+def _baseline(config: Mapping[str, Any]) -> Any:
+    """The constant baseline of the training data; None where it is out of reach."""
     from argenseg_jax.data import sources
     from argenseg_jax.eval import evaluator
 
-    trained_on = config.get("data", {}).get("sources")
-    if not FLAGS.baseline or not trained_on or "all_objects_mask" in source[0].meta:
-        return None
     try:
-        parts = sources.open_mixture(trained_on, config["data"].get("root", ""))
+        parts = sources.open_mixture(config["data"]["sources"], config["data"].get("root", ""))
         return evaluator.constant_baseline([part.source for part in parts])
     except UserError as error:
         common.log(f"no baseline: {error}")
@@ -178,9 +189,10 @@ def _folder(out: str, name: str) -> Any:
     """OUT/eval/NAME of a file or a named source."""
     from etils import epath
 
-    known = epath.Path(name)
-    plain = known.stem if known.exists() else name
-    return epath.Path(out) / "eval" / re.sub(r"[^\w.-]+", "-", plain)
+    plain = _plain(name)
+    if epath.Path(plain).exists():
+        name = name.removesuffix(plain) + epath.Path(plain).stem
+    return epath.Path(out) / "eval" / re.sub(r"[^\w.-]+", "-", name)
 
 
 def _write(folder: Any, source: Any, result: Any, scores: Mapping[str, Any]) -> None:

@@ -11,18 +11,17 @@ from etils import epath
 from argenseg_jax import files, hosts
 from argenseg_jax.eval import saved
 
-KEY = "evaluation.json"
-
 
 class Partial:
     """A folder of rows, in files that appear whole and are never changed: no row is ever half there.
 
-    Every process writes its own files, so on resume their number may be another one.
+    The first line of a file says of which evaluation its rows are. Every process writes its own files,
+    so on resume their number may be another one.
 
     Args:
-      folder: of this evaluation alone; shared by all processes.
-      key: what the answers depend on (data, checkpoint, flags), JSON-able. What the folder holds of
-        another key is removed.
+      folder: shared by all processes; it appears with the first rows.
+      key: what the answers depend on (data, checkpoint, flags), JSON-able. Files of another key are
+        removed.
       every: seconds of answers that one file holds, and that a stop loses at most.
     """
 
@@ -33,15 +32,15 @@ class Partial:
 
     def open(self) -> dict[int, dict[str, Any]]:
         """{index: row} of what is there; every process calls it, before any `add`."""
-        hosts.gather(None)  # nobody writes yet
-        if hosts.is_first() and self._of_another():
-            self.folder.rmtree(missing_ok=True)
-            files.write(self.folder / KEY, json.dumps(self.key, indent=1))
-        hosts.gather(None)  # the folder is that of this key, for all
-        rows = [row for path in sorted(self.folder.glob("*.jsonl")) for row in saved.read_rows(path)]
-        hosts.gather(None)  # all have read the same
+        found = {path: saved.read_rows(path) for path in sorted(self.folder.glob("*.jsonl"))}
+        hosts.gather(None)  # all have read the same; nobody has written yet
+        strange = [path for path, (head, *_) in found.items() if head != self.key]
+        if hosts.is_first():
+            for path in strange:
+                path.unlink()
+        hosts.gather(None)
         self._since = time.monotonic()
-        return {row["index"]: row for row in rows}
+        return {row["index"]: row for path, (_, *rows) in found.items() if path not in strange for row in rows}
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Takes rows; writes all that are not written yet when it is time."""
@@ -49,13 +48,10 @@ class Partial:
         if self._rows and time.monotonic() - self._since >= self.every:
             # No other file begins with this sample: it is answered once.
             name = f"{self._rows[0]['index']}.jsonl"
-            files.write(self.folder / name, "".join(json.dumps(row) + "\n" for row in self._rows))
+            lines = "".join(json.dumps(row) + "\n" for row in (self.key, *self._rows))
+            files.write(self.folder / name, lines)
             self._rows, self._since = [], time.monotonic()
 
     def remove(self) -> None:
         """When the evaluation is complete and its result written."""
         self.folder.rmtree(missing_ok=True)
-
-    def _of_another(self) -> bool:
-        path = self.folder / KEY
-        return not path.exists() or files.read_json(path) != self.key

@@ -28,7 +28,8 @@ COLUMNS = {"n": "samples", "gIoU": "gIoU", "baseline_gIoU": "(baseline)", "cIoU"
            "Pr@0.9": "Pr@0.9", "N-acc": "N-acc", "T-acc": "T-acc",
            "mIoU": "mIoU", "AP": "AP", "AP50": "AP50", "Acc@0.5": "Acc@0.5", "IoU@1": "IoU@1",
            "image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_F1": "F1-max",
-           "accuracy": "accuracy", "baseline_accuracy": "(baseline)", "F1": "F1", "yes_ratio": "yes", "PSNR": "PSNR", "SSIM": "SSIM",
+           "accuracy": "accuracy", "baseline_accuracy": "(baseline)", "F1": "F1", "yes_ratio": "yes",
+           "PSNR": "PSNR", "SSIM": "SSIM",
            "seconds_per_image": "s / image"}
 # What the tables of papers print of a metric; of others the accuracy.
 HEADLINES = {"referring": ("cIoU", "gIoU"), "grefcoco": ("cIoU", "gIoU", "N-acc"), "semantic": ("mIoU",),

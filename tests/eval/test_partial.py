@@ -71,7 +71,8 @@ def test_rows_of_another_evaluation_are_not_used(tmp_path):
     other = Counting()
     run(other, tmp_path / "p", key=2)
     assert other.asked == 20
-    assert json.loads((tmp_path / "p" / "evaluation.json").read_text()) == {"k": 2}
+    heads = [json.loads(p.read_text().split("\n")[0]) for p in (tmp_path / "p").glob("*.jsonl")]
+    assert len(heads) == 7 and all(head == {"k": 2} for head in heads)
 
 
 def test_other_processes_take_over_what_was_done(tmp_path, monkeypatch):
@@ -92,7 +93,7 @@ def test_other_processes_take_over_what_was_done(tmp_path, monkeypatch):
 @pytest.mark.parametrize("every, files", [(0, 2), (3600, 0)])
 def test_answers_are_written_when_it_is_time(tmp_path, every, files):
     partial = Partial(tmp_path / "p", {}, every)
-    assert partial.open() == {}
+    assert partial.open() == {} and not (tmp_path / "p").exists()
     partial.add([{"index": 3}])
     partial.add([{"index": 4}, {"index": 5}])
     assert len(list((tmp_path / "p").glob("*.jsonl"))) == files
