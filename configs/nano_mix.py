@@ -25,7 +25,7 @@ SHARES = {
     "shapes-chat:full:train": 0.38,
 }
 SAMPLES = 10**7  # far more than are trained on
-CHAT_STEPS, STEPS = 1400, 1200
+CHAT_STEPS, STEPS = 2200, 1200
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
