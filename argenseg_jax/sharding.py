@@ -142,12 +142,13 @@ def param_specs(shapes: Mapping[str, Any], rules: Sequence[Rule] = PARAM_RULES
     specs, used = {}, set()
     for path, leaf in flat.items():
         part, _, name = path.partition("/")
+        name = re.sub(r"^layers_\d+/", "layers/", name)  # split for decoding
         hits = [r for r in rules if r.part == part and re.fullmatch(r.pattern, name)]
         if len(hits) != 1:
             raise ValueError(f"parameter '{path}' {tuple(leaf.shape)} is covered by {len(hits)} "
                              f"sharding rules, not by one: {[r.pattern for r in hits]}")
         used.add(hits[0])
-        stack = (None,) if name.startswith("layers/") else ()
+        stack = (None,) if path.startswith(f"{part}/layers/") else ()
         spec = (*stack, *hits[0].spec) if hits[0].spec else ()
         if spec and len(spec) != len(leaf.shape):
             raise ValueError(f"sharding rule {hits[0]} does not fit '{path}' {tuple(leaf.shape)}")

@@ -1,7 +1,8 @@
 """The command line: `python -m argenseg_jax CMD --flag=value`; imports only the chosen command.
 
 A command is a module of this package. Importing it defines its absl flags and nothing more (no
-jax); its `run() -> dict` then does the work, and the dict is printed as the last line of stdout.
+jax); its `run() -> dict` then does the work, and the dict is printed as the last line of stdout. A
+`setup_devices()` of its own replaces the usual one, before the first use of jax.
 """
 from __future__ import annotations
 
@@ -69,7 +70,7 @@ def _run(command: str, args: list[str]) -> int:
               + flags.FLAGS.get_help(), file=sys.stderr)
         return 0
     common.parse_flags(command, args)
-    common.setup_devices()
+    getattr(module, "setup_devices", common.setup_devices)()
     result = module.run()
     common.print_result(result)
     return 1 if result.get("ok") is False else 0

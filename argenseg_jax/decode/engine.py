@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from argenseg_jax import sharding
 from argenseg_jax.decode import scale_decode, text_decode
 from argenseg_jax.decode.choice import Rules, Sampling
 from argenseg_jax.decode.weights import for_inference
@@ -43,18 +44,35 @@ class Generated:
     scales: np.ndarray | None
 
 
+class Phases:
+    """The jitted functions that an answer is made of; the `compile` command lowers these same ones.
+
+    Attributes:
+      model: with the decoder's layers split where that is faster (`split`): everywhere but on TPUs.
+      prefill, text, mask: take {"params": weights of weights.for_inference} first.
+    """
+
+    def __init__(self, model: ARGenSeg):
+        self.split = sharding.platform() != "tpu"
+        self.model = model.clone(llm=model.llm.clone(split=self.split))
+        self.prefill = jax.jit(nn.apply(text_decode.prefill, self.model), static_argnums=(5, 6))
+        self.text = jax.jit(nn.apply(text_decode.write_text, self.model), donate_argnums=1)
+        self.mask = jax.jit(nn.apply(_mask_phase, self.model), donate_argnums=1, static_argnums=2)
+
+    def capacity(self, width: int, max_text: int, max_masks: int) -> int:
+        """Places of the cache for prompts padded to `width`: whole blocks, so few sizes occur."""
+        need = width + max_text + max_masks * (self.model.scales.num_codes + 1)
+        return -(-need // BLOCK) * BLOCK
+
+
 class Engine:
     """Decodes batches. `params` may be exchanged (while training, say): nothing recompiles."""
 
     def __init__(self, model: ARGenSeg, params: Mapping[str, Any], *, int8: bool = False):
         """int8: keep the decoder's matrices in eight bits (decode/weights)."""
-        split = jax.default_backend() != "tpu"
-        self.model = model.clone(llm=model.llm.clone(split=split))
-        self._int8, self._split = int8, split
+        self.phases, self._int8 = Phases(model), int8
+        self.model, self.capacity = self.phases.model, self.phases.capacity
         self.params = params
-        self._prefill = jax.jit(nn.apply(text_decode.prefill, self.model), static_argnums=(5, 6))
-        self._text = jax.jit(nn.apply(text_decode.write_text, self.model), donate_argnums=1)
-        self._mask = jax.jit(nn.apply(_mask_phase, self.model), donate_argnums=1, static_argnums=2)
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -63,29 +81,24 @@ class Engine:
 
     @params.setter
     def params(self, params: Mapping[str, Any]) -> None:
-        self._params = for_inference(self.model, params, int8=self._int8, split=self._split)
+        self._params = for_inference(self.model, params, int8=self._int8, split=self.phases.split)
 
     # ---- phases ----------------------------------------------------------------------------------
-
-    def capacity(self, width: int, max_text: int, max_masks: int) -> int:
-        """Places of the cache for prompts padded to `width`: whole blocks, so few sizes occur."""
-        need = width + max_text + max_masks * (self.model.scales.num_codes + 1)
-        return -(-need // BLOCK) * BLOCK
 
     def prefill(self, tokens: np.ndarray, lengths: np.ndarray, tiles: np.ndarray | None,
                 rules: Rules, capacity: int, max_text: int) -> text_decode.Answer:
         """See text_decode.prefill."""
-        return self._prefill({"params": self.params}, tokens, lengths, tiles, rules, capacity,
-                             max_text)
+        return self.phases.prefill({"params": self.params}, tokens, lengths, tiles, rules, capacity,
+                                   max_text)
 
     def text(self, answer: text_decode.Answer) -> text_decode.Answer:
         """Writes until every row has ended or stands at a mask."""
-        return self._text({"params": self.params}, answer)
+        return self.phases.text({"params": self.params}, answer)
 
     def mask(self, answer: text_decode.Answer, previews: bool = False
              ) -> tuple[text_decode.Answer, dict[str, jax.Array]]:
         """Writes the mask of every row that stands at one: (answer, fields of Generated)."""
-        return self._mask({"params": self.params}, answer, previews)
+        return self.phases.mask({"params": self.params}, answer, previews)
 
     # ---- whole answers ---------------------------------------------------------------------------
 

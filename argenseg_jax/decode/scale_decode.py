@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from argenseg_jax.decode.choice import choose
 from argenseg_jax.decode.text_decode import Answer
+from argenseg_jax.models import pieces
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.kv_cache import KVCache
 
@@ -65,5 +66,10 @@ def decode_codes(m: ARGenSeg, answer: Answer) -> tuple[MaskCodes, KVCache]:
 
 def to_image(m: ARGenSeg, f_hat: Array) -> Array:
     """f_hat f32[B, S, S, C] -> u8[B, R, R, 3], by truncation of (x + 1) / 2 * 255 (SPEC 4.3)."""
-    image = (m.vqvae.decode(f_hat) + 1) / 2
-    return (image * 255).astype(jnp.uint8)
+    vqvae, weights = m.vqvae.unbind()
+
+    def draw(f_hat: Array) -> Array:
+        image = (vqvae.apply(weights, f_hat, method="decode") + 1) / 2
+        return (image * 255).astype(jnp.uint8)
+
+    return pieces.in_pieces(draw, f_hat, vqvae.row_bytes)

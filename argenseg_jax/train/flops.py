@@ -13,12 +13,14 @@ from typing import Any
 
 from argenseg_jax import trees
 from argenseg_jax.models.argenseg import ARGenSeg
+from argenseg_jax.train.roofline import CHIPS
 
-# Dense bfloat16 operations per second of one chip, by a beginning of its jax device_kind (longer
-# ones first); from the makers' data sheets.
-PEAKS = {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12,
-         "TPU v6": 918e12, "TPU7x": 2307e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12,
-         "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12}
+# Dense bfloat16 operations per second of one device, by a beginning of its jax device_kind (longer
+# ones first); from the makers' data sheets. Those of TPUs: train/roofline.py.
+PEAKS = {"TPU v4": CHIPS["v4"], "TPU v5 lite": CHIPS["v5e"], "TPU v5": CHIPS["v5p"],
+         "TPU v6": CHIPS["v6e"], "TPU7x": CHIPS["tpu7x"]}
+PEAKS = {**{kind: chip.flops / chip.devices for kind, chip in PEAKS.items()},
+         "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12}
 
 
 def peak(device_kind: str) -> float | None:
@@ -27,7 +29,7 @@ def peak(device_kind: str) -> float | None:
 
 
 def lm_step(model: ARGenSeg, shapes: Mapping[str, Any], trainable: Callable[[str], bool], *,
-            rows: int, width: int, tiles: int, masks: int) -> dict[str, float]:
+            rows: int, width: int, tiles: int, masks: int, again: bool = False) -> dict[str, float]:
     """{part: operations} of one step of the lm phase, forward and backward.
 
     Args:
@@ -35,6 +37,7 @@ def lm_step(model: ARGenSeg, shapes: Mapping[str, Any], trainable: Callable[[str
       trainable: path -> whether the step changes it.
       rows, width: B rows of T places.
       tiles, masks: per row, padding included (it is computed as well).
+      again: also count what full remat computes a second time; not part of "model FLOPs".
     """
     kernels = {path: math.prod(leaf.shape) for path, leaf in trees.flatten(shapes).items()
                if path.endswith(("/kernel", "/lora_a", "/lora_b")) or path == "llm/embed/embedding"}
@@ -50,7 +53,8 @@ def lm_step(model: ARGenSeg, shapes: Mapping[str, Any], trainable: Callable[[str
     total = {}
     for part, count in uses.items():
         learns = any(trainable(path) for path in kernels if path.startswith(f"{part}/"))
-        passes = lambda learned: 3 if learned else 2  # forward, into the inputs, into the weights
+        twice = again and part in ("llm", "vision")
+        passes = lambda learned: (3 if learned else 2) + twice  # forward, into inputs, into weights
         if part == "vision" and not learns:
             passes = lambda learned: 1  # nothing to learn before it
         total[part] = attention.get(part, 0) * passes(True) + 2 * count * sum(
@@ -63,17 +67,38 @@ def lm_step(model: ARGenSeg, shapes: Mapping[str, Any], trainable: Callable[[str
 def encoder(model: ARGenSeg, shapes: Mapping[str, Any]) -> float:
     """Operations of coding one mask: the VQ-VAE's encoder and the distances to its codes."""
     side, levels = model.mask_size // model.vqvae.patch_size, len(model.vqvae.ch_mult)
-    lowest, total = side >> (levels - 1), 0
-    for path, leaf in trees.flatten(shapes).items():
-        level = re.match(r"encoder/(?:down_(\d+)/|(conv_in))", path)
-        at = lowest
-        if level:
-            at = side >> int(level[1] or 0)
-        if path.endswith("/downsample/kernel"):
-            at //= 2
-        if re.fullmatch(r"(encoder/.*|quant_conv)/kernel", path):
-            total += 2 * math.prod(leaf.shape) * at**2
-        if re.fullmatch(r"encoder/.*/proj_out/kernel", path):  # one attention over all places
-            total += 4 * at**4 * leaf.shape[-1]
+    total = _convolutions(shapes, r"(encoder/.*|quant_conv)/kernel", r"encoder/down_(\d+)/|encoder/(conv_in)",
+                          lambda level: side >> level, side >> (levels - 1))
     return total + 2 * sum(n * n for n in model.vqvae.patch_nums) * math.prod(
         shapes["quantizer"]["codebook"].shape)
+
+
+def decoder(model: ARGenSeg, shapes: Mapping[str, Any]) -> float:
+    """Operations of drawing one mask from its latent: the VQ-VAE's decoder."""
+    side, levels = model.mask_size // model.vqvae.patch_size, len(model.vqvae.ch_mult)
+    return _convolutions(shapes, r"(decoder/.*|post_quant_conv)/kernel",
+                         r"decoder/up_(\d+)/|decoder/(conv_out)", lambda level: side >> level,
+                         side >> (levels - 1))
+
+
+def _convolutions(shapes: Mapping[str, Any], which: str, level_of: str, side_at: Callable[[int], int],
+                  lowest: int) -> float:
+    """Operations of the convolutions and attentions of one tower of the VQ-VAE, for one image.
+
+    Taps of a kernel that meet the padding are left out: on a grid of 16 they are one in twelve.
+    """
+    total = 0.0
+    for path, leaf in trees.flatten(shapes).items():
+        if not re.fullmatch(which, path):
+            continue
+        level = re.search(level_of, path)
+        side, taps = side_at(int(level[1] or 0)) if level else lowest, leaf.shape[0]
+        if path.endswith("/downsample/kernel"):
+            hits = taps * (side // 2) - 1  # stride 2, padded on the right
+        else:
+            side *= 2 if path.endswith("/upsample/kernel") else 1
+            hits = taps * side - (taps * taps - 1) // 4  # both sides lose 1 + 2 + ... + taps // 2
+        total += 2 * hits**2 * math.prod(leaf.shape[2:])
+        if path.endswith("/proj_out/kernel"):  # one attention over all places
+            total += 4 * side**4 * leaf.shape[-1]
+    return total

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from argenseg_jax import trees
+from argenseg_jax.models import pieces
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.layers import DENSE, GradIn
 from argenseg_jax.models.lora import Lora
@@ -73,8 +74,6 @@ class LMOptions:
         near codes a share, since many codes draw almost the same patch. 0 = one-hot.
       scale_power: the weight of a code goes with (codes of its scale) ** -power. 0 = all equal.
       foreground: weight of codes other than code 0 (nano's code of nothing). 1 = all equal.
-      text: weight of the text loss beside that of the codes. A short answer is a few of all the text
-        targets of a mixture, most of which are the standing words around a mask.
       corrupt: up to this share of the input codes is replaced by random ones, so that decoding
         learns to go on from its own mistakes. 0 = never.
       chunk: number of places whose logits are in memory at a time; 0 = all.
@@ -85,7 +84,6 @@ class LMOptions:
     soft_targets: float = 0.0
     scale_power: float = 0.0
     foreground: float = 1.0
-    text: float = 1.0
     corrupt: float = 0.0
     chunk: int = 0
     scale_accuracy: bool = False
@@ -129,9 +127,8 @@ def token_nll(model: ARGenSeg, params: Params, hidden: Array, ids: Array, is_cod
     def chunk_nll(hidden: Array, ids: Array, is_code: Array) -> tuple[Array, Array]:
         logits = model.apply({"params": params}, hidden, method="logits")
         log_z = jax.nn.logsumexp(logits, axis=-1)
-        # Compared, not gathered: a gather's gradient is a scatter, and words may lie on many devices.
-        at = jnp.maximum(ids, 0)[..., None]
-        picked = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == at, logits, 0), axis=-1)
+        at = jnp.maximum(ids, 0)
+        picked = jnp.take_along_axis(logits, at[..., None], axis=-1)[..., 0]
         right = picked >= jnp.max(logits, axis=-1)  # an argmax takes CPUs several times as long
         if spread is not None:
             share = spread[jnp.clip(ids - first, 0, size - 1)]
@@ -183,8 +180,12 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
 
     codes = features = None
     if batch["masks"].shape[1]:
-        kept = batch["masks"].ndim == 3  # int32[B, M, N]: `prepare` has tokenised them
-        codes = batch["masks"] if kept else jax.lax.stop_gradient(run("tokenize", batch["masks"]))
+        if batch["masks"].ndim == 3:  # int32[B, M, N]: `prepare` has tokenised them
+            codes = batch["masks"]
+        else:  # frozen, and by far the widest part: 40 MiB of activation for each mask of the official one
+            codes = pieces.in_pieces(lambda masks: run("tokenize", masks), batch["masks"],
+                                     batch["masks"].shape[1] * model.vqvae.row_bytes)
+        codes = jax.lax.stop_gradient(codes)
     if batch["tiles"].shape[1]:
         features = run("encode_images", batch["tiles"], deterministic=deterministic)
     inputs = codes
@@ -207,7 +208,7 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
     text_loss = jnp.sum(jnp.where(is_text, nll, 0.0)) / norm["text"]
     gen_loss = jnp.sum(jnp.where(is_code, nll * weight, 0.0)) / norm["codes"]
     accuracy = jnp.sum(is_code & right) / norm["codes"]
-    loss = opts.text * text_loss + gen_loss
+    loss = text_loss + gen_loss
     by_scale = {}
     if opts.scale_accuracy:
         level = jnp.asarray(model.scales.levels)[jnp.maximum(index, 0) % model.scales.num_codes]

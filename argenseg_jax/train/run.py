@@ -134,11 +134,12 @@ def geometry(model: ARGenSeg) -> pipeline.Geometry:
 
 
 def lm_flops(cfg: Mapping[str, Any], model: ARGenSeg, shapes: Params,
-             trainable: Callable[[str], bool]) -> dict[str, float]:
-    """{part: operations} of one step of the lm phase, over all devices."""
+             trainable: Callable[[str], bool], *, again: bool = False) -> dict[str, float]:
+    """{part: operations} of one step of the lm phase, over all devices; see flops.lm_step."""
     data = cfg["data"]
     parts = flops.lm_step(model, shapes, trainable, rows=cfg["train"]["global_batch"],
-                          width=data["max_tokens"], tiles=data["max_tiles"], masks=data["max_masks"])
+                          width=data["max_tokens"], tiles=data["max_tiles"], masks=data["max_masks"],
+                          again=again)
     return {**parts, "vqvae": 0.0} if data.get("codes") else parts
 
 

@@ -77,7 +77,8 @@ def test_several_masks(twice):
 
 
 def test_prompts_of_a_bucket_share_their_programs(predictor):
-    programs = (predictor.engine._prefill, predictor.engine._text, predictor.engine._mask)
+    phases = predictor.engine.phases
+    programs = (phases.prefill, phases.text, phases.mask)
     predictor.segment(tiny.picture(0), "Segment it.")
     sizes = [p._cache_size() for p in programs]
     for text in ("Segment the red circle.", "What?", "Segment every blue square there is."):
