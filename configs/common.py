@@ -121,6 +121,7 @@ def base() -> ConfigDict:
                 "soft_targets": 0.0,  # temperature that spreads a code's target over near codes
                 "scale_power": 0.0,  # weight of a code ~ (codes of its scale) ** -power
                 "foreground": 1.0,  # weight of codes other than code 0
+                "text": 1.0,    # weight of the text loss beside that of the codes
                 "corrupt": 0.0,  # up to this share of the input codes is replaced by random ones
                 "chunk": 0,     # places whose logits are in memory at a time; 0 = all
                 "scale_accuracy": False,  # log the share of right codes of each scale too
@@ -131,6 +132,8 @@ def base() -> ConfigDict:
         },
         "eval": {
             "prompt": "referring",  # PSALM: referring | semantic | reasoning, or a text with {sent}
+            "data": (),         # what `evaluate` scores without --data: DATA or METRIC@DATA each
+            "metric": "",       # of eval/table.py; "" = what the data asks for, or referring
             "masks": "first",   # first | union: which masks of an answer are scored
         },
     })

@@ -1,4 +1,4 @@
-"""The demo's model: `shapes` simple, from scratch on two CPU cores in about 10 minutes.
+"""The demo's model: `shapes` simple, from scratch on two CPU cores in about 9 minutes.
 
   python -m argenseg_jax train --config configs/nano.py --workdir runs/nano
 

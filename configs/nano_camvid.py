@@ -21,7 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     cfg.init_from = "nano"
     cfg.data.update(sources=("meta_train.json",), root="camvid", augment=True, recolour=0.0)
     cfg.vqvae.update(steps=3000)
-    cfg.train.update(steps=3300, checkpoint_every=500, log_every=50)
+    cfg.train.update(steps=3050, checkpoint_every=500, log_every=50)
     cfg.optim.update(lr=0.005, adam_lr=1e-3, schedule="wsd", decay=0.4)
     cfg.eval.prompt = "Segment the {sent} in the image."
     return cfg

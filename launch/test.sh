@@ -7,8 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv="${ARGENSEG_VENV:-$PWD/.venv}"
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet -r requirements.txt -r requirements-test.txt
-"$venv/bin/python" -m pip install --quiet torch==2.13.0
+"$venv/bin/python" -m pip install --quiet -r requirements.txt
+"$venv/bin/python" -m pip install --quiet torch==2.13.0  # first: torchmetrics takes the torch that is there
+"$venv/bin/python" -m pip install --quiet -r requirements-test.txt
 
 # The full set of recorded reference numbers, where it lies beside the repository.
 if [ -z "${ARGENSEG_GOLDEN:-}" ] && [ -d ../shared/golden ]; then

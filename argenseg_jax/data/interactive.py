@@ -65,7 +65,7 @@ class InteractiveSource:
         if not inside.any() or inside.shape != sample.images[0].shape[:2]:
             raise SampleError(f"{where}: the mask is no grey mask at the size of its image")
         image, text = prompted(sample.images[0], inside, self.prompt, rng, central)
-        meta = {k: v for k, v in sample.meta.items() if k not in ("sents", "all_objects_mask")}
+        meta = {k: v for k, v in sample.meta.items() if k != "sents"}
         return Sample(layout.turns(text), (image,), (mask,),
                       {**meta, "kind": self.prompt, "metric": "interactive"})
 

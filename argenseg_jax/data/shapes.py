@@ -134,6 +134,13 @@ def _inside(obj: Object, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return dent_aside * (tip - along) >= (tip - dent_along) * aside
 
 
+def silhouette(shape: str, x: float, y: float, r: float) -> np.ndarray:
+    """bool[H, W]: an upright shape around (x, y), cut off at the edge of the canvas."""
+    across = np.arange(CANVAS, dtype=np.float32)
+    return _inside(Object('', shape, '', x, y, r, 0.0), across[None] - np.float32(x),
+                   across[:, None] - np.float32(y))
+
+
 def _reach(shape: str, r: float) -> float:
     """Radius of the circle around a shape."""
     return r * {'square': SQUARE_HALF * math.sqrt(2), 'triangle': TRIANGLE_TIP,
@@ -182,7 +189,7 @@ def _place(rng: np.random.Generator, level: Level, held_out: bool) -> list[Objec
 
 def scene(rng: np.random.Generator, level: str | Level, held_out: bool = False) -> Scene:
     """Draws one scene; with `held_out` one of its objects is a pair never drawn otherwise."""
-    level = _level(level) if isinstance(level, str) else level
+    level = level_of(level) if isinstance(level, str) else level
     objects = _place(rng, level, held_out)
     if held_out:  # which object lies on top must not tell the held-out one
         objects = [objects[i] for i in rng.permutation(len(objects))]
@@ -215,26 +222,26 @@ DIRECTIONS = {'leftmost': ('x', -1), 'rightmost': ('x', 1), 'topmost': ('y', -1)
 RELATIONS = {'above': ('y', -1), 'below': ('y', 1), 'left of': ('x', -1), 'right of': ('x', 1)}
 
 
-def _unique(scene: Scene, *fields: str) -> Candidates:
+def unique(scene: Scene, *fields: str) -> Candidates:
     """"the {fields}" for every object that no other equals in these fields."""
     names = [' '.join(getattr(o, f) for f in fields) for o in scene.objects]
     return [(f'the {name}', (i,)) for i, name in enumerate(names) if names.count(name) == 1]
 
 
-def _groups(scene: Scene, field: str) -> dict[str, tuple[int, ...]]:
+def groups(scene: Scene, field: str) -> dict[str, tuple[int, ...]]:
     """Indices of the objects that share a colour or a shape."""
-    groups: dict[str, tuple[int, ...]] = {}
+    found: dict[str, tuple[int, ...]] = {}
     for i, obj in enumerate(scene.objects):
         name = getattr(obj, field)
-        groups[name] = groups.get(name, ()) + (i,)
-    return groups
+        found[name] = found.get(name, ()) + (i,)
+    return found
 
 
-def _extremes(scene: Scene) -> Candidates:
+def extremes(scene: Scene) -> Candidates:
     """"the leftmost {shape}", or "... object" over everything where the shape occurs once."""
     found = []
     everything = tuple(range(len(scene.objects)))
-    for shape, group in _groups(scene, 'shape').items():
+    for shape, group in groups(scene, 'shape').items():
         noun, group = (shape, group) if len(group) > 1 else ('object', everything)
         for word, (axis, sign) in DIRECTIONS.items():
             order = sorted(group, key=lambda i: -sign * getattr(scene.objects[i], axis))
@@ -249,11 +256,11 @@ def _relations(scene: Scene) -> Candidates:
     """"the {colour} shape {relation} the {colour} one": the second colour occurs once, and exactly
     one object of the first stands so, by a clear margin."""
     found = []
-    groups = _groups(scene, 'colour')
-    for other, (anchor, *more) in groups.items():
+    by_colour = groups(scene, 'colour')
+    for other, (anchor, *more) in by_colour.items():
         if more:
             continue
-        for colour, group in groups.items():
+        for colour, group in by_colour.items():
             if colour == other:
                 continue
             for word, (axis, sign) in RELATIONS.items():
@@ -268,7 +275,7 @@ def _relations(scene: Scene) -> Candidates:
 def _excepts(scene: Scene) -> Candidates:
     everything = set(range(len(scene.objects)))
     return [(f'everything except the {shape}s', tuple(sorted(everything - set(group))))
-            for shape, group in _groups(scene, 'shape').items() if len(group) < len(everything)]
+            for shape, group in groups(scene, 'shape').items() if len(group) < len(everything)]
 
 
 def _absent(scene: Scene) -> Candidates:
@@ -285,13 +292,13 @@ def _absent(scene: Scene) -> Candidates:
 
 
 KINDS: dict[str, Callable[[Scene], Candidates]] = {
-    'cs': lambda s: _unique(s, 'colour', 'shape'),
-    'zcs': lambda s: _unique(s, 'size', 'colour', 'shape'),
-    'zs': lambda s: _unique(s, 'size', 'shape'),
-    'ext': _extremes,
+    'cs': lambda s: unique(s, 'colour', 'shape'),
+    'zcs': lambda s: unique(s, 'size', 'colour', 'shape'),
+    'zs': lambda s: unique(s, 'size', 'shape'),
+    'ext': extremes,
     'rel': _relations,
-    'allc': lambda s: [(f'all {c} shapes', g) for c, g in _groups(s, 'colour').items()],
-    'alls': lambda s: [(f'all {n}s', g) for n, g in _groups(s, 'shape').items()],
+    'allc': lambda s: [(f'all {c} shapes', g) for c, g in groups(s, 'colour').items()],
+    'alls': lambda s: [(f'all {n}s', g) for n, g in groups(s, 'shape').items()],
     'exc': _excepts,
     'none': _absent,
 }
@@ -358,7 +365,7 @@ class ShapesSource:
     def __init__(self, level: str = 'simple', split: str = 'train', size: int | None = None,
                  seed: int = 0, image_last: bool = False,
                  kind_weights: Mapping[str, float] | None = None):
-        self.level = _level(level)
+        self.level = level_of(level)
         if split not in SPLITS:
             raise UserError(f'shapes: no split {split!r}; choose one of {", ".join(SPLITS)}')
         weights = self.level.kinds if kind_weights is None else dict(kind_weights)
@@ -409,7 +416,7 @@ def corpus() -> list[str]:
     return sentences
 
 
-def _level(name: str) -> Level:
+def level_of(name: str) -> Level:
     if name not in LEVELS:
         raise UserError(f'shapes: no level {name!r}; choose one of {", ".join(LEVELS)}')
     return LEVELS[name]

@@ -3,6 +3,8 @@
     shapes:LEVEL:SPLIT[:SIZE][:KIND=W,...]  drawn scenes (data/shapes.py), such as
                                   shapes:simple:train; W: another weight for a kind of expression
     shapes:SPLIT, nano:SPLIT      the level that the shipped model was trained on
+    shapes-TASK:LEVEL:SPLIT[:SIZE]  other tasks on them: object, semantic, instances, chat, draw
+                                  (data/shapes_tasks.py)
     jsonl:F  or F.jsonl           official JSONL, one sample a line
     meta:F   or F.json            official meta JSON: a mixture of JSONL files
     psalm:F  or F.json            PSALM JSON, for evaluation (data/psalm.py)
@@ -41,6 +43,7 @@ from argenseg_jax.data.psalm import PsalmSource
 from argenseg_jax.data.reasonseg import ReasonSegSource
 from argenseg_jax.data.refer import ReferSource
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.shapes_tasks import TaskSource
 from argenseg_jax.data.text_to_image import PairSource
 from argenseg_jax.errors import SampleError, UserError
 
@@ -150,6 +153,8 @@ def open_source(name: str, root: str = "", prompt: str = "referring",
     kind, _, rest = name.partition(":")
     if kind in ("shapes", "nano"):
         return _open_shapes(name)
+    if kind.startswith("shapes-"):
+        return _open_task(name, kind.removeprefix("shapes-"), rest.split(":"))
     if kind == "interactive":
         prompted, _, inner = rest.partition(":")
         return InteractiveSource(open_source(inner, root, prompt, image_root), prompted)
@@ -190,6 +195,14 @@ def _open_shapes(name: str) -> shapes.ShapesSource:
         weights = {**shapes.LEVELS[words[0]].kinds, **weights}
     return shapes.ShapesSource(words[0], words[1], size=int(words[2]) if words[2:] else None,
                                kind_weights=weights or None)
+
+
+def _open_task(name: str, task: str, words: list[str]) -> TaskSource:
+    if words[0] in shapes.SPLITS:
+        words = [NANO_LEVEL, *words]
+    if not 2 <= len(words) <= 3 or (len(words) == 3 and not words[2].isdigit()):
+        raise UserError(f"{name}: write shapes-TASK:LEVEL:SPLIT, and then, if wanted, :SIZE")
+    return TaskSource(task, words[0], words[1], size=int(words[2]) if words[2:] else None)
 
 
 def _open_shards(path: epath.Path, kind: str, prompt: str) -> Source:

@@ -22,11 +22,12 @@ from argenseg_jax import hosts
 from argenseg_jax.data.prompt import query_turns
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources import Source
-from argenseg_jax.data.transforms import grey_at
+from argenseg_jax.data.transforms import grey_at, resize_mask
 from argenseg_jax.decode.predictor import Request, Result
 from argenseg_jax.errors import UserError
-from argenseg_jax.eval import ranking, saved
+from argenseg_jax.eval import fidelity, ranking, saved
 from argenseg_jax.eval.metrics import Sums, iou
+from argenseg_jax.eval.partial import Partial
 from argenseg_jax.eval.rle import encode_rle
 from argenseg_jax.eval.table import METRICS
 
@@ -66,6 +67,13 @@ class Record:
         """The line of predictions.jsonl."""
         row = dataclasses.asdict(self)
         return {**row, **row.pop("more")}
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Record:
+        """The record of a line of predictions.jsonl."""
+        own = {f.name for f in dataclasses.fields(cls)} - {"more"}
+        return cls(**{key: row[key] for key in own},
+                   more={key: value for key, value in row.items() if key not in own})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,61 +115,59 @@ class Evaluator:
             raise UserError(f"metric '{metric}' is unknown; there are {', '.join(METRICS)}")
         self.metric, self.pad = metric, pad
 
-    def run(self, source: Source, limit: int = 0) -> Evaluation:
+    def run(self, source: Source, limit: int = 0, partial: Partial | None = None) -> Evaluation:
         """Evaluates the first `limit` samples (0: all).
 
-        The scores are those of `saved.summary`, `baseline_gIoU` and `baseline_cIoU` (None
-        without a baseline), and `seconds_per_image` (of all batches but the first, which compiles,
-        where there are more). Several processes share the samples, and each returns the whole: the
-        same scores, to the last bit, as one process.
+        The scores are those of `saved.summary`, with `baseline_gIoU` and `baseline_cIoU` (None without a
+        baseline), and `seconds_per_image` (of all batches but the first, which compiles, where there
+        are more; None where every answer was there already). Several processes share the samples,
+        and each returns the whole: the same scores, to the last bit, as one process.
+
+        Args:
+          partial: keeps answers as they come, and brings those of an evaluation that was stopped.
         """
         n = min(len(source), limit) if limit else len(source)
         if not n:
             raise UserError("the data to evaluate holds no sample")
-        blind, answered = Sums(), 0
-        records, times = [], []
-        mine = hosts.share(n)
+        known = {k: row for k, row in (partial.open() if partial else {}).items() if k < n}
+        todo = [i for i in range(n) if i not in known]
+        mine = [todo[k] for k in hosts.share(len(todo))]
+        records: list[Record] = []
+        times = []
         bar = tqdm.tqdm(total=len(mine), unit=" samples", file=sys.stderr, dynamic_ncols=True, delay=1,
                         mininterval=0.5 if sys.stderr.isatty() else 30, disable=not hosts.is_first())
         with bar:
             for batch in _batched(mine, self.batch):
                 samples = [source[i] for i in batch]
-                metrics = [self.metric or s.meta.get("metric") or "referring" for s in samples]
                 requests = [request(s) for s in samples]
-                truths = [self._truth(s, m) for s, m in zip(samples, metrics)]
                 start = time.perf_counter()
                 results = self.predict_fn(requests)
                 times.append((time.perf_counter() - start, len(batch)))
-                for i, sample, metric, truth, result in zip(batch, samples, metrics, truths, results,
-                                                            strict=True):
-                    records.append(self._record(i, sample, metric, truth, result))
-                    if truth is None:
-                        continue
-                    if (constant := self._baseline_mask(sample, truth.shape)) is not None:
-                        blind, answered = blind + Sums.of(constant, truth), answered + 1
+                made = [self._record(*each) for each in zip(batch, samples, results, strict=True)]
+                records += made
+                if partial:
+                    partial.add([record.row() for record in made])
                 bar.update(len(batch))
                 drawn = [r.iou for r in records if r.iou is not None]
                 if drawn:
                     bar.set_postfix(gIoU=f"{sum(drawn) / len(drawn):.3f}", refresh=False)
         timed = times[1:] or times
-        shares = hosts.gather({"records": [vars(record) for record in records], "answered": answered,
-                               "blind": dataclasses.asdict(blind),
+        shares = hosts.gather({"records": [vars(record) for record in records],
                                "seconds": sum(t for t, _ in timed), "timed": sum(k for _, k in timed)})
-        records = sorted((Record(**row) for share in shares for row in share["records"]),
-                         key=lambda record: record.index)
-        total = {key: sum(share[key] for share in shares) for key in ("answered", "seconds", "timed")}
-        blind = sum((Sums(**share["blind"]) for share in shares), Sums())
-        base = blind.scores() if total["answered"] == n else {}
+        records = [Record(**row) for share in shares for row in share["records"]]
+        records = sorted([*records, *map(Record.of, known.values())], key=lambda record: record.index)
+        seconds, count = (sum(share[key] for share in shares) for key in ("seconds", "timed"))
         previews = self.preview_fn and hosts.is_first()
         return Evaluation(
-            scores={**saved.summary([r.row() for r in records], self.metric),
-                    "baseline_gIoU": base.get("gIoU"), "baseline_cIoU": base.get("cIoU"),
-                    "seconds_per_image": total["seconds"] / total["timed"]},
+            scores={"baseline_gIoU": None, "baseline_cIoU": None,
+                    **saved.summary([r.row() for r in records], self.metric),
+                    "seconds_per_image": seconds / count if count else None},
             records=records, scales=self._previews(source, n) if previews else {})
 
-    def _record(self, index: int, sample: Sample, metric: str, truth: np.ndarray | None,
-                result: Result) -> Record:
+    def _record(self, index: int, sample: Sample, result: Result) -> Record:
         meta, drawn = sample.meta, [np.asarray(m, bool) for m in result.masks]
+        metric = self.metric or meta.get("metric") or "referring"
+        truth = self._truth(sample, metric)
         more = {"metric": metric, "reference": meta.get("reference"),
                 "expression": " ".join(meta.get("sents") or []), "image": (meta.get("files") or [""])[0],
                 **{k: meta[k] for k in ("image_id", "category_id") if k in meta}}
@@ -172,17 +178,23 @@ class Evaluator:
             if meta.get("ignore_mask") is not None:
                 ignored = np.asarray(meta["ignore_mask"]) > 0
                 prediction, more["ignore"] = prediction & ~ignored, encode_rle(ignored)
+            constant = self._baseline_mask(sample, truth.shape)
+            if constant is not None:
+                more["baseline"] = [int((constant & truth).sum()), int((constant | truth).sum())]
         if metric == "instances":
             more["instances"] = [{"segmentation": encode_rle(m), "score": float(v)}
-                                 for m, v in zip(drawn, result.scores, strict=True)]
+                                 for m, v in zip(drawn, result.scores, strict=True) if m.any()]
             more["truths"] = [{"segmentation": encode_rle(m >= 128), "iscrowd": crowd} for crowd, group
-                              in enumerate((sample.masks, meta.get("crowds", ()))) for m in group]
+                              in enumerate((sample.masks, meta.get("crowds", ()))) for m in group
+                              if m.any()]
         elif metric == "anomaly":
             levels = grey_at(result.images[0], truth.shape[::-1], self.pad) if len(result.images) \
                 else np.zeros(truth.shape, np.uint8)
             more["levels"] = ranking.sparse(ranking.level_counts(levels, truth))
         elif metric == "interactive":
             more["ious"] = [iou(prediction, truth)]
+        elif metric == "fidelity":
+            more |= _likeness(result.images, sample)
         known = truth is not None
         return Record(
             index=index, question=question(sample), answer=result.text, masks=len(drawn),
@@ -209,12 +221,12 @@ class Evaluator:
         return masks[0] if first else np.logical_or.reduce(masks)
 
     def _truth(self, sample: Sample, metric: str) -> np.ndarray | None:
-        """bool[H, W], the size of the image, without what is to be ignored; None of text tasks."""
-        shape = sample.images[0].shape[:2]
-        if not sample.masks and sample.meta.get("reference") is not None:
+        """bool[H, W], the size of the image, without what is to be ignored; None of text and pictures."""
+        if metric == "fidelity" or not sample.masks and sample.meta.get("reference") is not None:
             return None
         if not sample.masks:
             raise UserError(f"{_name(sample)}: no mask to compare with; leave such samples out")
+        shape = (*sample.images, *sample.masks)[0].shape[:2]
         if any(m.shape != shape for m in sample.masks):
             raise UserError(f"{_name(sample)}: masks of shape {[m.shape for m in sample.masks]}, "
                             f"where the image needs grey ones of {shape}")
@@ -234,10 +246,11 @@ class Evaluator:
 
 def request(sample: Sample) -> Request:
     """The sample's conversation up to its first answer with a mask, as a request."""
-    if len(sample.images) != 1:
+    if len(sample.images) > 1:
         raise UserError(f"{_name(sample)}: {len(sample.images)} images; evaluation takes samples "
-                        "with one")
-    return Request(sample.images[0], query_turns(sample.conversations, _name(sample)), _name(sample))
+                        "with one or none")
+    image = sample.images[0] if sample.images else None
+    return Request(image, query_turns(sample.conversations, _name(sample)), _name(sample))
 
 
 def question(sample: Sample) -> str:
@@ -245,6 +258,16 @@ def question(sample: Sample) -> str:
     turns = query_turns(sample.conversations)
     text = " ".join(t["value"] for t in turns if t["from"] == "human")
     return " ".join(text.replace("<image>", " ").split())
+
+
+def _likeness(images: Sequence[np.ndarray], sample: Sample) -> dict[str, float]:
+    """PSNR and SSIM of the first picture of an answer (black, where there is none) and the true one."""
+    if not sample.masks:
+        raise UserError(f"{_name(sample)}: no picture to compare with")
+    side = images[0].shape[0] if len(images) else sample.masks[0].shape[0]
+    true = resize_mask(sample.masks[0], side)
+    drawn = images[0] if len(images) else np.zeros_like(true)
+    return {"psnr": fidelity.psnr(drawn, true), "ssim": fidelity.ssim(drawn, true)}
 
 
 def _name(sample: Sample) -> str:

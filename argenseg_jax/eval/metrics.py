@@ -89,24 +89,30 @@ def iou(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 # --------------------------------------------------------------------------- gRefCOCO and classes
 
-FEW_PIXELS = 50  # GRES: an answer of fewer pixels counts as "no target"
+FEW_PIXELS = 50  # an answer of fewer pixels counts as "no target"
 
 
 def generalized(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float | int | None]:
     """Scores by gRefCOCO's own rules over (prediction, truth), bool[H, W] each.
 
-    Predictions of fewer than FEW_PIXELS pixels are cleared first. gIoU is the mean IoU where a
-    sample without a target counts 1 if nothing is predicted and 0 otherwise; cIoU has the pixels
-    that are drawn without a target in its union; Pr@X is a share of the samples with a target.
+    gIoU is the mean IoU where a sample without a target counts 1 if nothing is predicted and 0
+    otherwise; cIoU has the pixels that are drawn without a target in its union; Pr@X is the share of
+    the samples with a target whose IoU is X or more (elsewhere: above X). So in the benchmark's code,
+    github.com/henghuiding/ReLA, gres_model/evaluation/refer_evaluation.py (`ReferEvaluator.evaluate`).
+
+    That code asks a classifier whether there is a target. A model without one predicts "no target" by
+    a mask of fewer than FEW_PIXELS pixels (GRES, Liu et al., CVPR 2023), which is cleared first.
     """
-    pooled = targets = Sums()
+    pooled, targets, hits = Sums(), 0, [0] * len(PRECISIONS)
     for prediction, truth in pairs:
         few = np.count_nonzero(prediction) < FEW_PIXELS
         one = Sums.of(np.zeros_like(prediction) if few else prediction, truth)
         pooled += one
-        targets += one if truth.any() else Sums()
-    scores, hit = pooled.scores(), targets.scores()
-    return {key: hit[key] if key.startswith("Pr@") else value for key, value in scores.items()}
+        if one.n_target:
+            targets += 1
+            hits = [k + (10 * one.intersection >= x * one.union) for k, x in zip(hits, PRECISIONS)]
+    shares = {f"Pr@0.{x}": _share(k, targets) for x, k in zip(PRECISIONS, hits)}
+    return {**pooled.scores(), **shares}
 
 
 def by_class(triples: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> dict[str, Any]:
@@ -122,19 +128,3 @@ def by_class(triples: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> dict[str,
     each = {k: s.intersection / s.union for k, s in sorted(sums.items()) if s.union}
     return {"n": sum(s.n for s in sums.values()), "classes": len(each),
             "mIoU": sum(each.values()) / len(each) if each else None, "IoU_by_class": each}
-
-
-def confusion(prediction: np.ndarray, truth: np.ndarray, classes: int,
-              ignore: int = 255) -> np.ndarray:
-    """i64[classes, classes] of two label maps alike: rows are the truth, `ignore` is left out."""
-    used = truth != ignore
-    true, said = truth[used].astype(np.int64), prediction[used].astype(np.int64)
-    if (true >= classes).any() or (said >= classes).any():
-        raise ValueError(f"a label of {classes} or more")
-    return np.bincount(true * classes + said, minlength=classes**2).reshape(classes, classes)
-
-
-def mean_iou(counts: np.ndarray) -> float | None:
-    """mIoU of a summed `confusion`, over the classes that occur in the truth or a prediction."""
-    hits, union = np.diag(counts), counts.sum(0) + counts.sum(1) - np.diag(counts)
-    return float(np.mean(hits[union > 0] / union[union > 0])) if union.any() else None

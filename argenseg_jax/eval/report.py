@@ -28,8 +28,14 @@ COLUMNS = {"n": "samples", "gIoU": "gIoU", "baseline_gIoU": "(baseline)", "cIoU"
            "Pr@0.9": "Pr@0.9", "N-acc": "N-acc", "T-acc": "T-acc",
            "mIoU": "mIoU", "AP": "AP", "AP50": "AP50", "Acc@0.5": "Acc@0.5", "IoU@1": "IoU@1",
            "image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_F1": "F1-max",
-           "accuracy": "accuracy", "F1": "F1", "yes_ratio": "yes", "PSNR": "PSNR", "SSIM": "SSIM",
+           "accuracy": "accuracy", "baseline_accuracy": "(baseline)", "F1": "F1", "yes_ratio": "yes",
+           "PSNR": "PSNR", "SSIM": "SSIM",
            "seconds_per_image": "s / image"}
+# What the tables of papers print of a metric; of others the accuracy.
+HEADLINES = {"referring": ("cIoU", "gIoU"), "grefcoco": ("cIoU", "gIoU", "N-acc"), "semantic": ("mIoU",),
+             "boxes": ("Acc@0.5",), "instances": ("AP", "AP50"), "interactive": ("gIoU", "cIoU"),
+             "anomaly": ("image_AUROC", "pixel_AUROC", "pixel_F1"), "fidelity": ("PSNR", "SSIM"),
+             "pope": ("accuracy", "F1")}
 CURVES = ("loss", "text_loss", "gen_loss")  # drawn first; other logged numbers follow
 NOT_CURVES = {"step", "phase", "skipped", "seconds_per_step", "rows_per_second"}
 
@@ -57,8 +63,9 @@ def save_pictures(folder: epath.Path, source: Source, result: evaluator.Evaluati
         for k, r in enumerate(records):
             row = {"group": group, "file": f"{group}_{k}.png", "question": r.question,
                    "answer": r.answer, "iou": r.iou}
-            picture = pictures.comparison(source[r.index].images[0], decode_rle(r.truth),
-                                          decode_rle(r.prediction))
+            truth = decode_rle(r.truth)
+            image = (*source[r.index].images, np.zeros((*truth.shape, 3), np.uint8))[0]
+            picture = pictures.comparison(image, truth, decode_rle(r.prediction))
             files.write(folder / row["file"], pictures.encode_png(picture))
             if group == "scales":
                 row["scales"] = f"{group}_{k}_coarse_to_fine.png"
@@ -72,22 +79,21 @@ def save_pictures(folder: epath.Path, source: Source, result: evaluator.Evaluati
 
 
 def write_report(workdir: Any, title: str = "ARGenSeg run") -> epath.Path:
-    """Writes `workdir`/report.html and returns its path."""
+    """Writes `workdir`/report.html, and `workdir`/table.md where there are scores; returns the former."""
     workdir = epath.Path(workdir)
-    evaluations = {p.parent.name: files.read_json(p)
-                   for p in sorted(workdir.glob("eval/*/scores.json"))}
+    found = evaluations(workdir)
     metrics = workdir / "metrics.jsonl"
     logged = [json.loads(line) for line in metrics.read_text().splitlines()] \
         if metrics.exists() else []
     loose = sorted(workdir.glob("pictures/*.png"))
     body = [f"<header><h1>{html.escape(title)}</h1><p>{_summary(workdir, logged)}</p></header>"]
-    if evaluations:
-        body += ["<section><h2>Scores</h2>", _table(evaluations), _legend(evaluations),
-                 "</section>"]
+    if found:
+        body += ["<section><h2>Scores</h2>", _table(found), _legend(found), "</section>"]
+        files.write(workdir / "table.md", paper_table(found) + "\n")
     if logged:
         body += ["<section><h2>Training</h2><div class=charts>", *_charts(logged),
                  "</div></section>"]
-    for name, scores in evaluations.items():
+    for name, scores in found.items():
         body += _answers(workdir / "eval" / name / "pictures", name, scores.get("pictures", []))
     if loose:
         body += ["<section><h2>Pictures</h2><div class=rows>",
@@ -98,6 +104,27 @@ def write_report(workdir: Any, title: str = "ARGenSeg run") -> epath.Path:
             f"<style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n")
     files.write(workdir / "report.html", page)
     return workdir / "report.html"
+
+
+def evaluations(workdir: Any) -> dict[str, dict[str, Any]]:
+    """{name: scores} of all evaluations of a workdir, by name."""
+    return {p.parent.name: files.read_json(p)
+            for p in sorted(epath.Path(workdir).glob("eval/*/scores.json"))}
+
+
+def paper_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown in the form of the paper's tables: data sets and their scores across, in per cent.
+
+    Scores beyond 1 (PSNR in dB) are printed as they are; what could not be computed is a dash.
+    """
+    columns = [(name, key, scores.get(key)) for name, scores in found.items()
+               for key in HEADLINES.get(scores.get("metric", "referring"), ("accuracy",))]
+    values = ["–" if v is None else f"{v:.1f}" if v > 1 else f"{100 * v:.1f}" for _, _, v in columns]
+    before = ["", *[name for name, _, _ in columns]]
+    names = ["", *(name if name != last else "" for last, name in zip(before, before[1:]))]
+    rows = [names, ["---", *["---:"] * len(columns)], ["score", *[key for _, key, _ in columns]],
+            ["value", *values]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _summary(workdir: epath.Path, logged: Sequence[Mapping[str, Any]]) -> str:
@@ -132,9 +159,10 @@ def _table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _kinds(name: str, kinds: Mapping[str, Mapping[str, Any]]) -> str:
-    cells = "".join(f"<li><b>{html.escape(k)}</b> {_number(v['gIoU'])} "
+    score = "gIoU" if all("gIoU" in v for v in kinds.values()) else "accuracy"
+    cells = "".join(f"<li><b>{html.escape(k)}</b> {_number(v.get(score))} "
                     f"<small>n={v['n']}</small></li>" for k, v in kinds.items())
-    return f"<p class=kinds>gIoU by kind, {html.escape(name)}</p><ul class=kinds>{cells}</ul>"
+    return f"<p class=kinds>{score} by kind, {html.escape(name)}</p><ul class=kinds>{cells}</ul>"
 
 
 def _breakdown(name: str, parts: Mapping[str, Any]) -> str:

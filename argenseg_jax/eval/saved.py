@@ -51,22 +51,53 @@ def summary(rows: Sequence[Row], metric: str = "", where: str = "predictions") -
       where: names the rows in messages.
 
     Returns:
-      The scores, `metric`, `by_kind` {kind: {n, gIoU}} and `breakdown` (see `breakdown`).
+      The scores, `metric`, `by_kind` {kind: {n, gIoU or accuracy}}, those of a baseline where the rows
+      hold one, and `breakdown` (see `breakdown`).
     """
     metric = metric or (rows[0].get("metric") if rows else None) or "referring"
-    scores = table.score(metric, rows, where)
+    scores = {**table.score(metric, rows, where), "metric": metric}
+    kinds: dict[str, list[Row]] = collections.defaultdict(list)
+    for row in rows:
+        if row.get("kind") is not None:
+            kinds[row["kind"]].append(row)
     if not all(row.get("prediction") and row.get("truth") for row in rows):
-        return {**scores, "metric": metric}
+        return {**scores, **_answers(rows, kinds, scores)}
     pairs = [table.masks(row) for row in rows]
     sums = [Sums.of(*pair) for pair in pairs]
-    kinds: dict[str, Sums] = collections.defaultdict(Sums)
-    for row, one in zip(rows, sums):
-        if row.get("kind") is not None:
-            kinds[row["kind"]] += one
-    by_kind = {k: {"n": s.n, "gIoU": s.scores()["gIoU"]} for k, s in sorted(kinds.items())}
-    return {**sum(sums, Sums()).scores(), **scores, "metric": metric,
+    pooled = {k: sum((one for one, row in zip(sums, rows) if row.get("kind") == k), Sums()) for k in kinds}
+    by_kind = {k: {"n": s.n, "gIoU": s.scores()["gIoU"]} for k, s in sorted(pooled.items())}
+    return {**sum(sums, Sums()).scores(), **scores, **_baseline(rows),
             **({"by_kind": by_kind} if by_kind else {}),
             "breakdown": breakdown(rows, sums, [float(truth.mean()) for _, truth in pairs])}
+
+
+def _baseline(rows: Sequence[Row]) -> dict[str, float]:
+    """gIoU and cIoU of the constant answers, where every row has the pixels of one."""
+    blind = [row["baseline"] for row in rows if row.get("baseline")]
+    if not blind or len(blind) < len(rows):
+        return {}
+    ious = [UNIT * inner // outer if outer else UNIT for inner, outer in blind]
+    outer = sum(pixels for _, pixels in blind)
+    return {"baseline_gIoU": sum(ious) / (UNIT * len(ious)),
+            "baseline_cIoU": sum(pixels for pixels, _ in blind) / outer if outer else 1.0}
+
+
+def _answers(rows: Sequence[Row], kinds: Mapping[str, Sequence[Row]], scores: Mapping[str, Any]
+             ) -> dict[str, Any]:
+    """Accuracy by kind, and that of the commonest reference of each kind as the answer to all of it.
+
+    The latter, chosen in hindsight, is the best that an answer without looking can do.
+    """
+    if scores.get("accuracy") is None or not kinds:
+        return {}
+    each = {k: {"n": len(of), "accuracy": table.score(scores["metric"], of)["accuracy"]}
+            for k, of in sorted(kinds.items())}
+    found: dict[str, Any] = {"by_kind": each}
+    if scores["metric"] in ("exact", "pope"):
+        common = sum(max(collections.Counter(row["reference"] for row in of).values())
+                     for of in kinds.values())
+        found["baseline_accuracy"] = common / sum(map(len, kinds.values()))
+    return found
 
 
 def breakdown(rows: Sequence[Row], sums: Sequence[Sums], areas: Sequence[float]) -> dict[str, Any]:

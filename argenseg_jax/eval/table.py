@@ -5,7 +5,8 @@ earlier are the same computation, and shares of a data set are pooled by joining
 
 Keys of a row: question, answer, kind, image, reference (text answers), prediction, truth, ignore
 (COCO run lengths; ignored pixels count for nothing), instances and truths (lists of {segmentation,
-score | iscrowd}), levels (ranking.sparse), ious (after each click), psnr, ssim.
+score | iscrowd}), levels (ranking.sparse), ious (after each click), psnr, ssim, baseline (pixels of
+intersection and union of a constant answer).
 """
 from __future__ import annotations
 

@@ -144,6 +144,8 @@ class _PhaseRunner:
 
     def save(self, step: int, state: TrainState, data: Iterator) -> None:
         if self.checkpoints.latest() != step:
+            # A CPU client of one thread would wait for ever in a copy of what is not computed yet.
+            jax.block_until_ready(state)
             meta = {"phase": self.phase.task.name, "step": step}
             params, ema, rest = _parts(state)
             params, frozen = trees.split(params, self.program.changes)

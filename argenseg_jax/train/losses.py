@@ -74,6 +74,8 @@ class LMOptions:
         near codes a share, since many codes draw almost the same patch. 0 = one-hot.
       scale_power: the weight of a code goes with (codes of its scale) ** -power. 0 = all equal.
       foreground: weight of codes other than code 0 (nano's code of nothing). 1 = all equal.
+      text: weight of the text loss beside that of the codes. A short answer is a few of all the text
+        targets of a mixture, most of which are the standing words around a mask.
       corrupt: up to this share of the input codes is replaced by random ones, so that decoding
         learns to go on from its own mistakes. 0 = never.
       chunk: number of places whose logits are in memory at a time; 0 = all.
@@ -84,6 +86,7 @@ class LMOptions:
     soft_targets: float = 0.0
     scale_power: float = 0.0
     foreground: float = 1.0
+    text: float = 1.0
     corrupt: float = 0.0
     chunk: int = 0
     scale_accuracy: bool = False
@@ -127,8 +130,9 @@ def token_nll(model: ARGenSeg, params: Params, hidden: Array, ids: Array, is_cod
     def chunk_nll(hidden: Array, ids: Array, is_code: Array) -> tuple[Array, Array]:
         logits = model.apply({"params": params}, hidden, method="logits")
         log_z = jax.nn.logsumexp(logits, axis=-1)
-        at = jnp.maximum(ids, 0)
-        picked = jnp.take_along_axis(logits, at[..., None], axis=-1)[..., 0]
+        # Compared, not gathered: a gather's gradient is a scatter, and words may lie on many devices.
+        at = jnp.maximum(ids, 0)[..., None]
+        picked = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == at, logits, 0), axis=-1)
         right = picked >= jnp.max(logits, axis=-1)  # an argmax takes CPUs several times as long
         if spread is not None:
             share = spread[jnp.clip(ids - first, 0, size - 1)]
@@ -208,7 +212,7 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
     text_loss = jnp.sum(jnp.where(is_text, nll, 0.0)) / norm["text"]
     gen_loss = jnp.sum(jnp.where(is_code, nll * weight, 0.0)) / norm["codes"]
     accuracy = jnp.sum(is_code & right) / norm["codes"]
-    loss = text_loss + gen_loss
+    loss = opts.text * text_loss + gen_loss
     by_scale = {}
     if opts.scale_accuracy:
         level = jnp.asarray(model.scales.levels)[jnp.maximum(index, 0) % model.scales.num_codes]

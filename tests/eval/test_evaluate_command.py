@@ -42,7 +42,8 @@ def workdir(tmp_path_factory):
 
 
 def test_scores_files_and_report(workdir, tmp_path):
-    """An official JSONL with its own image root; the baseline comes from the training data."""
+    """An official JSONL with its own image root, whose baseline comes from the training data, and questions
+    about text, in one command."""
     source = ShapesSource("simple", "test")
     with (tmp_path / "val.jsonl").open("w") as file:
         for i in range(3):
@@ -51,9 +52,16 @@ def test_scores_files_and_report(workdir, tmp_path):
             file.write(json.dumps({"id": i, "image": f"{i}.png", "mask": f"m{i}.png", "kind": "a",
                                    "conversations": source[i].conversations}) + "\n")
     code, line, errors = evaluate("--workdir", workdir, "--data", tmp_path / "val.jsonl",
-                                  "--image-root", tmp_path / "root", "--batch", 2, "--limit", 3)
+                                  "--data", "shapes-chat:simple:test:2", "--image-root", tmp_path / "root",
+                                  "--batch", 2, "--limit", 3)
     assert code == 0, errors
-    got = json.loads(line)
+    both = json.loads(line)
+    assert both["n"] == 5 and both["seconds"] > 0
+    got, chat = both["data"].values()
+    assert chat["metric"] == "exact" and chat["n"] == 2 and 0 <= chat["accuracy"] <= chat["baseline_accuracy"]
+    table = (workdir / "table.md").read_text()
+    assert "| score | accuracy | cIoU | gIoU |" in table and table in errors
+    assert not list(workdir.rglob("partial"))
     assert KEYS <= set(got) and got["n"] == 3 and got["by_kind"]["a"]["n"] == 3
     assert got["baseline_gIoU"] > 0
     folder = workdir / "eval" / "val"

@@ -107,6 +107,24 @@ def test_constant_baseline_per_class():
     assert got.scores["baseline_gIoU"] == 1.0 and got.scores["gIoU"] == 0.0
 
 
+def test_scores_of_text_and_of_pictures():
+    """Answers by kind, beside the commonest answer; a generated picture against the true one."""
+    source = [dataclasses.replace(sample(v, kind="count", metric="exact", reference=r),
+                                  conversations=[{"from": "human", "value": "How many?"},
+                                                 {"from": "gpt", "value": r}])
+              for v, r in enumerate("2210")]
+    says = lambda rs: [types.SimpleNamespace(masks=[], text="2", scales=[], images=[]) for _ in rs]
+    got = Evaluator(says).run(source).scores
+    assert got["accuracy"] == got["baseline_accuracy"] == 0.5
+    assert got["by_kind"] == {"count": {"n": 4, "accuracy": 0.5}}
+    picture = np.repeat(ALL[..., None], 3, -1)
+    drawn = [dataclasses.replace(sample(0, np.tile(LEFT, (2, 2)), metric="fidelity"), images=())]
+    images = lambda pixels: lambda rs: [types.SimpleNamespace(masks=[], text="", scales=[], images=pixels)]
+    whole = np.tile(picture, (2, 2, 1))
+    assert Evaluator(images([whole])).run(drawn).scores["PSNR"] == pytest.approx(10 * np.log10(2))
+    assert Evaluator(images([])).run(drawn).scores["PSNR"] == pytest.approx(10 * np.log10(2))
+
+
 def test_rle_round_trip_and_resize():
     mask = np.random.default_rng(0).random((5, 7)) < 0.5
     assert np.array_equal(decode_rle(encode_rle(mask)), mask)

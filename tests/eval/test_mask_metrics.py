@@ -6,7 +6,7 @@ import pytest
 
 from argenseg_jax.data.interactive import innermost
 from argenseg_jax.errors import UserError
-from argenseg_jax.eval import clicks, fidelity, instances, metrics, ranking, table
+from argenseg_jax.eval import answers, clicks, fidelity, instances, metrics, ranking, table
 from argenseg_jax.eval.rle import encode_rle
 
 
@@ -27,7 +27,8 @@ def test_grefcoco():
     assert got["gIoU"] == pytest.approx((1 + 0.5 + 0 + 1 + 0) / 5)
     assert got["cIoU"] == pytest.approx((100 + 50) / (100 + 100 + 100 + 0 + 50))
     assert got["N-acc"] == 0.5 and got["T-acc"] == pytest.approx(2 / 3)
-    assert got["Pr@0.5"] == pytest.approx(1 / 3)  # of samples with a target; exactly 0.5 is not above
+    assert got["Pr@0.5"] == pytest.approx(2 / 3)  # of samples with a target; exactly 0.5 counts here
+    assert got["Pr@0.6"] == pytest.approx(1 / 3)
 
 
 def test_mean_iou_by_class():
@@ -35,19 +36,6 @@ def test_mean_iou_by_class():
                             ("sea", NONE, NONE)])
     assert got == {"n": 4, "classes": 2, "mIoU": 0.25, "IoU_by_class": {"road": 0.0, "sky": 0.5}}
     assert metrics.by_class([])["mIoU"] is None
-
-
-def test_confusion_agrees_with_asking_every_class():
-    truth, said = np.array([[0, 0, 1], [1, 2, 255]]), np.array([[0, 1, 1], [1, 0, 2]])
-    counts = metrics.confusion(said, truth, 4)
-    assert counts.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0] * 4]
-    assert metrics.mean_iou(counts) == pytest.approx((1 / 3 + 2 / 3 + 0) / 3)
-    keep = truth != 255
-    asked = metrics.by_class((str(c), (said == c) & keep, truth == c) for c in range(4))
-    assert asked["mIoU"] == pytest.approx(metrics.mean_iou(counts))
-    assert metrics.mean_iou(np.zeros((2, 2), int)) is None
-    with pytest.raises(ValueError, match="2 or more"):
-        metrics.confusion(said, truth, 2)
 
 
 def instance(mask, **more):
@@ -150,9 +138,30 @@ def test_agreement_with_torchmetrics():
     px, py = (torch.tensor(v.transpose(2, 0, 1)[None].astype(np.float64)) for v in (x, y))
     assert fidelity.psnr(x, y) == pytest.approx(
         float(tm.image.peak_signal_noise_ratio(px, py, data_range=255.0)), rel=1e-5)
+    full = tm.image.structural_similarity_index_measure(px, py, data_range=255.0, return_full_image=True)[1]
+    inside = full[..., 5:-5, 5:-5]  # theirs goes on to the edge, by reflection
+    assert fidelity.ssim(x, y) == pytest.approx(float(inside.mean()), abs=1e-6)
     scores, labels = rng.integers(0, 256, 400), rng.random(400) < 0.3
     want = float(tm.classification.binary_auroc(torch.tensor(scores / 255), torch.tensor(labels * 1)))
     assert ranking.auroc(ranking.rank_counts(scores, labels)) == pytest.approx(want, abs=1e-6)
+    precision, recall, _ = tm.classification.binary_precision_recall_curve(
+        torch.tensor(scores / 255), torch.tensor(labels * 1))
+    best = float((2 * precision * recall / (precision + recall)).nan_to_num().max())
+    assert ranking.f1_max(ranking.rank_counts(scores, labels)) == pytest.approx(best, abs=1e-6)
+    maps = rng.integers(0, 4, (2, 6, 20, 20))
+    each = tm.classification.multiclass_jaccard_index(
+        torch.tensor(maps[0]), torch.tensor(maps[1]), num_classes=4, average="none")
+    ours = metrics.by_class((str(c), said == c, true == c) for said, true in zip(*maps) for c in range(4))
+    assert list(ours["IoU_by_class"].values()) == pytest.approx(each.tolist(), abs=1e-6)
+    masks = rng.random((2, 20, 20)) < [[[0.3]], [[0.6]]]
+    assert metrics.iou(*masks) == pytest.approx(float(tm.classification.binary_jaccard_index(
+        torch.tensor(masks[0]), torch.tensor(masks[1] * 1))), abs=1e-6)
+    said, true = (rng.random((2, 200)) < 0.6)
+    got = answers.pope(["yes" if v else "no" for v in said], ["yes" if v else "no" for v in true])
+    for key, name in (("accuracy", "binary_accuracy"), ("precision", "binary_precision"),
+                      ("recall", "binary_recall"), ("F1", "binary_f1_score")):
+        want = getattr(tm.classification, name)(torch.tensor(said * 1), torch.tensor(true * 1))
+        assert got[key] == pytest.approx(float(want), abs=1e-6)
 
 
 def mask_row(prediction, truth, **more):

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from argenseg_jax.data.shapes import ShapesSource
+from argenseg_jax.data.shapes_tasks import TaskSource
 from argenseg_jax import files
 from argenseg_jax.eval import pictures, report
 from argenseg_jax.eval.evaluator import Evaluator
@@ -42,6 +43,25 @@ def test_report_is_complete_and_self_contained(tmp_path):
     assert not re.search(r"(src|href)=['\"]?(?!['\"]?data:)", page)  # nothing from outside
     assert "&lt;nano&gt;" in page and "<nano>" not in page and "a &amp; b" in page
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_table_in_the_form_of_the_papers():
+    found = {"refcoco val": {"metric": "referring", "cIoU": 0.8631, "gIoU": 0.9},
+             "ade": {"metric": "semantic", "mIoU": None}, "pairs": {"metric": "fidelity", "PSNR": 21.44,
+                                                                    "SSIM": 0.5},
+             "vqa": {"metric": "vqav2", "accuracy": 1.0}}
+    assert report.paper_table(found).split("\n") == [
+        "|  | refcoco val |  | ade | pairs |  | vqa |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| score | cIoU | gIoU | mIoU | PSNR | SSIM | accuracy |",
+        "| value | 86.3 | 90.0 | – | 21.4 | 50.0 | 100.0 |"]
+
+
+def test_a_picture_of_a_described_scene_is_shown_without_an_image(tmp_path):
+    source = TaskSource("draw", size=3)
+    result = Evaluator(predict).run(source)
+    assert [r.kind for r in result.records] == [source[i].meta["kind"] for i in range(3)]
+    assert len(report.save_pictures(tmp_path, source, result, each=1)) == 3
 
 
 def test_report_of_an_empty_workdir(tmp_path):

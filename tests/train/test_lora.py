@@ -23,10 +23,9 @@ def noisy(params, lora):
     return trees.map_named(draw, added)
 
 
-@pytest.mark.parametrize("form", ["internlm2", "nano"])
-def test_merged_weights_give_what_adapted_ones_do(form):
+def test_merged_weights_give_what_adapted_ones_do():
     """Every kind of kernel: attention in and out, MLP, connector; with biases and without."""
-    model, params = tiny.made(form)
+    model, params = tiny.made("qwen")
     lora = Lora(rank=3, alpha=1.5, targets=EVERYWHERE)
     params = jax.tree.map(jnp.asarray, params)
     batch = tiny.batch(model, [tiny.sample(0), tiny.sample(1)])
@@ -122,4 +121,3 @@ def test_whoever_uses_the_run_gets_merged_weights(trained, tmp_path):
     for name in want:
         np.testing.assert_array_equal(got[name], want[name])
         np.testing.assert_allclose(exported[name], want[name], atol=1e-6, err_msg=name)
-    assert run.train({**cfg, "train": {**cfg["train"], "steps": 3}}, str(workdir))["step"] == 3
