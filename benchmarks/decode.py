@@ -6,11 +6,11 @@
   OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/decode.py --threads 1 --clock cpu   # on a busy machine
 
 Both sides hold the same random weights and do the same work: prefill, the ten scales of one 256 px mask
-on a cache, the VQ-VAE's decoder, the picture on the host. On CPUs the prompt has 300 tokens, the
-decoder 8 layers and the VQ-VAE a fifth of the released width (as the decoder has). Measurements take
-turns, ours then theirs, and medians count, because a machine is seldom idle. The floor is what the
-device's own speed of multiplying and of reading memory, measured here, allows for the FLOPs and the
-bytes of weights and cache. Last line: JSON. PyTorch and transformers are needed for the peer only.
+on a cache, the codes' confidence, <ge_end> and the word behind it, the VQ-VAE's decoder, the picture on
+the host. On CPUs the prompt has 300 tokens, the decoder 8 layers and the VQ-VAE a fifth of the released
+width (as the decoder has). Measurements take turns, ours then theirs, and medians count, because a
+machine is seldom idle. The floor is what the device's own speed of multiplying and of reading memory,
+measured here, allows for the FLOPs and the bytes of weights and cache. Last line: JSON. PyTorch and transformers are needed for the peer only.
 """
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer lives on the same device
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import jax  # noqa: E402  (the environment above comes first)
+import flax.linen as nn  # noqa: E402  (the environment above comes first)
+import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from argenseg_jax import trees  # noqa: E402
+from argenseg_jax.decode import scale_decode  # noqa: E402
 from argenseg_jax.decode.choice import Rules  # noqa: E402
-from argenseg_jax.decode.engine import Engine  # noqa: E402
+from argenseg_jax.decode.engine import Engine, compiler_options  # noqa: E402
 from argenseg_jax.models import variants  # noqa: E402
 from argenseg_jax.models.argenseg import ARGenSeg, init_params  # noqa: E402
 from benchmarks import timeline  # noqa: E402
@@ -108,19 +110,17 @@ class Ours:
         _, mask = self.engine.mask(self.start())
         return np.asarray(mask["codes"]), np.asarray(mask["images"])
 
-    def phases(self) -> dict[str, float]:
-        """Seconds by phase: start, and scales, with the rest of the whole left for the VQ-VAE."""
-        draw = jax.jit(lambda p, f: self.model.apply({"params": p}, f, method=lambda m, f: m.vqvae.decode(f)))
+    def phases(self) -> dict[str, Callable[[], Any]]:
+        """The parts of `mask` that can be run alone: all but the scales and <ge_end>."""
+        draw = jax.jit(nn.apply(scale_decode.to_image, self.model), compiler_options=compiler_options())
         f_hat = jnp.zeros((self.rows, self.model.scales.side, self.model.scales.side,
                            self.model.vqvae.z_channels))
-        start = median(lambda: jax.block_until_ready(self.start()))
-        whole = median(self.mask)
-        image = median(lambda: jax.block_until_ready(draw(self.engine.params, f_hat)))
-        return {"prefill_and_text": start, "scales": max(whole - start - image, 0.0), "vqvae": image}
+        return {"prefill_and_text": lambda: jax.block_until_ready(self.start()),
+                "vqvae": lambda: jax.block_until_ready(draw({"params": self.engine.params}, f_hat))}
 
-    def timeline(self) -> list[tuple[str, float, str]]:
-        """(phase, seconds, remark) in their order, each scale run alone on a cache of its length."""
-        model, phases = self.model, self.phases()
+    def timeline(self, phases: Mapping[str, float]) -> list[tuple[str, float, str]]:
+        """From measured phases: (phase, seconds, remark) in their order, each scale run alone on a cache of its length."""
+        model = self.model
         extend = jax.jit(functools.partial(model.apply, method="extend"))
         cache, seconds = self.start().cache, []
         for begin, end in model.scales.bounds:
@@ -228,6 +228,12 @@ def median(run: Callable[[], Any], rounds: int = 5) -> float:
     return statistics.median(timed(run) for _ in range(rounds))
 
 
+def by_phase(parts: Mapping[str, Callable[[], Any]], whole: float, rounds: int) -> dict[str, float]:
+    """Median seconds of the parts, and the scales with <ge_end> as what is left of the whole."""
+    seconds = {name: median(run, rounds) for name, run in parts.items()}
+    return {**seconds, "scales": max(whole - sum(seconds.values()), 0.0)}
+
+
 def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each, measured in turns behind one warm-up."""
     for run in runs.values():
@@ -262,40 +268,46 @@ def peers(model: ARGenSeg, params: Params, args: argparse.Namespace) -> dict[str
 
 def measure(model: ARGenSeg, params: Params, rows: int, others: Mapping[str, Any],
             args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of both sides at one batch size, and how far their codes agree."""
+    """Seconds of both sides at one batch size, by phase, and how far their codes agree."""
     picture, text = bool(args.variant), 10 if args.variant else 0
+    rounds = max(1, round(args.rounds / rows ** 0.5))  # large batches take longer and vary less
     ours = Ours(model, params, rows, text, picture)
-    runs = {"ours": ours.mask}
+    runs, parts = {"ours": ours.mask}, {"ours": ours.phases()}
     out: dict[str, Any] = {}
     for name, peer in others.items():
         import torch
         tokens = torch.from_numpy(ours.tokens).long().to(peer.code_head.device)
         runs[name] = lambda peer=peer, tokens=tokens: [x.cpu() for x in peer.mask(tokens, text)]
-    seconds = in_turns(runs, args.rounds)
+        parts[name] = peer.phases(tokens, text)
+    seconds = in_turns(runs, rounds)
     if others and not picture:
         same = np.mean(ours.mask()[0] == runs["eager"]()[0].numpy())
         out["codes_equal"] = round(float(same), 4)
-    phases, least = ours.phases(), floor(model, params, ours)
+    phases = {name: by_phase(parts[name], seconds[name], rounds) for name in runs}
+    least = floor(model, params, ours)
     out |= {"rows": rows, "seconds": seconds, "masks_per_second": rows / seconds["ours"], "phases": phases,
             "floor": least, "floor_fraction": sum(least.values()) / seconds["ours"],
             "peak_gib": peak_memory()}
     if rows == 1:
-        out["one_by_one"] = one_by_one(ours, others, phases["scales"], args)
+        out["one_by_one"] = one_by_one(ours, others, phases["ours"]["scales"], rounds)
+        if args.figure:
+            title = f"One mask, width {model.llm.width}, {model.llm.depth} layers, {jax.devices()[0].device_kind}"
+            timeline.draw(title, ours.timeline(phases["ours"]), args.figure)
     return out
 
 
-def one_by_one(ours: Ours, others: Mapping[str, Any], scales: float, args: argparse.Namespace
-               ) -> dict[str, float]:
+def one_by_one(ours: Ours, others: Mapping[str, Any], scales: float, rounds: int) -> dict[str, float]:
     """What the loop over scales saves, and our scan beside the peer's steps (fewer of them)."""
     few, n = 40, ours.model.scales.num_codes
-    runs = {"ours": ours.one_by_one(few), "ours_all": ours.one_by_one(n)}
+    seconds = {"all": median(ours.one_by_one(n), max(1, rounds // 2))}
+    runs = {"ours": ours.one_by_one(few)}
     if others:
         import torch
         peer = others["eager"]
         tokens = torch.from_numpy(ours.tokens).long().to(peer.code_head.device)
         runs["eager"] = peer.one_by_one(tokens, few)
-    seconds = in_turns(runs, args.rounds)
-    out = {"seconds": seconds["ours_all"], "saved_by_scales": seconds["ours_all"] / scales}
+    seconds |= in_turns(runs, rounds)
+    out = {"seconds": seconds["all"], "saved_by_scales": seconds["all"] / scales}
     if others:
         out["ratio_peer"] = seconds["eager"] / seconds["ours"]
     return out
@@ -311,17 +323,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the peer; jax takes every core")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu counts the seconds "
                         "of all threads: on a machine that others use, pin one thread and take this")
-    parser.add_argument("--figure", default="", help="only draw the timeline of batch 1, as this SVG")
+    parser.add_argument("--figure", default="", help="draw the timeline of batch 1 as this SVG")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip torch.compile")
     args = parser.parse_args()
     if args.clock == "cpu":
         CLOCKS[0] = time.process_time
     model = variants.build(model_config(args))
     params = random_params(model, model.llm.dtype)
-    if args.figure:
-        phases = Ours(model, params, 1, 10 if args.variant else 0, bool(args.variant)).timeline()
-        title = f"One mask, width {model.llm.width}, {model.llm.depth} layers, {jax.devices()[0].device_kind}"
-        return timeline.draw(title, phases, args.figure)
     others = peers(model, params, args)
     result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "dtype": jnp.dtype(model.llm.dtype).name,
                               "width": model.llm.width, "layers": model.llm.depth}
@@ -335,6 +343,8 @@ def main() -> None:
         if rows == 1:
             result |= {"ratio_token_by_token": part["one_by_one"]["saved_by_scales"],
                        "floor_fraction": part["floor_fraction"]}
+            if others:
+                result["ratio_peer_one_by_one"] = part["one_by_one"]["ratio_peer"]
         result[f"seconds_b{rows}"] = part["seconds"]["ours"]
         result[f"masks_per_second_b{rows}"] = part["masks_per_second"]
     print(json.dumps(rounded(result)), flush=True)

@@ -114,39 +114,68 @@ class Peer(nn.Module):
         self.draw = torch.compile(self.decoder)
         return self
 
-    def mask(self, tokens: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
-        """Prompt ids [B, L], so many words of text, one mask: (codes [B, N], images u8[B, 3, R, R])."""
+    def mask(self, tokens: Tensor, text_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Prompt ids [B, L], so many words of text, one mask.
+
+        Returns:
+          codes [B, N], images u8[B, 3, R, R], confidence [B], the word behind <ge_end> [B, 1].
+        """
         with torch.inference_mode():
             cache = self.prefill(tokens, text_tokens)
-            codes, f_hat = self.codes(cache, len(tokens))
-            return codes, self.image(f_hat)
+            codes, confidence, f_hat = self.codes(cache, len(tokens))
+            image = self.image(f_hat)
+            end = torch.full((len(tokens), 1), self.vocab.ge_end, device=tokens.device)
+            return codes, image, confidence, self.next_word(end, cache)
 
     def prefill(self, tokens: Tensor, text_tokens: int) -> transformers.DynamicCache:
         cache = transformers.DynamicCache()
-        hidden = self.run(input_ids=tokens, past_key_values=cache).last_hidden_state[:, -1:]
+        word = self.next_word(tokens, cache)
         for _ in range(text_tokens):
-            word = self.language_model.lm_head(hidden).argmax(-1)
-            hidden = self.run(input_ids=word, past_key_values=cache).last_hidden_state
+            word = self.next_word(word, cache)
         return cache
 
-    def codes(self, cache: transformers.DynamicCache, rows: int) -> tuple[Tensor, Tensor]:
-        """The loop over the scales."""
+    def next_word(self, tokens: Tensor, cache: transformers.DynamicCache) -> Tensor:
+        """Feeds ids [B, T]: the likeliest word behind them, [B, 1]."""
+        hidden = self.run(input_ids=tokens, past_key_values=cache).last_hidden_state[:, -1:]
+        return self.language_model.lm_head(hidden).argmax(-1)
+
+    def codes(self, cache: transformers.DynamicCache, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The loop over the scales: (codes [B, N], their mean probability [B], f_hat)."""
         side, device = self.scales.side, self.code_head.device
         f_hat = torch.zeros(rows, self.codebook.embedding_dim, side, side, device=device)
         start = torch.full((rows, 1), self.vocab.ge_start, device=device)
-        x, codes = self.language_model.model.embed_tokens(start), []
+        x, codes, chosen = self.language_model.model.embed_tokens(start), [], []
         for k, (begin, end) in enumerate(self.scales.bounds):
             pn = self.scales.patch_nums[k]
             if k:
                 seen = F.interpolate(f_hat, size=(pn, pn), mode="area").flatten(2).mT
                 x = self.word_embed(seen.to(self.places.dtype)) + self.places[begin:end]
             hidden = self.run(inputs_embeds=x, past_key_values=cache).last_hidden_state
-            codes.append((hidden @ self.code_head.T).argmax(-1))
+            logits = (hidden @ self.code_head.T).float()
+            likely, best = logits.max(-1)
+            codes.append(best)
+            chosen.append(torch.exp(likely - logits.logsumexp(-1)))
             h = self.codebook(codes[-1]).mT.reshape(rows, -1, pn, pn)
             if k < len(self.scales) - 1:
                 h = F.interpolate(h, size=(side, side), mode="bicubic")
             f_hat = f_hat + 0.5 * h + 0.5 * self.phi[self.scales.phi_index()[k]](h)
-        return torch.cat(codes, 1), f_hat
+        return torch.cat(codes, 1), torch.cat(chosen, 1).mean(1), f_hat
+
+    def phases(self, tokens: Tensor, text_tokens: int) -> dict[str, Callable[[], None]]:
+        """The parts of `mask` that can be run alone: all but the scales and <ge_end>."""
+        side, channels = self.scales.side, self.codebook.embedding_dim
+        f_hat = torch.zeros(len(tokens), channels, side, side, device=tokens.device)
+
+        def alone(part: Callable[[], object]) -> Callable[[], None]:
+            def run() -> None:
+                with torch.inference_mode():
+                    part()
+                if tokens.is_cuda:
+                    torch.cuda.synchronize()
+            return run
+
+        return {"prefill_and_text": alone(lambda: self.prefill(tokens, text_tokens)),
+                "vqvae": alone(lambda: self.image(f_hat))}
 
     def image(self, f_hat: Tensor) -> Tensor:
         image = self.draw(self.post_quant_conv(f_hat)).clamp(-1, 1)

@@ -18,6 +18,7 @@ from argenseg_jax.data.tokenizer import Tokenizer, nano_tokenizer
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import ARGenSeg
+from argenseg_jax.scales import PATCH_NUMS_512
 from argenseg_jax.train.run import geometry
 
 NUM_CODES = 24
@@ -36,8 +37,8 @@ def config(form: str = "qwen", *, block_causal: bool = False, **llm: Any) -> dic
         image_size=32, block_causal=block_causal,
         vision=dict(image_size=32, patch=8, width=32, depth=1, heads=2, mlp=32, drop_path=0.1),
         connector=dict(ratio=0.5),
-        llm=dict(width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp=48, rope_theta=1e4,
-                 max_positions=2048, **LLM[form], **llm),
+        llm={**dict(width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp=48, rope_theta=1e4,
+                    max_positions=2048), **LLM[form], **llm},
         vqvae=dict(ch=32, ch_mult=(1,), num_res_blocks=0, z_channels=8, codebook_size=NUM_CODES,
                    patch_nums=(1, 2, 4), using_sa=False, using_mid_sa=False, patch_size=4),
         vocab=variants.VARIANTS["nano"]["vocab"])
@@ -97,9 +98,19 @@ def batch(model: ARGenSeg, samples: list[Sample], max_tokens: int = 96, max_mask
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def scripted(chain: Mapping[int, int], form: str = "qwen") -> tuple[ARGenSeg, dict[str, Any]]:
+@functools.cache
+def made_512() -> tuple[ARGenSeg, dict[str, Any]]:
+    """(model, weights) with masks of 512 px in the released scales: 2240 codes."""
+    sizes = config(max_positions=8192)
+    sizes["vqvae"] |= dict(patch_nums=PATCH_NUMS_512, patch_size=16)
+    model = variants.build(sizes)
+    return model, params(model)
+
+
+def scripted(chain: Mapping[int, int], pair: tuple[ARGenSeg, dict[str, Any]] | None = None
+             ) -> tuple[ARGenSeg, dict[str, Any]]:
     """(model, weights) that write chain[token] behind a token; codes follow the whole context."""
-    model, weights = made(form)
+    model, weights = pair or made()
     embed, head = (weights["llm"][a][b].copy() for a, b in (("embed", "embedding"),
                                                             ("lm_head", "kernel")))
     for axis, token in enumerate(chain):  # one direction of the residual stream a token

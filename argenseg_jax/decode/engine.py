@@ -6,6 +6,7 @@ prompt, picture, answer length or number of masks. Axes as in text_decode, scale
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,9 +56,13 @@ class Phases:
     def __init__(self, model: ARGenSeg):
         self.split = sharding.platform() != "tpu"
         self.model = model.clone(llm=model.llm.clone(split=self.split))
-        self.prefill = jax.jit(nn.apply(text_decode.prefill, self.model), static_argnums=(5, 6))
-        self.text = jax.jit(nn.apply(text_decode.write_text, self.model), donate_argnums=1)
-        self.mask = jax.jit(nn.apply(_mask_phase, self.model), donate_argnums=1, static_argnums=2)
+        options = compiler_options(sharding.platform())
+        self.prefill = jax.jit(nn.apply(text_decode.prefill, self.model), static_argnums=(5, 6),
+                               compiler_options=options)
+        self.text = jax.jit(nn.apply(text_decode.write_text, self.model), donate_argnums=1,
+                            compiler_options=options)
+        self.mask = jax.jit(nn.apply(_mask_phase, self.model), donate_argnums=1, static_argnums=2,
+                            compiler_options=options)
 
     def capacity(self, width: int, max_text: int, max_masks: int) -> int:
         """Places of the cache for prompts padded to `width`: whole blocks, so few sizes occur."""
@@ -169,14 +174,33 @@ class Engine:
                          **{"scales": None, **out})
 
 
+@functools.cache
+def compiler_options(platform: str) -> dict[str, str] | None:
+    """What XLA is told when it compiles for CPUs: to keep convolutions to itself.
+
+    By default it leaves them to a library (YNNPACK) that runs those of few channels on one thread.
+    None where there is nothing to tell, or where this XLA does not know the option.
+    """
+    options = {"xla_cpu_experimental_ynn_fusion_type":
+               "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+    if platform != "cpu":
+        return None
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return options
+
+
 def _mask_phase(m: ARGenSeg, answer: text_decode.Answer, previews: bool
                 ) -> tuple[text_decode.Answer, dict[str, jax.Array]]:
-    """All scales, <ge_end>, and the VQ-VAE's pictures."""
+    """All scales, <ge_end>, and the VQ-VAE's pictures: the last one, or that of every scale."""
     mask, cache = scale_decode.decode_codes(m, answer)
-    out = {"images": scale_decode.to_image(m, mask.f_hats[:, -1]), "codes": mask.codes,
-           "confidence": mask.confidence}
+    f_hats = mask.f_hats if previews else mask.f_hats[:, -1:]
+    b, k = f_hats.shape[:2]
+    images = scale_decode.to_image(m, f_hats.reshape(b * k, *f_hats.shape[2:]))
+    images = images.reshape(b, k, *images.shape[1:])
+    out = {"images": images[:, -1], "codes": mask.codes, "confidence": mask.confidence}
     if previews:
-        b, k = mask.f_hats.shape[:2]
-        images = scale_decode.to_image(m, mask.f_hats.reshape(b * k, *mask.f_hats.shape[2:]))
-        out["scales"] = images.reshape(b, k, *images.shape[1:])
+        out["scales"] = images
     return text_decode.after_mask(m, answer.replace(cache=cache)), out

@@ -73,65 +73,81 @@ def attention(q: Array, k: Array, v: Array, mask: Mask | None, how: str | None =
     if how == "cudnn":
         return jax.nn.dot_product_attention(
             q, k, v, mask=None if dense is None else dense[:, None], implementation="cudnn")
-    grouped, t = _grouped(q, k.shape[2]), k.shape[1]
+    grouped = _grouped(q, k.shape[2])
     if mask is None or mask.last is not None:
-        return _ungrouped(_weighted(grouped, k, v, dense))
-    # Causal: a block of queries needs no later keys. Four blocks at most, three eighths of the work.
-    size = max(_MIN_QUERIES, -(-t // 4))
-    blocks = [_weighted(grouped[..., i:i + size, :], k[:, :i + size], v[:, :i + size],
-                        dense[:, i:i + size, :i + size]) for i in range(0, t, size)]
-    return _ungrouped(jnp.concatenate(blocks, axis=3))
+        return _whole(_part(grouped, k, v, dense), q.dtype)
+    return _whole(_causal_part(grouped, k, v, dense), q.dtype)
 
 
-def _weighted(q: Array, k: Array, v: Array, seen: Array | None) -> Array:
-    """Softmax attention of scaled queries [B, K, G, T, H]; seen: bool[B, T, S] or None = all."""
+@flax.struct.dataclass
+class _Part:
+    """Attention to some of the keys: top f32[B, K, G, T], the largest score; total f32[B, K, G, T], the
+    sum of exp(score - top); y f32[B, K, G, T, H], the values weighted so."""
+
+    top: Array
+    total: Array
+    y: Array
+
+    def with_part(self, other: _Part) -> _Part:
+        """Attention to the keys of both."""
+        top = jnp.maximum(self.top, other.top)
+        a, b = jnp.exp(self.top - top), jnp.exp(other.top - top)
+        return _Part(top, a * self.total + b * other.total, a[..., None] * self.y + b[..., None] * other.y)
+
+
+def _part(q: Array, k: Array, v: Array, seen: Array | None) -> _Part:
+    """Scaled queries [B, K, G, T, H] on keys; seen: bool[B or 1, T or 1, S] or None = all."""
     scores = jnp.einsum("BKGTH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
     if seen is not None:  # added, not selected: the backward pass then leaves the scores alone
         scores += jnp.where(seen, 0, _LOWEST / 2)[:, None, None]
     # Divided by the sum behind the product with v: the backward pass then sums over H, not over S.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
+    weights = jnp.exp(scores - top[..., None])
     y = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (y / jnp.sum(weights, axis=-1)[..., None]).astype(v.dtype)
+    return _Part(top, jnp.sum(weights, axis=-1), y)
 
 
-def cached(q: Array, cache: KVCache, layer: Array | int, within: str, how: str | None = None) -> Array:
-    """Attention of T new places, which the cache holds behind `length` older ones.
+def _causal_part(q: Array, k: Array, v: Array, seen: Array) -> _Part:
+    """A block of queries needs no later keys: four blocks at most, three eighths of the work."""
+    t = k.shape[1]
+    size = max(_MIN_QUERIES, -(-t // 4))
+    parts = [_part(q[..., i:i + size, :], k[:, :i + size], v[:, :i + size], seen[:, i:i + size, :i + size])
+             for i in range(0, t, size)]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=3), *parts)
+
+
+def cached(q: Array, k: Array, v: Array, cache: KVCache, layer: Array | int, within: str,
+           how: str | None = None) -> Array:
+    """Attention of T new places, which the cache already holds behind `length` older ones.
 
     Only the filled part of the cache is read, in blocks of `kv_cache.BLOCK` places.
 
     Args:
-      q: [B, T, N, H];  within: how the new places see each other: 'causal' or 'full'.
+      q: [B, T, N, H];  k, v: [B, T, K, H], of the new places.
+      within: how the new places see each other: 'causal' or 'full'.
     """
     t = q.shape[1]
     how = how or choose(q, plain=False)
-    last = cache.length[:, None] + (jnp.arange(t) if within == "causal" else jnp.full(t, t - 1))
     if how == "cudnn":
+        last = cache.length[:, None] + (jnp.arange(t) if within == "causal" else jnp.full(t, t - 1))
         k, v = cache.read(layer, 0, cache.capacity)
         seen = jnp.arange(cache.capacity) <= last[:, None, :, None]
         return jax.nn.dot_product_attention(
             q, k.astype(q.dtype), v.astype(q.dtype), mask=seen, implementation="cudnn",
             query_seq_lengths=jnp.full_like(cache.length, t), key_value_seq_lengths=cache.length + t)
     grouped = _grouped(q, cache.kv_heads)
+    if within == "causal":
+        part = _causal_part(grouped, k, v, jnp.tril(jnp.ones((1, t, t), bool)))
+    else:
+        part = _part(grouped, k, v, None)
 
-    def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        """Takes in one block; keeps the largest score, the sum of weights and the weighted values."""
-        top, total, y = state
-        k, v = cache.read(layer, i * BLOCK, BLOCK)
-        scores = jnp.einsum("BKGTH,BSKH->BKGTS", grouped, k.astype(q.dtype),
-                            preferred_element_type=jnp.float32)
-        seen = i * BLOCK + jnp.arange(BLOCK) <= last[:, :, None]
-        scores = jnp.where(seen[:, None, None], scores, _LOWEST)
-        higher = jnp.maximum(top, jnp.max(scores, axis=-1))
-        weights, fade = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
-        new = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(q.dtype), v.astype(q.dtype),
-                         preferred_element_type=jnp.float32)
-        return higher, total * fade + jnp.sum(weights, axis=-1), y * fade[..., None] + new
+    def step(i: Array, part: _Part) -> _Part:
+        old = (x.astype(q.dtype) for x in cache.read(layer, i * BLOCK, BLOCK))
+        seen = i * BLOCK + jnp.arange(BLOCK) < cache.length[:, None]
+        return part.with_part(_part(grouped, *old, seen[:, None]))
 
-    state = (jnp.full(grouped.shape[:-1], _LOWEST), jnp.zeros(grouped.shape[:-1]),
-             jnp.zeros(grouped.shape, jnp.float32))
-    blocks = (jnp.max(cache.length) + t + BLOCK - 1) // BLOCK
-    _, total, y = jax.lax.fori_loop(0, blocks, step, state)
-    return _ungrouped((y / total[..., None]).astype(q.dtype))
+    blocks = (jnp.max(cache.length) + BLOCK - 1) // BLOCK
+    return _whole(jax.lax.fori_loop(0, blocks, step, part), q.dtype)
 
 
 def _grouped(q: Array, kv_heads: int) -> Array:
@@ -140,9 +156,10 @@ def _grouped(q: Array, kv_heads: int) -> Array:
     return (q * h ** -0.5).reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
 
 
-def _ungrouped(y: Array) -> Array:
-    """[B, K, G, T, H] -> [B, T, N, H]."""
-    b, kv_heads, g, t, h = y.shape
+def _whole(part: _Part, dtype: jnp.dtype) -> Array:
+    """What attention yields once all keys are in: [B, T, N, H]."""
+    b, kv_heads, g, t, h = part.y.shape
+    y = (part.y / part.total[..., None]).astype(dtype)
     return y.transpose(0, 3, 1, 2, 4).reshape(b, t, kv_heads * g, h)
 
 

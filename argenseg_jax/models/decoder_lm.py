@@ -47,7 +47,7 @@ class Attention(nn.Module):
             y = attention.attention(q, k, v, mask)
         else:
             cache = cache.append(layer, k, v)
-            y = attention.cached(q, cache, layer, self.within)
+            y = attention.cached(q, k, v, cache, layer, self.within)
         return layers.dense(x.shape[-1], self.dtype, inputs=2, bias=False, name="o")(y), cache
 
 

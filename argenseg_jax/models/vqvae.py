@@ -236,6 +236,33 @@ class AttnBlock(nn.Module):
         return x + nn.Conv(d, (1, 1), dtype=self.dtype, name="proj_out")(h)
 
 
+class GroupNorm(nn.Module):
+    """torch's GroupNorm over [B,H,W,c], in f32; returns the input's dtype.
+
+    Sums over the positions come first, channel by channel, those over a group's channels behind them:
+    five times as fast on CPUs as flax's, whose groups cut the innermost axis; and on TPUs, whose tiles
+    are 128 wide, an array [..., 32, 5] of 160 channels would fill 25 times its size.
+    """
+
+    groups: int
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+
+        def mean(y: jax.Array) -> jax.Array:
+            """[B,H,W,c] -> [B,1,1,c], the same for all channels of a group."""
+            y = jnp.mean(y, axis=(1, 2)).reshape(len(y), self.groups, -1)
+            y = jnp.broadcast_to(jnp.mean(y, axis=-1, keepdims=True), y.shape)
+            return y.reshape(len(y), 1, 1, -1)
+
+        y = x.astype(jnp.float32)
+        y -= mean(y)
+        return (y * (jax.lax.rsqrt(mean(y * y) + self.epsilon) * scale) + bias).astype(x.dtype)
+
+
 def nearest2x(x: jax.Array) -> jax.Array:
     """[B,H,W,c] -> [B,2H,2W,c], each pixel four times."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
@@ -246,38 +273,11 @@ def _conv(width: int, dtype: Dtype, kernel: int = 3, name: str | None = None) ->
     return nn.Conv(width, (kernel, kernel), dtype=dtype, name=name)
 
 
-class GroupNorm(nn.Module):
-    """GroupNorm as in torch, statistics in f32; returns the input's dtype.
-
-    Pixels are summed for each channel first and only these sums are grouped: an array [..., 32, 5] of
-    160 channels would fill 25 times its size on TPUs, whose tiles are 128 wide.
-    """
-
-    groups: int
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B,H,W,c] -> [B,H,W,c]."""
-        c = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (c,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)
-
-        def grouped(y: jax.Array) -> jax.Array:  # mean over the pixels and channels of each group
-            means = jnp.mean(y, axis=(1, 2)).reshape(len(y), self.groups, -1).mean(-1)
-            return jnp.repeat(means, c // self.groups, axis=-1)[:, None, None]
-
-        y = x.astype(jnp.float32)
-        y = y - grouped(y)
-        y = y * (jax.lax.rsqrt(grouped(y * y) + self.eps) * scale) + bias
-        return y.astype(x.dtype)
-
-
 def _norm(x: jax.Array, local: bool, *, name: str) -> jax.Array:
     """GroupNorm(32); a local one takes all channels of each position alone."""
     if local:
         return nn.LayerNorm(epsilon=1e-6, dtype=x.dtype, name=name)(x)
-    return GroupNorm(math.gcd(32, x.shape[-1]), 1e-6, name=name)(x)
+    return GroupNorm(math.gcd(32, x.shape[-1]), name=name)(x)
 
 
 def _space_to_depth(x: jax.Array, p: int) -> jax.Array:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from argenseg_jax import sharding
-from argenseg_jax.decode.engine import Engine
+from argenseg_jax.data.transforms import binarize
+from argenseg_jax.decode.engine import Engine, compiler_options
 from argenseg_jax.errors import UserError
 from tests import tiny
 
@@ -74,6 +75,7 @@ def test_a_batch_of_eight_equals_eight_singles():
         np.testing.assert_array_equal(one.ids[0], both.ids[i])
         assert one.num_masks[0] == both.num_masks[i]
         np.testing.assert_array_equal(one.codes[0, 0], both.codes[i, 0])
+        np.testing.assert_array_equal(*(binarize(x, (30, 40)) for x in (one.images[0, 0], both.images[i, 0])))
         assert np.abs(one.images[0, 0].astype(int) - both.images[i, 0]).max() <= 1
         np.testing.assert_allclose(one.confidence[0, 0], both.confidence[i, 0], atol=1e-5)
 
@@ -190,3 +192,12 @@ def test_devices_together_equal_one(axes):
     np.testing.assert_array_equal(got.ids, want.ids)
     np.testing.assert_array_equal(got.codes, want.codes)
     assert np.abs(got.images.astype(int) - want.images).max() <= 1
+
+
+def test_convolutions_stay_with_the_compiler():
+    """Not with a library that runs them on one thread."""
+    conv = jax.jit(lambda x, kernel: jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
+        compiler_options=compiler_options())
+    program = conv.lower(jnp.ones((1, 64, 64, 32)), jnp.ones((3, 3, 32, 32))).compile().as_text()
+    assert "convolution" in program and "ynn" not in program

@@ -70,6 +70,21 @@ def test_teacher_forcing_equals_scale_by_scale_decoding(form, block_causal):
     assert len(np.unique(mask.codes)) > 3
 
 
+def test_logits_of_a_batch_are_those_of_its_rows():
+    """Eight prompts of different lengths, to 1e-4."""
+    model, params = made("qwen")
+    batch = tiny.batch(model, [tiny.sample(i) for i in range(8)])
+    at = np.argmax(batch["tokens"] == model.vocab.ge_start, axis=1)
+    asked = (np.where(np.arange(96) < at[:, None], batch["tokens"], model.vocab.pad)[:, :64], at,
+             batch["tiles"])
+    run = jax.jit(functools.partial(nn.apply(decode_with_logits, model), {"params": params}))
+    mask, logits, _ = run(*asked)
+    for i in range(8):
+        one, alone, _ = run(*(x[i:i + 1] for x in asked))
+        np.testing.assert_allclose(alone[0], logits[i], atol=1e-4)
+        np.testing.assert_array_equal(one.codes[0], mask.codes[i])
+
+
 def test_block_causal_sees_the_own_scale_whole_and_nothing_beyond():
     """The last place seen: the end of its scale for a code, the place itself for text."""
     model, params = made("qwen", True)

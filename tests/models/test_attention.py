@@ -61,7 +61,7 @@ def test_a_cache_changes_nothing(within, split):
     take = old[:, None] + np.arange(5)
     new = [np.take_along_axis(np.asarray(x), take[..., None, None], 1) for x in (q, k, v)]
     run = jax.jit(functools.partial(attention.cached, layer=0, within=within))
-    got = run(new[0], cache.append(0, *new[1:]))
+    got = run(*new, cache.append(0, *new[1:]))
     last = np.tile(np.arange(BLOCK + 7), (2, 1))
     if within == "full":
         np.put_along_axis(last, take, (old + 4)[:, None].repeat(5, 1), 1)
@@ -75,8 +75,8 @@ def test_places_beyond_the_filled_part_are_not_even_read():
     q, k, v = heads(3)
     cache = KVCache.empty(1, 2, 3 * BLOCK, 2, 8, jnp.float32)
     poison = cache.k.at[:, :, BLOCK:].set(jnp.nan)
-    cache = cache.replace(k=poison, v=poison).append(0, k, v)
-    assert np.isfinite(attention.cached(q, cache, 0, "causal")).all()
+    cache = cache.replace(k=poison, v=poison, length=jnp.array([5, 70])).append(0, k, v)
+    assert np.isfinite(attention.cached(q, k, v, cache, 0, "causal")).all()
 
 
 def test_who_is_chosen_where():
@@ -106,6 +106,6 @@ def test_cudnn_agrees():
                                    attention.attention(q, k, v, m, "xla").astype(jnp.float32), atol=2e-2)
     cache = KVCache.empty(1, 2, 2 * BLOCK, 2, 64, jnp.bfloat16).append(0, k, v)
     cache = cache.replace(length=jnp.array([100, 7])).append(0, k[:, :9], v[:, :9])
-    both = [attention.cached(q[:, :9], cache, 0, "causal", how).astype(jnp.float32)
+    both = [attention.cached(q[:, :9], k[:, :9], v[:, :9], cache, 0, "causal", how).astype(jnp.float32)
             for how in ("cudnn", "xla")]
     np.testing.assert_allclose(*both, atol=2e-2)
