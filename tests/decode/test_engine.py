@@ -198,6 +198,6 @@ def test_convolutions_stay_with_the_compiler():
     """Not with a library that runs them on one thread."""
     conv = jax.jit(lambda x, kernel: jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
-        compiler_options=compiler_options())
+        compiler_options=compiler_options(jax.default_backend()))
     program = conv.lower(jnp.ones((1, 64, 64, 32)), jnp.ones((3, 3, 32, 32))).compile().as_text()
     assert "convolution" in program and "ynn" not in program
