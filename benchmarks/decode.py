@@ -112,7 +112,8 @@ class Ours:
 
     def phases(self) -> dict[str, Callable[[], Any]]:
         """The parts of `mask` that can be run alone: all but the scales and <ge_end>."""
-        draw = jax.jit(nn.apply(scale_decode.to_image, self.model), compiler_options=compiler_options(jax.default_backend()))
+        draw = jax.jit(nn.apply(scale_decode.to_image, self.model),
+                       compiler_options=compiler_options(jax.default_backend()))
         f_hat = jnp.zeros((self.rows, self.model.scales.side, self.model.scales.side,
                            self.model.vqvae.z_channels))
         return {"prefill_and_text": lambda: jax.block_until_ready(self.start()),
