@@ -16,11 +16,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Takes out tests that need recordings, PyTorch or Beam where there are none."""
+    """Takes out tests that need recordings or a package where there is none."""
     absent = []
     if not os.path.isdir(os.environ.get("ARGENSEG_GOLDEN", "")):
         absent.append("golden_full")
-    absent += [marker for marker, module in (("torch", "torch"), ("beam", "apache_beam"))
+    absent += [marker for marker, module in (("torch", "torch"), ("beam", "apache_beam"), ("libtpu", "libtpu"))
                if importlib.util.find_spec(module) is None]
     out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
     if out:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import re
 from collections.abc import Mapping
@@ -55,12 +56,12 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
     from jax.experimental import topologies
 
     kind, shape = topology(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"the TPU compiler is missing: pip install {LIBTPU}")
     more = {"num_slices": slices} if slices > 1 else {}
     try:
         return list(topologies.get_topology_desc(f"{kind}:{shape}", "tpu", **more).devices)
     except Exception as error:  # jax and libtpu raise what they like
-        if "libtpu" in str(error) and "not" in str(error):
-            raise UserError(f"the TPU compiler is missing: pip install {LIBTPU}") from error
         raise UserError(f"--topology {name}: {error}") from error
 
 
