@@ -125,7 +125,8 @@ def test_previews_grow_into_the_mask():
 def test_nothing_is_compiled_again_for_another_prompt():
     """Other words, lengths, pictures, numbers of masks, answers and weights."""
     generate(AGAIN, *prompts(TEXT_MASK, TEXT, MASK, MASK))
-    programs = (engine()._prefill, engine()._text, engine()._mask)
+    phases = engine().phases
+    programs = (phases.prefill, phases.text, phases.mask)
     sizes = [program._cache_size() for program in programs]
     assert min(sizes) > 0
     generate(AGAIN, *prompts(MASK, MASK, TEXT, MASK, seed=1), max_masks=2)
