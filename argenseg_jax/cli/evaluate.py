@@ -27,7 +27,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
 
 from argenseg_jax.cli import common
 from argenseg_jax.errors import UserError
@@ -49,11 +48,10 @@ flags.DEFINE_string("metric", "", "Scores to compute: referring, grefcoco, seman
                     "eval.metric of the saved config, what the data asks for, or referring.")
 flags.DEFINE_string("rescore", None, "A predictions.jsonl: computes its scores without the model.")
 flags.DEFINE_bool("save_masks", False, "Also write every scored mask as a PNG.")
-config_flags.DEFINE_config_dict("config", ConfigDict({"eval": {"prompt": "", "masks": ""}}), lock_config=True,
-                                help_string="--config.eval.prompt, --config.eval.masks: instead of those of "
-                                "the saved config. The prompt, of PSALM files, is referring, semantic, "
-                                "reasoning, or a text with {sent}; masks are first or union: which ones of an "
-                                "answer count.")
+flags.DEFINE_string("config.eval.prompt", "", "Instead of the saved config's: prompt of PSALM files: referring, "
+                    "semantic, reasoning, or a text with {sent}.")
+flags.DEFINE_enum("config.eval.masks", None, ["first", "union"], "Instead of the saved config's: which masks of "
+                  "an answer count.")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
 flags.DEFINE_integer("previews", 3, "How many answers the report shows scale by scale.",
                      lower_bound=0)
@@ -86,10 +84,8 @@ def run() -> dict[str, Any]:
     names = FLAGS.data or list(settings["data"])
     if not names:
         common.require("data")
-    for key, given in {**FLAGS.config.eval, "metric": FLAGS.metric}.items():
-        settings[key] = given or settings[key]
-    if settings["masks"] not in ("first", "union"):
-        raise UserError(f"eval.masks: '{settings['masks']}' is neither first nor union")
+    for key, flag in (("prompt", "config.eval.prompt"), ("masks", "config.eval.masks"), ("metric", "metric")):
+        settings[key] = FLAGS[flag].value or settings[key]
     sources = {name: _open(_plain(name), settings["prompt"]) for name in names}  # mistakes before the work
     predictor = Predictor.load(checkpoint, FLAGS.dtype)
     baseline = functools.cache(lambda: _baseline(config))  # reads the training data: only where needed

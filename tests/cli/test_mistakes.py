@@ -109,8 +109,8 @@ def test_train_refuses_the_workdir_of_another_run(run, capfd):
     (["--workdir=absent", "--data=shapes:test"], "absent: no such checkpoint"),
     (["--workdir=RUN", "--data=shapes:test", "--batch=0"], "batch"),
     (["--workdir=RUN", "--data=PSALM", "--config.eval.prompt=none"], "eval.prompt: 'none'"),
-    (["--workdir=RUN", "--data=shapes:test", "--config.eval.masks=last"], "neither first nor union"),
-    (["--workdir=RUN", "--data=shapes:test", "--config.eval.word=1"], "no such config key"),
+    (["--workdir=RUN", "--data=shapes:test", "--config.eval.masks=last"], "one of <first|union>"),
+    (["--workdir=RUN", "--data=shapes:test", "--config.eval.word=1"], "config.eval.word"),
     (["--workdir=RUN", "--data=shapes:test", "--limit=1", "--out=EMPTY"], "cannot be written"),
 ])
 def test_evaluate_names_the_flag(run, data, tmp_path, capfd, args, says):
