@@ -102,6 +102,11 @@ def make_mesh(cfg: Mapping[str, int], devices: Sequence[jax.Device] | None = Non
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def placed(shapes: Any, layout: Any) -> Any:
+    """A tree of ShapeDtypeStruct whose leaves lie as the tree of NamedSharding says."""
+    return jax.tree.map(lambda s, l: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=l), shapes, layout)
+
+
 def platform() -> str:
     """Where what is traced now will run: 'cpu', 'gpu' or 'tpu'.
 

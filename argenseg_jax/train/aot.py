@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from argenseg_jax import sharding, trees
+from argenseg_jax import files, sharding, trees
 from argenseg_jax.data import pipeline
 from argenseg_jax.decode import engine, weights
 from argenseg_jax.decode.choice import Rules
@@ -106,7 +106,7 @@ def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, rows: int, prompt: int,
         prepare = functools.partial(weights.for_inference, phases.model, split=phases.split)
         ready = jax.eval_shape(prepare, shapes)
         layout = sharding.shardings(ready, mesh)
-        params = {"params": _placed(ready, layout)}
+        params = {"params": sharding.placed(ready, layout)}
         place = sharding.batch_sharding(mesh)
         array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
         side, text = model.image_size, cfg["decode"]["max_text_tokens"]
@@ -114,7 +114,7 @@ def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, rows: int, prompt: int,
         prefill = phases.prefill.lower(
             params, array((rows, prompt), jnp.int32), array((rows,), jnp.int32),
             array((rows, 1, side, side, 3), jnp.uint8), Rules(), capacity, text)
-        answer = _placed(prefill.out_info, jax.tree.map(lambda x: _of_answer(x, mesh), prefill.out_info))
+        answer = sharding.placed(prefill.out_info, jax.tree.map(lambda x: _of_answer(x, mesh), prefill.out_info))
         stages = {"prefill": prefill, "text": phases.text.lower(params, answer),
                   "mask": phases.mask.lower(params, answer, False)}
     codes, llm = model.scales.num_codes, model.llm
@@ -137,10 +137,6 @@ def _held(shapes: Any, layout: Any) -> float:
     """Bytes on one device."""
     return sum(math.prod(l.shard_shape(s.shape)) * np.dtype(s.dtype).itemsize
                for s, l in zip(jax.tree.leaves(shapes), jax.tree.leaves(layout)))
-
-
-def _placed(shapes: Any, layout: Any) -> Any:
-    return jax.tree.map(lambda s, l: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=l), shapes, layout)
 
 
 def _of_answer(x: Any, mesh: Mesh) -> NamedSharding:
@@ -186,8 +182,7 @@ def compile_for(kind: str, lowered: Lowered, mesh: Mesh, options: Mapping[str, s
     if chip.hlo:
         text = compiled.as_text()
         if keep:
-            with open(keep, "w") as file:
-                file.write(text)
+            files.write(keep, text)
         slices = mesh.shape["dcn_data"]
         counts = hlo.count(text, per // slices if slices > 1 else 0)
         report |= {"hlo_flops": counts.flops * per, "collective_bytes": dict(counts.collectives)}
@@ -195,7 +190,8 @@ def compile_for(kind: str, lowered: Lowered, mesh: Mesh, options: Mapping[str, s
     report |= {"flops": lowered.flops, "executed_flops": lowered.executed, "bytes": work.hbm_bytes,
                "network_bytes": work.ici_bytes + work.dcn_bytes,
                "counted": "hlo" if counts else "analytic", **bound(kind, work)}
-    return {key: round(value, 4) if isinstance(value, float) and value < 1e6 else value
+    # Digits, not places: a small program takes less than 0.0001 s, and times are added up.
+    return {key: float(f"{value:.4g}") if isinstance(value, float) and value < 1e6 else value
             for key, value in report.items()}
 
 
@@ -246,6 +242,6 @@ def decode_report(cfg: Mapping[str, Any], name: str, *, rows: int, prompt: int,
         slowest = max(phases.values(), key=lambda report: report["step_seconds"])
         seconds = sum(p["step_seconds"] for p in phases.values())
         peak = CHIPS[kind].flops / CHIPS[kind].devices * mesh.size
-        whole |= {"bound": slowest["bound"], "step_seconds": round(seconds, 4),
+        whole |= {"bound": slowest["bound"], "step_seconds": float(f"{seconds:.4g}"),
                   "mfu": round(whole["flops"] / peak / seconds, 4)}
     return whole

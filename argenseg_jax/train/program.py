@@ -49,8 +49,7 @@ class Program:
 
     def abstract_state(self) -> TrainState:
         """The state as ShapeDtypeStructs with their shardings."""
-        return jax.tree.map(lambda s, l: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=l),
-                            self.shapes, self.layout)
+        return sharding.placed(self.shapes, self.layout)
 
 
 def build(cfg: Mapping[str, Any], phase: Phase, shapes: Params, mesh: Mesh,
