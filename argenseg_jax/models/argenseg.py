@@ -165,8 +165,7 @@ class ARGenSeg(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         """[..., D] -> f32[..., V]; the padding of the vocabulary is -inf."""
-        y = self.llm.logits(hidden)
-        return jnp.where(jnp.arange(y.shape[-1]) < self.vocab.size, y, -jnp.inf)
+        return self.llm.logits(hidden)
 
     def code_logits(self, hidden: Array) -> Array:
         """[..., D] -> f32[..., num codes of the codebook]."""

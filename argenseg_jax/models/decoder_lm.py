@@ -32,8 +32,8 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, angles: Array, mask: attention.Mask | None, layer: Array | int,
-                 cache: KVCache | None) -> tuple[Array, KVCache | None]:
+    def __call__(self, x: Array, turns: tuple[Array, Array], mask: attention.Mask | None,
+                 layer: Array | int, cache: KVCache | None) -> tuple[Array, KVCache | None]:
         def project(heads: int, name: str) -> Array:
             return layers.dense((heads, self.head_dim), self.dtype, bias=self.qkv_bias, name=name)(x)
 
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             q = layers.RMSNorm(self.eps, name="q_norm")(q)
             k = layers.RMSNorm(self.eps, name="k_norm")(k)
-        q, k = layers.apply_rope(q, angles), layers.apply_rope(k, angles)
+        q, k = layers.apply_rope(q, turns), layers.apply_rope(k, turns)
         q, k, v = (sharding.constrain(a, "act_batch", None, "act_heads", None) for a in (q, k, v))
         if cache is None:
             y = attention.attention(q, k, v, mask)
@@ -81,12 +81,12 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, KVCache | None], layer: Array | int, angles: Array,
-                 mask: attention.Mask | None) -> tuple[tuple[Array, KVCache | None], Array | None]:
+    def __call__(self, carry: tuple[Array, KVCache | None], layer: Array | int,
+                 turns: tuple[Array, Array], mask: attention.Mask | None) -> tuple[tuple[Array, KVCache | None], Array | None]:
         x, cache = carry
         y, cache = Attention(self.heads, self.kv_heads, self.head_dim, self.eps, self.qkv_bias,
                              self.qk_norm, self.within, self.dtype, name="attn")(
-            layers.RMSNorm(self.eps, name="attn_norm")(x), angles, mask, layer, cache)
+            layers.RMSNorm(self.eps, name="attn_norm")(x), turns, mask, layer, cache)
         x = sharding.constrain(x + y, "act_batch", "act_len", "act_emb")
         x = x + Mlp(self.mlp, self.dtype, name="mlp")(layers.RMSNorm(self.eps, name="mlp_norm")(x))
         x = sharding.constrain(x, "act_batch", "act_len", "act_emb")
@@ -158,16 +158,17 @@ class DecoderLM(nn.Module):
         else:
             angles = layers.rope_angles(positions, self.head_dim, self.rope_theta, self.ntk_factor,
                                         self.max_positions)
+        turns = layers.cos_sin(angles)
         fields = (self.heads, self.kv_heads, self.head_dim, self.mlp, self.eps, self.qkv_bias,
                   self.qk_norm, within, capture, self.dtype)
         carry, hidden = (x, cache), None
         if self.split:
             for i in range(self.depth):
-                carry, _ = Block(*fields, name=f"layers_{i}")(carry, i, angles, mask)
+                carry, _ = Block(*fields, name=f"layers_{i}")(carry, i, turns, mask)
         else:
             block = layers.scan_layers(Block, self.depth, remat=self.remat, unroll=self.unroll,
                                        in_axes=(0, nn.broadcast, nn.broadcast))
-            carry, hidden = block(*fields, name="layers")(carry, jnp.arange(self.depth), angles, mask)
+            carry, hidden = block(*fields, name="layers")(carry, jnp.arange(self.depth), turns, mask)
         y, cache = carry
         y = self.norm(y)
         if cache is not None:
@@ -182,9 +183,8 @@ class DecoderLM(nn.Module):
         return table.astype(self.dtype)
 
     def logits(self, hidden: Array) -> Array:
-        """[B, T, D] -> f32[B, T, V] (padding rows included)."""
-        y = jnp.einsum("...D,DV->...V", hidden.astype(self.dtype), self.head_matrix(),
-                       preferred_element_type=jnp.float32)
+        """[B, T, D] -> f32[B, T, V]; the padding of the vocabulary is -inf."""
+        y = layers.head_product(hidden.astype(self.dtype), self.head_matrix(), self.vocab_size)
         return sharding.constrain(y, "act_batch", None, "act_vocab")
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:

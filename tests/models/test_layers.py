@@ -47,7 +47,8 @@ def test_rope_depends_on_the_distance_alone():
     q, k = normal(1, 1, 1, 16), normal(1, 1, 1, 16, seed=1)
 
     def score(i, j):
-        at = lambda x, p: layers.apply_rope(x, layers.rope_angles(jnp.array([[p]]), 16, 1e4))
+        at = lambda x, p: layers.apply_rope(
+            x, layers.cos_sin(layers.rope_angles(jnp.array([[p]]), 16, 1e4)))
         return float(jnp.sum(at(q, i) * at(k, j)))
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
@@ -73,7 +74,7 @@ def test_rope_2d_turns_by_place_and_picture():
 
     def score(yx, uv, i=4, j=4):
         at = lambda x, p, c: layers.apply_rope(
-            x, layers.rope_angles_2d(jnp.array([[p]]), jnp.array([[c]]), 32, 1e4))
+            x, layers.cos_sin(layers.rope_angles_2d(jnp.array([[p]]), jnp.array([[c]]), 32, 1e4)))
         return float(jnp.sum(at(q, i, yx) * at(k, j, uv)))
 
     assert score((.5, .75), (.25, .25)) == pytest.approx(score((.75, .625), (.5, .125)), abs=1e-4)
