@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -134,6 +134,25 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     spec = [a if a and size % math.prod(mesh.shape[n] for n in a) == 0 else None
             for a, size in zip(axes, x.shape)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def by_rows(run: Callable[..., Any], rows: Sequence[jax.Array], weights: jax.Array) -> Any:
+    """`run(*rows, weights)` on every device for its own rows, with the weights whole.
+
+    Weights [D, ...], split over fsdp along D, are gathered once, however often `run` uses them, and
+    their gradient is summed once and scattered. Left to the partitioner, a loop within `run` would do
+    both in each of its turns. Results have rows first. The tensor axis stays the partitioner's.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape[a] for a in BATCH_AXES) == 1:
+        return run(*rows, weights)
+
+    def local(*args: jax.Array) -> Any:
+        return run(*args[:-1], jax.lax.all_gather(args[-1], "fsdp", axis=0, tiled=True))
+
+    return jax.shard_map(local, axis_names=set(BATCH_AXES), check_vma=False,
+                         in_specs=(*(PartitionSpec(BATCH_AXES),) * len(rows), PartitionSpec("fsdp")),
+                         out_specs=PartitionSpec(BATCH_AXES))(*rows, weights)
 
 
 def param_specs(shapes: Mapping[str, Any], rules: Sequence[Rule] = PARAM_RULES

@@ -19,10 +19,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     cfg.model.update(variant="nano", unroll=True)
     cfg.data.update(sources=("shapes:simple:train",), max_tokens=158, max_labels=75,
                     image_last=True, system="", recolour=0.5, threads=0)
-    cfg.vqvae.update(steps=1500, batch=16, lr=0.01, b2=0.98, weight_decay=0.01)
+    cfg.vqvae.update(steps=1100, batch=16, lr=0.01, b2=0.98, weight_decay=0.01)
     cfg.optim.update(name="muon", lr=0.01, adam_lr=3e-3, freeze=(), weight_decay=0.01, warmup=0.05,
                      schedule="wsd", decay=0.3)
-    cfg.train.update(steps=1000, global_batch=32, remat="none", dtype="float32", log_every=50,
+    cfg.train.update(steps=1180, global_batch=32, remat="none", dtype="float32", log_every=50,
                      checkpoint_every=500)
     cfg.mesh.data = arg.devices
     return cfg

@@ -90,7 +90,9 @@ def prompted(image: np.ndarray, mask: np.ndarray, prompt: str, rng: np.random.Ge
         box = (int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1)
         if prompt == kind:
             return image, text.format(_thousandths(box, width, height))
-        corners = (box[0], box[1], box[2] - 1, box[3] - 1)
+        # Around the object, not over its outline, unless the picture ends there.
+        corners = (max(box[0] - thick, 0), max(box[1] - thick, 0),
+                   min(box[2] - 1 + thick, width - 1), min(box[3] - 1 + thick, height - 1))
         return _drawn(image, lambda d: d.rectangle(corners, outline=INK, width=thick)), text
     if kind == "scribble":
         area = _scribble(mask, rng, thick)

@@ -167,10 +167,14 @@ class ARGenSeg(nn.Module):
         """[..., D] -> f32[..., V]; the padding of the vocabulary is -inf."""
         return self.llm.logits(hidden)
 
+    def head_matrix(self) -> Array:
+        """The output head [D, V], as it is stored."""
+        return self.llm.head_matrix()
+
     def code_logits(self, hidden: Array) -> Array:
         """[..., D] -> f32[..., num codes of the codebook]."""
         first = self.vocab.first_code
-        head = self.llm.head_matrix()[:, first:first + self.vocab.num_codes]
+        head = self.llm.head_matrix()[:, first:first + self.vocab.num_codes].astype(self.llm.dtype)
         return jnp.einsum("...D,DV->...V", hidden.astype(head.dtype), head,
                           preferred_element_type=jnp.float32)
 

@@ -178,13 +178,13 @@ class DecoderLM(nn.Module):
         return y, cache, hidden
 
     def head_matrix(self) -> Array:
-        """[D, V] in the compute dtype."""
-        table = self.embed().T if self.tied else self.lm_head()
-        return table.astype(self.dtype)
+        """[D, V], as it is stored; tied to the embedding or not."""
+        return self.embed().T if self.tied else self.lm_head()
 
     def logits(self, hidden: Array) -> Array:
         """[B, T, D] -> f32[B, T, V]; the padding of the vocabulary is -inf."""
-        y = layers.head_product(hidden.astype(self.dtype), self.head_matrix(), self.vocab_size)
+        head = self.head_matrix().astype(self.dtype)
+        y = layers.head_product(hidden.astype(self.dtype), head, self.vocab_size)
         return sharding.constrain(y, "act_batch", None, "act_vocab")
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:

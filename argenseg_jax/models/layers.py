@@ -164,13 +164,15 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def head_product(x: Array, head: Array, words: int) -> Array:
-    """x [..., D] times the output head [D, V]: f32[..., V], -inf behind the first `words`.
+    """x [..., D] times the output head [D, V], in the dtype of x: f32[..., V], -inf behind the first `words`.
+
+    The gradient of the head has the head's own dtype.
 
     Written for its gradient. Left to itself, XLA's CPU backend transposes the cotangent of the logits for
     the head's gradient and takes twice as long; here it transposes x, which is narrow, and the padding is
     masked there, so that a tied table's transpose cannot be pulled into the product.
     """
-    y = jnp.einsum("...D,DV->...V", x, head, preferred_element_type=jnp.float32)
+    y = jnp.einsum("...D,DV->...V", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
     return jnp.where(jnp.arange(head.shape[1]) < words, y, -jnp.inf)
 
 
@@ -183,7 +185,7 @@ def _head_product_bwd(words: int, kept: tuple[Array, Array], dy: Array) -> tuple
     turned = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
     into_head = jnp.dot(turned, dy.reshape(-1, dy.shape[-1]), preferred_element_type=jnp.float32)
     into_head = jnp.where(jnp.arange(head.shape[1]) < words, into_head, 0)
-    into_x = jnp.einsum("...V,DV->...D", dy, head, preferred_element_type=jnp.float32)
+    into_x = jnp.einsum("...V,DV->...D", dy, head.astype(x.dtype), preferred_element_type=jnp.float32)
     return into_x.astype(x.dtype), into_head.astype(head.dtype)
 
 

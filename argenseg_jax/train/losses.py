@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from argenseg_jax import trees
+from argenseg_jax import sharding, trees
 from argenseg_jax.models import pieces
 from argenseg_jax.models.argenseg import ARGenSeg
-from argenseg_jax.models.layers import DENSE, GradIn
+from argenseg_jax.models.layers import DENSE, GradIn, head_product
 from argenseg_jax.models.lora import Lora
 from argenseg_jax.train import vqvae_loss
 from argenseg_jax.vocab import IGNORE
@@ -81,6 +81,8 @@ class LMOptions:
       chunk: number of places whose logits are in memory at a time; 0 = all.
       scale_accuracy: log the share of right codes of each scale too.
       max_labels: most targets that a row may have; the head reads so many places only. 0 = all.
+      grad_dtype: of the gradients of the head and of dense layers, in which they are summed over
+        chunks and devices; '' = that of the computation.
     """
 
     soft_targets: float = 0.0
@@ -91,6 +93,7 @@ class LMOptions:
     chunk: int = 0
     scale_accuracy: bool = False
     max_labels: int = 0
+    grad_dtype: str = ""
 
 
 def targets(model: ARGenSeg, labels: Array, codes: Array | None) -> tuple[Array, Array, Array]:
@@ -127,8 +130,13 @@ def token_nll(model: ARGenSeg, params: Params, hidden: Array, ids: Array, is_cod
         spread = code_neighbours(params["vqvae"]["quantizer"]["codebook"], opts.soft_targets,
                                  zero_first=bool(model.vqvae.dead_zone))
 
-    def chunk_nll(hidden: Array, ids: Array, is_code: Array) -> tuple[Array, Array]:
-        logits = model.apply({"params": params}, hidden, method="logits")
+    t = hidden.shape[1]
+    if opts.chunk and t > opts.chunk and t % opts.chunk:
+        raise ValueError(f"train.loss.chunk={opts.chunk} does not divide the {t} places of a row")
+
+    def chunk_nll(hidden: Array, ids: Array, is_code: Array, head: Array) -> tuple[Array, Array]:
+        logits = head_product(hidden, head, model.vocab.size)
+        logits = sharding.constrain(logits, None, None, "act_vocab")
         log_z = jax.nn.logsumexp(logits, axis=-1)
         # Compared, not gathered: a gather's gradient is a scatter, and words may lie on many devices.
         at = jnp.maximum(ids, 0)[..., None]
@@ -140,18 +148,20 @@ def token_nll(model: ARGenSeg, params: Params, hidden: Array, ids: Array, is_cod
             picked = jnp.where(is_code, soft, picked)
         return log_z - picked, right
 
-    t = hidden.shape[1]
-    if not opts.chunk or t <= opts.chunk:
-        return chunk_nll(hidden, ids, is_code)
-    if t % opts.chunk:
-        raise ValueError(f"train.loss.chunk={opts.chunk} does not divide the {t} places of a row")
+    def local(hidden: Array, ids: Array, is_code: Array, head: Array) -> tuple[Array, Array]:
+        if not opts.chunk or t <= opts.chunk:
+            return chunk_nll(hidden, ids, is_code, head)
 
-    def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, opts.chunk, *x.shape[2:]), 1, 0)
+        def split(x: Array) -> Array:
+            return jnp.moveaxis(x.reshape(x.shape[0], -1, opts.chunk, *x.shape[2:]), 1, 0)
 
-    nll, right = jax.lax.map(jax.checkpoint(lambda args: chunk_nll(*args)),
-                             (split(hidden), split(ids), split(is_code)))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(ids.shape) for x in (nll, right))
+        one = jax.checkpoint(lambda args: chunk_nll(*args, head))
+        nll, right = jax.lax.map(one, (split(hidden), split(ids), split(is_code)))
+        return tuple(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], t) for x in (nll, right))
+
+    # Cast before it is gathered: half the bytes to send.
+    head = model.apply({"params": params}, method="head_matrix").astype(opts.grad_dtype or model.llm.dtype)
+    return sharding.by_rows(local, (hidden, ids, is_code), head)
 
 
 def code_neighbours(codebook: Array, temperature: float, zero_first: bool) -> Array:
@@ -223,13 +233,9 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
                       "code_accuracy": accuracy, **by_scale})
 
 
-def lm_task(model: ARGenSeg, opts: LMOptions, lora: Lora = Lora(), grad_dtype: str = "") -> Task:
-    """Fine-tunes everything but the VQ-VAE; with adapters, them and what `lora.also` names.
-
-    `grad_dtype`: of the gradients of dense layers, in which they are summed over devices; '' = that of
-    the computation.
-    """
-    summed = jnp.dtype(grad_dtype) if grad_dtype else None
+def lm_task(model: ARGenSeg, opts: LMOptions, lora: Lora = Lora()) -> Task:
+    """Fine-tunes everything but the VQ-VAE; with adapters, them and what `lora.also` names."""
+    summed = jnp.dtype(opts.grad_dtype) if opts.grad_dtype else None
 
     def normalizer(batch: Batch) -> dict[str, Array]:
         ids, is_code, _ = targets(model, batch["labels"], None)

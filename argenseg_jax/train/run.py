@@ -170,10 +170,10 @@ def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer | None)
         listed.append(Phase(losses.vqvae_task(model), vq["steps"], vq["batch"], 0, vq,
                             batches("vqvae", vq["batch"], cfg["seed"] + 1)))
     if lm["steps"]:
-        options = losses.LMOptions(**lm["loss"], max_labels=data["max_labels"])
         if lm["grad_dtype"] not in ("", "float32", "bfloat16"):
             raise UserError(f"train.grad_dtype='{lm['grad_dtype']}'; there are float32, bfloat16, ''")
-        task = losses.lm_task(model, options, adapters(cfg), lm["grad_dtype"])
+        options = losses.LMOptions(**lm["loss"], max_labels=data["max_labels"], grad_dtype=lm["grad_dtype"])
+        task = losses.lm_task(model, options, adapters(cfg))
         draws = sampler(cfg, model, tokenizer, parts[0]) if parts and lm["sample_every"] else None
         listed.append(Phase(task, lm["steps"], lm["global_batch"], lm["microbatch"], cfg["optim"],
                             batches("lm", lm["global_batch"], cfg["seed"]), draws,
