@@ -54,11 +54,15 @@ def lm_step(model: ARGenSeg, shapes: Mapping[str, Any], trainable: Callable[[str
     for part, count in uses.items():
         learns = any(trainable(path) for path in kernels if path.startswith(f"{part}/"))
         twice = again and part in ("llm", "vision")
-        passes = lambda learned: (3 if learned else 2) + twice  # forward, into inputs, into weights
-        if part == "vision" and not learns:
-            passes = lambda learned: 1  # nothing to learn before it
+
+        def passes(learned: bool, path: str = "") -> int:
+            """Forward, into inputs, into weights; of a layer's last product the result is not needed again."""
+            if part == "vision" and not learns:
+                return 1  # nothing to learn before it
+            return 2 + learned + (twice and not path.endswith(("/mlp/down/kernel", "/mlp/fc2/kernel")))
+
         total[part] = attention.get(part, 0) * passes(True) + 2 * count * sum(
-            size * passes(trainable(path)) for path, size in kernels.items()
+            size * passes(trainable(path), path) for path, size in kernels.items()
             if path.startswith(f"{part}/"))
     total["vqvae"] = rows * masks * encoder(model, shapes["vqvae"])
     return {part: float(value) for part, value in total.items()}

@@ -171,7 +171,7 @@ def _flops(op: Instruction, body: dict) -> float:
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)[1]
         return 2 * math.prod(out) * math.prod(left[int(i)] for i in axes.split(",") if i)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
-    spatial = [c for c in labels[2] if c.isdigit()]
+    spatial = sorted(c for c in labels[2] if c.isdigit())  # as the window counts them
     window = re.search(r"window=\{([^}]*)\}", op.attributes)
     fields = dict(item.split("=") for item in window[1].split()) if window else {}
 

@@ -1,8 +1,9 @@
 """Trains the toy task in a workdir, and kills its own process with SIGKILL.
 
-    python -m tests.train.resume_child WORKDIR batch|save|frozen N
+    python -m tests.train.resume_child WORKDIR batch|save|frozen|files N
 
-before it takes batch N, or while step N, or what is frozen from there on, is being written.
+before it takes batch N, or while step N, or what is frozen from there on, is being written, or as soon
+as N files have been seen among the checkpoints, which is wherever the run is by then.
 """
 import os
 import pathlib
@@ -28,6 +29,15 @@ def watch(folder: pathlib.Path, pattern: str) -> None:
     end()
 
 
+def count(folder: pathlib.Path, number: int) -> None:
+    """Waits for so many files, those that were renamed or removed meanwhile among them."""
+    seen: set[pathlib.Path] = set()
+    while len(seen) < number:
+        seen.update(folder.rglob("*"))
+        time.sleep(0.0005)
+    end()
+
+
 def main(workdir: str, moment: str, number: int) -> None:
     class Deadly(toy.Data):
         def __next__(self):
@@ -35,8 +45,10 @@ def main(workdir: str, moment: str, number: int) -> None:
                 end()
             return super().__next__()
 
-    if moment != "batch":
-        folder = pathlib.Path(workdir, "checkpoints")
+    folder = pathlib.Path(workdir, "checkpoints")
+    if moment == "files":
+        threading.Thread(target=count, args=(folder, number), daemon=True).start()
+    elif moment != "batch":
         name = {"save": f"{number}", "frozen": f"frozen/{number}/params"}[moment]
         threading.Thread(target=watch, args=(folder, name), daemon=True).start()
     cfg = toy.config(steps=10, checkpoint_every=2, microbatch=4)

@@ -68,6 +68,16 @@ def test_a_stored_program():
     assert hlo.count(noted).flops == 5 * 2 * 16 * 256 * 128
 
 
+def test_a_window_over_heads():
+    """A product with [D, heads, H] is a convolution on TPUs; its window counts axes by their number."""
+    line = ("ENTRY %main (x: bf16[2,64,16,1], w: bf16[8,32,16,1]) -> bf16[2,64,8,32] {\n"
+            "  %x = bf16[2,64,16,1]{3,2,1,0} parameter(0)\n"
+            "  %w = bf16[8,32,16,1]{3,2,1,0} parameter(1)\n"
+            "  ROOT %y = bf16[2,64,8,32]{3,2,1,0} convolution(%x, %w), "
+            "window={size=1x8 pad=0_0x7_7 rhs_reversal=0x1}, dim_labels=0bf1_1oi0->0b1f\n}\n")
+    assert hlo.count(line).flops == 2 * 2 * 64 * 16 * 8 * 32
+
+
 def test_groups():
     assert hlo.replica_groups("replica_groups={{0,2},{1,3}}, x") == [[0, 2], [1, 3]]
     assert hlo.replica_groups("replica_groups=[2,2]<=[4]") == [[0, 1], [2, 3]]

@@ -1,4 +1,6 @@
 """Adapters: merged == adapted, nothing else learns, and what a run with them leaves behind."""
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +107,16 @@ def test_the_base_is_written_once(trained):
     for step in "12":
         saved = set(trees.flatten(orbax_io._saved_shapes(folder / step / "params")))
         assert all(is_adapter(name) for name in saved - {"visual/lvl_embed"})
+
+
+def test_a_run_with_adapters_resumes_bit_for_bit(trained, tmp_path):
+    workdir, cfg, _ = trained
+    shutil.copytree(workdir, tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "checkpoints" / "2")
+    run.train(cfg, str(tmp_path / "w"))
+    for read in (orbax_io.restore_params, orbax_io.read_train):
+        again, want = read(tmp_path / "w"), read(workdir)
+        jax.tree.map(np.testing.assert_array_equal, again, want)
 
 
 def test_whoever_uses_the_run_gets_merged_weights(trained, tmp_path):
