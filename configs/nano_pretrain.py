@@ -19,6 +19,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     cfg.data.update(sources=("shapes:full:train",), max_tokens=232, max_labels=139,
                     recolour=1.0)
     cfg.vqvae.update(steps=9000, batch=8, lr=0.008)
-    cfg.optim.schedule = "cosine"
-    cfg.train.update(steps=4800, checkpoint_every=500, log_every=100)
+    cfg.optim.update(schedule="cosine", warmup=0.05)
+    cfg.train.update(steps=4800, global_batch=32, checkpoint_every=500, log_every=100)
     return cfg

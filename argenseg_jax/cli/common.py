@@ -16,8 +16,7 @@ from argenseg_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("cpu_devices", 0, "Number of devices that the CPU is split into; 0 takes the "
-                     "product of the config's mesh. Two devices use two cores better than one "
-                     "device with two threads.", lower_bound=0)
+                     "product of the config's mesh.", lower_bound=0)
 flags.DEFINE_bool("distributed", False, "Join the other hosts: the same command runs on each. jax "
                   "finds them on TPU pods and under Slurm, Open MPI and Kubernetes; elsewhere set "
                   "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.")
