@@ -36,7 +36,6 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from argenseg_jax import trees  # noqa: E402
-from argenseg_jax.cli.common import keep_memory  # noqa: E402
 from argenseg_jax.decode import scale_decode  # noqa: E402
 from argenseg_jax.decode.choice import Rules  # noqa: E402
 from argenseg_jax.decode.engine import Engine, compiler_options  # noqa: E402
@@ -328,7 +327,6 @@ def main() -> None:
     parser.add_argument("--figure", default="", help="draw the timeline of batch 1 as this SVG")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip torch.compile")
     args = parser.parse_args()
-    keep_memory()  # as the commands do; the peer has it too
     if args.clock == "cpu":
         CLOCKS[0] = time.process_time
     model = variants.build(model_config(args))

@@ -30,7 +30,6 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from argenseg_jax import sharding, trees  # noqa: E402
-from argenseg_jax.cli.common import keep_memory  # noqa: E402
 from argenseg_jax.models import variants  # noqa: E402
 from argenseg_jax.models.argenseg import ARGenSeg, init_params  # noqa: E402
 from argenseg_jax.train import losses, program  # noqa: E402
@@ -153,7 +152,6 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu counts the seconds "
                         "of all threads: on a machine that others use, pin one thread and take this")
     args = parser.parse_args()
-    keep_memory()  # as the commands do; the peer has it too
     if args.clock == "cpu":
         CLOCKS[0] = time.process_time
     if args.peer:
