@@ -5,6 +5,7 @@
 before it takes batch N, or while step N, or what is frozen from there on, is being written, or as soon
 as N files have been seen among the checkpoints, which is wherever the run is by then.
 """
+import contextlib
 import os
 import pathlib
 import signal
@@ -33,7 +34,8 @@ def count(folder: pathlib.Path, number: int) -> None:
     """Waits for so many files, those that were renamed or removed meanwhile among them."""
     seen: set[pathlib.Path] = set()
     while len(seen) < number:
-        seen.update(folder.rglob("*"))
+        with contextlib.suppress(OSError):  # a folder was renamed while it was read
+            seen.update(folder.rglob("*"))
         time.sleep(0.0005)
     end()
 
