@@ -16,6 +16,7 @@ def trajectory(sizes):
     """([loss of each step], parameters after them) on a mesh of these sizes."""
     cfg = tiny_config.get_config().to_dict()
     cfg["train"].update(global_batch=4, microbatch=0, steps=STEPS)
+    cfg["train"]["loss"].update(chunk=cfg["data"]["max_labels"] // 3)  # the head is used three times
     model = variants.build({**cfg["model"], "dtype": "float32"})
     phase = run.phases(cfg, model, checkpoint.tokenizer_for(model, None))[-1]
     mesh = sharding.make_mesh(dict(dcn_data=1, data=1, fsdp=1, tensor=1) | sizes,
