@@ -34,6 +34,7 @@ class Generated:
       images: u8[B, M, R, R, 3];  num_masks: int32[B], how many of the M are a row's own.
       codes: int32[B, M, N];  confidence: f32[B, M], mean probability of the codes.
       scales: u8[B, M, K, R, R, 3] coarse to fine, or None if not asked for.
+      floats: f32[B, M, R, R, 3] in [-1, 1], the images before rounding; comes with the scales.
     """
 
     ids: np.ndarray
@@ -43,6 +44,7 @@ class Generated:
     codes: np.ndarray
     confidence: np.ndarray
     scales: np.ndarray | None
+    floats: np.ndarray | None
 
 
 class Phases:
@@ -117,7 +119,7 @@ class Engine:
           tokens: int32[B, L], right padded;  lengths: int32[B];  tiles: u8[B, P, S, S, 3] or None.
           max_text: A, tokens of an answer, each mask counted as one.
           max_masks: M; an answer stops behind so many.
-          previews: also decode the picture after every scale.
+          previews: also decode the picture after every scale, and give the last one in floats.
           text, codes: how words and codes are chosen.
           guidance: strength of classifier-free guidance (SPEC 4.2); 0 = off.
           nothing: int32[<= L], the unconditional prompt that guidance needs.
@@ -163,6 +165,7 @@ class Engine:
                "confidence": np.zeros((b, m), np.float32)}
         if previews:
             out["scales"] = np.zeros((b, m, k, side, side, 3), np.uint8)
+            out["floats"] = np.zeros((b, m, side, side, 3), np.float32)
         seen = np.zeros(b, np.int32)
         for at_mask, mask in found:
             mask = jax.device_get(mask)
@@ -171,7 +174,7 @@ class Engine:
                     array[row, seen[row]] = mask[key][row]
             seen += at_mask
         return Generated(ids=np.asarray(answer.ids), counts=np.asarray(answer.count), num_masks=num,
-                         **{"scales": None, **out})
+                         **{"scales": None, "floats": None, **out})
 
 
 @functools.cache
@@ -202,5 +205,5 @@ def _mask_phase(m: ARGenSeg, answer: text_decode.Answer, previews: bool
     images = images.reshape(b, k, *images.shape[1:])
     out = {"images": images[:, -1], "codes": mask.codes, "confidence": mask.confidence}
     if previews:
-        out["scales"] = images
+        out |= {"scales": images, "floats": scale_decode.to_floats(m, mask.f_hats[:, -1])}
     return text_decode.after_mask(m, answer.replace(cache=cache)), out

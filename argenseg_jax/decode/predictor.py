@@ -53,6 +53,7 @@ class Result:
       text: the answer, with `<mask>` where a mask was written.
       images: u8[R, R, 3] each, what the VQ-VAE drew before resizing and thresholding.
       scales: u8[K, R, R, 3] each, coarse to fine; empty unless asked for.
+      floats: f32[R, R, 3] each, `images` in [-1, 1] before rounding; they come with the scales.
     """
 
     masks: list[np.ndarray]
@@ -60,6 +61,7 @@ class Result:
     text: str
     images: list[np.ndarray]
     scales: list[np.ndarray]
+    floats: list[np.ndarray] = dataclasses.field(default_factory=list)
 
 
 class Predictor:
@@ -113,7 +115,7 @@ class Predictor:
 
         Args:
           max_masks: an answer ends behind so many.
-          previews: fill in `Result.scales`.
+          previews: fill in `Result.scales` and `Result.floats`.
           guidance: strength of classifier-free guidance of the codes; 0 = off.
           sampling, code_sampling: how words and codes are chosen.
 
@@ -165,9 +167,10 @@ class Predictor:
         masks = [transforms.binarize(image, size, pad=self.pad) for image in images]
         ids = out.ids[row, :out.counts[row]].tolist()
         text = self.tokenizer.decode(ids, mask=MASK)
-        scales = [] if out.scales is None else [out.scales[row, j] for j in range(len(images))]
+        scales, floats = ([] if x is None else [x[row, j] for j in range(len(images))]
+                          for x in (out.scales, out.floats))
         return Result(masks, [float(c) for c in out.confidence[row, :len(images)]], text.strip(),
-                      images, scales)
+                      images, scales, floats)
 
 
 def pixels(image: Any) -> np.ndarray | None:

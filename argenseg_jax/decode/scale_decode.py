@@ -5,6 +5,8 @@ Functions take a bound ARGenSeg `m`; wrap them with `nn.apply(fn, model)`.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -66,10 +68,15 @@ def decode_codes(m: ARGenSeg, answer: Answer) -> tuple[MaskCodes, KVCache]:
 
 def to_image(m: ARGenSeg, f_hat: Array) -> Array:
     """f_hat f32[B, S, S, C] -> u8[B, R, R, 3], by truncation of (x + 1) / 2 * 255 (SPEC 4.3)."""
+    return _drawn(m, f_hat, lambda image: ((image + 1) / 2 * 255).astype(jnp.uint8))
+
+
+def to_floats(m: ARGenSeg, f_hat: Array) -> Array:
+    """f_hat f32[B, S, S, C] -> f32[B, R, R, 3] in [-1, 1], before any rounding."""
+    return _drawn(m, f_hat, lambda image: image)
+
+
+def _drawn(m: ARGenSeg, f_hat: Array, convert: Callable[[Array], Array]) -> Array:
     vqvae, weights = m.vqvae.unbind()
-
-    def draw(f_hat: Array) -> Array:
-        image = (vqvae.apply(weights, f_hat, method="decode") + 1) / 2
-        return (image * 255).astype(jnp.uint8)
-
+    draw = lambda f_hat: convert(vqvae.apply(weights, f_hat, method="decode"))
     return pieces.in_pieces(draw, f_hat, vqvae.row_bytes)

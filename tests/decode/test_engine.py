@@ -119,6 +119,8 @@ def test_previews_grow_into_the_mask():
     out = generate(ONCE, *prompts(TEXT_MASK, TEXT, MASK, TEXT), previews=True)
     assert out.scales.shape == (4, 1, 3, 16, 16, 3) and out.scales.dtype == np.uint8
     np.testing.assert_array_equal(out.scales[0, 0, -1], out.images[0, 0])
+    assert out.floats.shape == (4, 1, 16, 16, 3) and out.floats.dtype == np.float32
+    np.testing.assert_array_equal(((out.floats[0, 0] + 1) / 2 * 255).astype(np.uint8), out.images[0, 0])
     assert np.any(out.scales[0, 0, 0] != out.images[0, 0])
 
 
