@@ -201,9 +201,10 @@ def _mask_phase(m: ARGenSeg, answer: text_decode.Answer, previews: bool
     mask, cache = scale_decode.decode_codes(m, answer)
     f_hats = mask.f_hats if previews else mask.f_hats[:, -1:]
     b, k = f_hats.shape[:2]
-    images = scale_decode.to_image(m, f_hats.reshape(b * k, *f_hats.shape[2:]))
-    images = images.reshape(b, k, *images.shape[1:])
+    floats = scale_decode.to_floats(m, f_hats.reshape(b * k, *f_hats.shape[2:]))
+    floats = floats.reshape(b, k, *floats.shape[1:])
+    images = scale_decode.to_bytes(floats)
     out = {"images": images[:, -1], "codes": mask.codes, "confidence": mask.confidence}
     if previews:
-        out |= {"scales": images, "floats": scale_decode.to_floats(m, mask.f_hats[:, -1])}
+        out |= {"scales": images, "floats": floats[:, -1]}
     return text_decode.after_mask(m, answer.replace(cache=cache)), out

@@ -5,8 +5,6 @@ Functions take a bound ARGenSeg `m`; wrap them with `nn.apply(fn, model)`.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -66,17 +64,18 @@ def decode_codes(m: ARGenSeg, answer: Answer) -> tuple[MaskCodes, KVCache]:
                      jnp.stack(f_hats, axis=1)), cache
 
 
-def to_image(m: ARGenSeg, f_hat: Array) -> Array:
-    """f_hat f32[B, S, S, C] -> u8[B, R, R, 3], by truncation of (x + 1) / 2 * 255 (SPEC 4.3)."""
-    return _drawn(m, f_hat, lambda image: ((image + 1) / 2 * 255).astype(jnp.uint8))
-
-
 def to_floats(m: ARGenSeg, f_hat: Array) -> Array:
-    """f_hat f32[B, S, S, C] -> f32[B, R, R, 3] in [-1, 1], before any rounding."""
-    return _drawn(m, f_hat, lambda image: image)
-
-
-def _drawn(m: ARGenSeg, f_hat: Array, convert: Callable[[Array], Array]) -> Array:
+    """f_hat f32[B, S, S, C] -> f32[B, R, R, 3] in [-1, 1]."""
     vqvae, weights = m.vqvae.unbind()
-    draw = lambda f_hat: convert(vqvae.apply(weights, f_hat, method="decode"))
-    return pieces.in_pieces(draw, f_hat, vqvae.row_bytes)
+    return pieces.in_pieces(lambda f_hat: vqvae.apply(weights, f_hat, method="decode"), f_hat,
+                            vqvae.row_bytes)
+
+
+def to_bytes(image: Array) -> Array:
+    """Floats in [-1, 1] -> u8, by truncation of (x + 1) / 2 * 255 (SPEC 4.3)."""
+    return ((image + 1) / 2 * 255).astype(jnp.uint8)
+
+
+def to_image(m: ARGenSeg, f_hat: Array) -> Array:
+    """f_hat f32[B, S, S, C] -> u8[B, R, R, 3]."""
+    return to_bytes(to_floats(m, f_hat))

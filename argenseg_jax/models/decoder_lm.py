@@ -82,7 +82,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry: tuple[Array, KVCache | None], layer: Array | int,
-                 turns: tuple[Array, Array], mask: attention.Mask | None) -> tuple[tuple[Array, KVCache | None], Array | None]:
+                 turns: tuple[Array, Array], mask: attention.Mask | None
+                 ) -> tuple[tuple[Array, KVCache | None], Array | None]:
         x, cache = carry
         y, cache = Attention(self.heads, self.kv_heads, self.head_dim, self.eps, self.qkv_bias,
                              self.qk_norm, self.within, self.dtype, name="attn")(

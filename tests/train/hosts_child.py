@@ -34,7 +34,7 @@ def main(workdir, number=0, batch=0, process=0):
             if number and self.index == batch and jax.process_index() == process:
                 os.kill(os.getpid(), number)
             if number and self.index > batch:
-                time.sleep(0.3)  # jax takes notice of a signal in its own time, a toy step takes none
+                time.sleep(1)  # jax looks for a signal once a second, a toy step takes no time
             return super().__next__()
 
     train_run.train = lambda cfg, workdir, profile: train(workdir, Ending)

@@ -50,7 +50,7 @@ def test_a_notice_to_one_process_stops_both_when_all_is_saved(whole, tmp_path):
     assert [code for code, *_ in ended] == [143, 143], ended
     step = orbax_io.newest_step(tmp_path)
     assert all(f"stopped at step {step}, all saved" in err for _, _, err in ended)
-    assert 4 <= step < 12  # of 12; when the notice is taken is up to jax
+    assert 4 <= step <= 8
     params = orbax_io.restore_params(tmp_path)
     layout = jax.sharding.NamedSharding(jax.make_mesh((4,), ("x",), devices=jax.devices()[:4]),
                                         jax.sharding.PartitionSpec("x"))
