@@ -9,15 +9,21 @@ InternViT of 4 layers on one 224 px tile a row, connector, Qwen2 decoder, untied
 vocabulary of 12,109 words, cross-entropy at every place behind the picture, gradients of all but the
 ViT, clipping by their global norm, AdamW. Neither side computes anything again (no remat) or leaves
 places out of the head. The first losses must agree. The peer has its fastest form: scaled dot-product
-attention, the fused AdamW. Ours is the step that train/loop.py runs. Measurements take turns, ours then
-theirs, and medians count. Last line: JSON; ratios are the peer's seconds over ours.
+attention, the fused AdamW. Ours is the step that train/loop.py runs.
+
+Each side runs in a process of its own, as its users run it: ours with the malloc settings that `train`
+makes, the peer with glibc's. `kept` is the eager peer with our settings, which help it too. They take
+turns, and medians count. Last line: JSON; ratios are the peer's seconds over ours.
 """
 from __future__ import annotations
 
 import argparse
 import functools
 import json
+import multiprocessing
+import multiprocessing.connection
 import pathlib
+import statistics
 import sys
 import tempfile
 import time
@@ -29,13 +35,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from argenseg_jax import sharding, trees  # noqa: E402
+from argenseg_jax import sharding  # noqa: E402
+from argenseg_jax.cli import common  # noqa: E402
 from argenseg_jax.models import variants  # noqa: E402
 from argenseg_jax.models.argenseg import ARGenSeg, init_params  # noqa: E402
 from argenseg_jax.train import losses, program  # noqa: E402
 from argenseg_jax.train.state import Phase, TrainState  # noqa: E402
 from argenseg_jax.vocab import IGNORE  # noqa: E402
-from benchmarks.decode import CLOCKS, in_turns, random_params, rounded  # noqa: E402
+from benchmarks.decode import in_turns, random_params, rounded  # noqa: E402
 
 ROWS, TOKENS, LAYERS = 4, 1024, 8
 OPTIM = dict(name="adamw", lr=1e-4, schedule="constant", warmup=0, b1=0.9, b2=0.999, eps=1e-8,
@@ -89,7 +96,7 @@ def ours(model: ARGenSeg, params: Mapping[str, Any], batch: Mapping[str, np.ndar
 
 def peer(model: ARGenSeg, config: Mapping[str, Any], params: Mapping[str, Any],
          batch: Mapping[str, np.ndarray], *, compiled: bool) -> Iterator[float]:
-    """The same in PyTorch."""
+    """The same in PyTorch, with the threads that torch has."""
     import torch
     import transformers
 
@@ -121,23 +128,62 @@ def peer(model: ARGenSeg, config: Mapping[str, Any], params: Mapping[str, Any],
         yield float(loss.detach())
 
 
-def measure(width: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each side at a width, and how far the losses of the first steps are apart."""
+def serve(pipe: multiprocessing.connection.Connection, side: str, width: int, threads: int) -> None:
+    """A side's process: makes a step whenever it is asked to, and answers (loss, CPU seconds)."""
+    if side in ("ours", "kept"):
+        common.keep_memory()
     config = model_config(width)
     model = variants.build({**config, "dtype": "float32"})
     params, batch = random_params(model, model.llm.dtype), draw_batch(model)
-    sides: dict[str, Iterator[float]] = {"ours": ours(model, params, batch)}
-    if args.peer:
-        sides["eager"] = peer(model, config, params, batch, compiled=False)
-        if args.compile and width == min(args.widths):
-            sides["compile"] = peer(model, config, params, batch, compiled=True)
-    first = {name: [next(side) for _ in range(2)] for name, side in sides.items()}
+    if side == "ours":
+        steps = ours(model, params, batch)
+    else:
+        import torch
+        torch.set_num_threads(threads)
+        steps = peer(model, config, params, batch, compiled=side == "compile")
+    while pipe.recv():
+        start = time.process_time()
+        loss = next(steps)
+        pipe.send((loss, time.process_time() - start))
+
+
+class Side:
+    """A side in its process."""
+
+    def __init__(self, name: str, width: int, threads: int):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, child = context.Pipe()
+        self.process = context.Process(target=serve, args=(child, name, width, threads), daemon=True)
+        self.process.start()
+        child.close()
+
+    def step(self) -> tuple[float, float]:
+        """Loss and CPU seconds of one more step."""
+        self.pipe.send(True)
+        return self.pipe.recv()
+
+    def stop(self) -> None:
+        self.pipe.send(False)
+        self.process.join()
+
+
+def measure(width: int, names: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each side at a width, and how far the losses of the first steps are apart."""
+    sides = {name: Side(name, width, args.threads) for name in names}
+    # The allocators need a few steps until they hold what a step needs.
+    first = {name: [side.step()[0] for _ in range(4)] for name, side in sides.items()}
     apart = max(abs(a - b) / b for values in first.values() for a, b in zip(values, first["ours"]))
     if apart > 1e-3:
         raise SystemExit(f"the two sides do not do the same work: losses {first}")
-    seconds = in_turns({name: functools.partial(next, side) for name, side in sides.items()}, args.rounds)
-    count = sum(x.size for path, x in trees.flatten(params).items() if path.startswith(("connector", "llm")))
-    return {"width": width, "trained_parameters": count, "losses_apart": apart, "seconds": seconds,
+    runs = {name: side.step for name, side in sides.items()}
+    if args.clock == "cpu":
+        times = [{name: run()[1] for name, run in runs.items()} for _ in range(args.rounds)]
+        seconds = {name: statistics.median(t[name] for t in times) for name in runs}
+    else:
+        seconds = in_turns(runs, args.rounds)
+    for side in sides.values():
+        side.stop()
+    return {"width": width, "losses_apart": apart, "seconds": seconds,
             "tokens_per_second": ROWS * TOKENS / seconds["ours"]}
 
 
@@ -152,15 +198,13 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu counts the seconds "
                         "of all threads: on a machine that others use, pin one thread and take this")
     args = parser.parse_args()
-    if args.clock == "cpu":
-        CLOCKS[0] = time.process_time
-    if args.peer:
-        import torch
-        torch.set_num_threads(args.threads)
     result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "layers": LAYERS, "rows": ROWS,
                               "tokens": TOKENS}
     for width in args.widths:
-        part = measure(width, args)
+        names = ["ours", *["eager", "kept"] * args.peer]
+        if args.peer and args.compile and width == min(args.widths):
+            names.append("compile")
+        part = measure(width, names, args)
         print(json.dumps(rounded(part)), file=sys.stderr, flush=True)
         suffix = "" if width == min(args.widths) else f"_w{width}"
         for name, seconds in part["seconds"].items():

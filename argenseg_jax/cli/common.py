@@ -127,7 +127,7 @@ def keep_memory() -> None:
     except (OSError, AttributeError):  # another C library
         return
     mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, -1)
     mallopt(top_pad, 2**28)
     mallopt(arena_max, 1)
 

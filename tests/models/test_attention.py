@@ -42,6 +42,28 @@ def test_blocks_of_causal_queries_change_nothing():
     assert np.isfinite(got).all()
 
 
+@pytest.mark.parametrize("kind", ["causal", "last", "all"])
+def test_gradients_are_those_of_the_definition(kind):
+    """By hand in `attention`, by autodiff here; 150 places make three blocks, the last one smaller."""
+    q, k, v = heads(150)
+    causal = jnp.tile(jnp.arange(150), (2, 1))
+    mask = {"causal": Mask(jnp.array([[1] * 150, [1] * 70 + [2] * 80])), "all": None,
+            "last": Mask(jnp.ones((2, 150), int), jnp.minimum(causal // 7 * 7 + 6, 149))}[kind]
+
+    def defined(q, k, v):
+        scores = jnp.einsum("btngh,bsnh->bngts", q.reshape(2, 150, 2, 2, 8), k) / np.sqrt(8)
+        if mask is not None:
+            scores = jnp.where(mask.dense()[:, None, None], scores, -jnp.inf)
+        return jnp.einsum("bngts,bsnh->btngh", jax.nn.softmax(scores, -1), v).reshape(2, 150, 4, 8)
+
+    def grads(fn):
+        return jax.grad(lambda *x: jnp.sum(fn(*x) * normal(2, 150, 4, 8, seed=5)), (0, 1, 2))(q, k, v)
+
+    with jax.default_matmul_precision("highest"):
+        for got, want in zip(grads(lambda *x: attention.attention(*x, mask, "xla")), grads(defined)):
+            np.testing.assert_allclose(got, want, atol=2e-5)
+
+
 def test_masks():
     """Own segment, no padding, up to itself or up to `last`."""
     np.testing.assert_array_equal(Mask(jnp.array([[1, 1, 2, 0]])).dense()[0].astype(int),
