@@ -92,6 +92,8 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
+    if args.folder.exists():
+        parser.error(f"--folder {args.folder}: exists already; it is removed at the end")
     cfg = scaled(args.variant, args.scale)
     args.folder.mkdir(parents=True)
     there, orbax, back = (args.folder / name for name in ("torch", "orbax", "back"))

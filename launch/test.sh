@@ -15,4 +15,5 @@ venv="${ARGENSEG_VENV:-$PWD/.venv}"
 if [ -z "${ARGENSEG_GOLDEN:-}" ] && [ -d ../shared/golden ]; then
   export ARGENSEG_GOLDEN="$PWD/../shared/golden"
 fi
-exec "$venv/bin/python" -m pytest "$@"
+# Two files at a time: compiling, which most of the time goes into, takes one core.
+exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"

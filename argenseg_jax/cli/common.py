@@ -118,8 +118,8 @@ def require(*names: str) -> None:
 def keep_memory() -> None:
     """Tells glibc's malloc to keep freed memory instead of handing it back to the system.
 
-    XLA's CPU backend allocates its work space anew at every step; faulting those pages in again
-    takes a quarter of the time of a nano training step. Harmless where jax runs elsewhere.
+    XLA's CPU backend allocates its work space anew at every step; faulting those pages in again takes
+    a quarter of the time of a training step. Harmless where jax runs elsewhere.
     """
     trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # of malloc.h
     try:
@@ -127,7 +127,7 @@ def keep_memory() -> None:
     except (OSError, AttributeError):  # another C library
         return
     mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)
+    mallopt(trim_threshold, -1)  # never; any number would be a limit of 2 GiB at most
     mallopt(top_pad, 2**28)
     mallopt(arena_max, 1)
 

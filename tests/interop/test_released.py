@@ -1,6 +1,8 @@
 """The released sizes: config.json as published builds the variant, and every real key has its leaf.
 
-Names and shapes are written down from the published models, not taken from the table under test.
+Names and shapes are written down from the published models, not taken from the table under test. The
+totals are those that the Hub counts in the released safetensors headers, to the digit (InternVL3-8B: in models
+fine-tuned from it; InternVL3-14B: 15.1 B and 30.2 GB are printed, the digits follow from Qwen2.5-14B's).
 """
 import math
 
