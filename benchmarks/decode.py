@@ -235,11 +235,12 @@ def by_phase(parts: Mapping[str, Callable[[], Any]], whole: float, rounds: int) 
     return {**seconds, "scales": max(whole - sum(seconds.values()), 0.0)}
 
 
-def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int,
+             measure: Callable[[Callable[[], Any]], float] = timed) -> dict[str, float]:
     """Median seconds of each, measured in turns behind one warm-up."""
     for run in runs.values():
         run()
-    times = [{name: timed(run) for name, run in runs.items()} for _ in range(rounds)]
+    times = [{name: measure(run) for name, run in runs.items()} for _ in range(rounds)]
     return {name: statistics.median(t[name] for t in times) for name in runs}
 
 

@@ -23,7 +23,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import pathlib
-import statistics
 import sys
 import tempfile
 import time
@@ -42,7 +41,7 @@ from argenseg_jax.models.argenseg import ARGenSeg, init_params  # noqa: E402
 from argenseg_jax.train import losses, program  # noqa: E402
 from argenseg_jax.train.state import Phase, TrainState  # noqa: E402
 from argenseg_jax.vocab import IGNORE  # noqa: E402
-from benchmarks.decode import in_turns, random_params, rounded  # noqa: E402
+from benchmarks.decode import in_turns, random_params, rounded, timed  # noqa: E402
 
 ROWS, TOKENS, LAYERS = 4, 1024, 8
 OPTIM = dict(name="adamw", lr=1e-4, schedule="constant", warmup=0, b1=0.9, b2=0.999, eps=1e-8,
@@ -175,12 +174,8 @@ def measure(width: int, names: list[str], args: argparse.Namespace) -> dict[str,
     apart = max(abs(a - b) / b for values in first.values() for a, b in zip(values, first["ours"]))
     if apart > 1e-3:
         raise SystemExit(f"the two sides do not do the same work: losses {first}")
-    runs = {name: side.step for name, side in sides.items()}
-    if args.clock == "cpu":
-        times = [{name: run()[1] for name, run in runs.items()} for _ in range(args.rounds)]
-        seconds = {name: statistics.median(t[name] for t in times) for name in runs}
-    else:
-        seconds = in_turns(runs, args.rounds)
+    clock = timed if args.clock == "wall" else lambda step: step()[1]
+    seconds = in_turns({name: side.step for name, side in sides.items()}, args.rounds, clock)
     for side in sides.values():
         side.stop()
     return {"width": width, "losses_apart": apart, "seconds": seconds,
@@ -201,9 +196,11 @@ def main() -> None:
     result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "layers": LAYERS, "rows": ROWS,
                               "tokens": TOKENS}
     for width in args.widths:
-        names = ["ours", *["eager", "kept"] * args.peer]
-        if args.peer and args.compile and width == min(args.widths):
-            names.append("compile")
+        names = ["ours"]
+        if args.peer:
+            names += ["eager", "kept"]
+            if args.compile and width == min(args.widths):
+                names.append("compile")
         part = measure(width, names, args)
         print(json.dumps(rounded(part)), file=sys.stderr, flush=True)
         suffix = "" if width == min(args.widths) else f"_w{width}"

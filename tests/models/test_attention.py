@@ -59,9 +59,8 @@ def test_gradients_are_those_of_the_definition(kind):
     def grads(fn):
         return jax.grad(lambda *x: jnp.sum(fn(*x) * normal(2, 150, 4, 8, seed=5)), (0, 1, 2))(q, k, v)
 
-    with jax.default_matmul_precision("highest"):
-        for got, want in zip(grads(lambda *x: attention.attention(*x, mask, "xla")), grads(defined)):
-            np.testing.assert_allclose(got, want, atol=2e-5)
+    for got, want in zip(grads(lambda *x: attention.attention(*x, mask, "xla")), grads(defined)):
+        np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 def test_masks():
