@@ -101,7 +101,7 @@ def _compare_targets(record: Recording, model: ARGenSeg, params: Params, batch) 
         hidden = run("hidden", b["tokens"], b["positions"], b["segment_ids"],
                      run("encode_images", b["tiles"]), codes)
         ids, is_code, _ = losses.targets(model, b["labels"], codes)
-        nll, _ = losses.token_nll(model, p, hidden, ids, is_code, losses.LMOptions())
+        _, nll, _ = losses.token_nll(model, p, hidden, ids, is_code, jnp.zeros(ids.shape), losses.LMOptions())
         return run("logits", hidden)[..., :model.vocab.size], ids, is_code, nll
 
     logits, ids, is_code, nll = jax.jit(forward)(params, batch)

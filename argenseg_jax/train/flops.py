@@ -56,10 +56,11 @@ def lm_step(model: ARGenSeg, shapes: Mapping[str, Any], trainable: Callable[[str
         twice = again and part in ("llm", "vision")
 
         def passes(learned: bool, path: str = "") -> int:
-            """Forward, into inputs, into weights; of a layer's last product the result is not needed again."""
+            """Forward, into inputs, into weights; and again, but for the head and a layer's last product,
+            whose result is not needed."""
             if part == "vision" and not learns:
                 return 1  # nothing to learn before it
-            return 2 + learned + (twice and not path.endswith(("/mlp/down/kernel", "/mlp/fc2/kernel")))
+            return 2 + learned + (twice and not re.search("(mlp/down|mlp/fc2|lm_head)/kernel|embedding", path))
 
         total[part] = attention.get(part, 0) * passes(True) + 2 * count * sum(
             size * passes(trainable(path), path) for path, size in kernels.items()

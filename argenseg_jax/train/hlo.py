@@ -23,7 +23,7 @@ _NAME = r"%?([\w.\-]+)"
 _LINE = re.compile(rf"^\s*(?:ROOT )?{_NAME} = (.+)$")
 _HEAD = re.compile(rf"^(?:ENTRY )?{_NAME} \(.*\{{\s*$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=" + _NAME)
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Counts:
 
     Attributes:
       flops: of matrix products and convolutions; what meets padding is left out.
-      bytes: read and written in HBM by instructions (fused ones count once).
+      bytes: read and written in HBM by instructions (fused ones count once); what a TPU's fast memory
+        holds, S(1) in the text, is not.
       collectives: {kind: bytes that a device sends over the chips' own network}.
       across_slices: of these bytes, those of groups with members in several slices.
       kernels: number of calls into Pallas kernels, whose operations cannot be read here.
@@ -100,15 +101,24 @@ def _closing(text: str, begin: int) -> int:
     return len(text)
 
 
-def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, dimensions) of every array in a result type."""
-    return [(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims
-            in _ARRAY.findall(shape) if dtype in _BYTES]
+def arrays(shape: str) -> list[tuple[str, tuple[int, ...], bool]]:
+    """(dtype, dimensions, whether in HBM) of every array in a result type; S(1) is a TPU's fast memory."""
+    return [(dtype, tuple(map(int, filter(None, dims.split(",")))), "S(" not in layout)
+            for dtype, dims, layout in _ARRAY.findall(shape) if dtype in _BYTES]
 
 
 def size(shape: str) -> float:
     """Bytes of a result type."""
-    return sum(_BYTES[dtype] * math.prod(dims) for dtype, dims in arrays(shape))
+    return sum(_sizes(shape))
+
+
+def in_hbm(shape: str) -> float:
+    """Bytes of a result type's arrays in HBM."""
+    return sum(_sizes(shape, hbm=True))
+
+
+def _sizes(shape: str, hbm: bool = False) -> list[float]:
+    return [_BYTES[dtype] * math.prod(dims) * (inside or not hbm) for dtype, dims, inside in arrays(shape)]
 
 
 def _walk(module: dict, name: str, times: int, around: set | None, total: Counts, chips: int) -> None:
@@ -165,7 +175,7 @@ def trips(op: Instruction, module: dict) -> int:
 
 
 def _flops(op: Instruction, body: dict) -> float:
-    _, out = arrays(op.shape)[0]
+    _, out, _ = arrays(op.shape)[0]
     left, right = (arrays(body[name].shape)[0][1] for name in op.operands[:2])
     if op.opcode == "dot":
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)[1]
@@ -199,28 +209,38 @@ def _hits(out: int, wide: int, taps: int, stride: int, pad: int, holes: int, spr
 
 
 def _traffic(op: Instruction, body: dict, module: dict) -> float:
-    """Bytes that one instruction reads and writes; of an array that is only sliced, the slices."""
-    if op.opcode in ("dynamic-slice", "gather", "slice"):
-        return 2 * size(op.shape)
-    if op.opcode == "dynamic-update-slice":
-        return 2 * size(body[op.operands[1]].shape)
+    """Bytes that one instruction reads and writes in HBM; of an array that is only sliced, the slices."""
     operands = [name for name in op.operands if name in body]
+    if op.opcode in ("dynamic-slice", "gather", "slice"):
+        return size(op.shape) * ((in_hbm(body[operands[0]].shape) > 0) + (in_hbm(op.shape) > 0))
+    if op.opcode == "dynamic-update-slice":
+        return 2 * in_hbm(body[op.operands[1]].shape)
+    if op.opcode in ("copy-start", "slice-start"):  # the result names the source too, and a scalar
+        source = in_hbm(body[operands[0]].shape)
+        return sorted(_sizes(op.shape))[1] * ((source > 0) + (in_hbm(op.shape) > source))
+    if op.opcode.endswith("-start"):
+        return in_hbm(op.shape)  # operands and results
     if op.opcode != "fusion":
-        return size(op.shape) + sum(size(body[name].shape) for name in operands)
+        return in_hbm(op.shape) + sum(in_hbm(body[name].shape) for name in operands)
     inside = module[next(_called(op))]
+    # What a collective that is under way has in its hands is passed on, not read and written.
+    passed = {int(to or 0): int(of) for to, of in re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", op.attributes)}
     updates = {i.operands[0]: i for i in inside.values() if i.opcode == "dynamic-update-slice"}
-    written = sum(size(inside[i.operands[1]].shape) for i in updates.values()) or size(op.shape)
+    results = sum(x for place, x in enumerate(_sizes(op.shape, hbm=True)) if place not in passed)
+    written = sum(in_hbm(inside[i.operands[1]].shape) for i in updates.values()) or results
     read = 0.0
     for place, name in enumerate(operands):
+        if place in passed.values() or not in_hbm(body[name].shape):
+            continue
         at = next((i.name for i in inside.values()
                    if i.opcode == "parameter" and i.operands == (str(place),)), None)
         users = [i for i in inside.values() if i.opcode != "parameter" and at in i.operands]
         if users and all(i.opcode in ("dynamic-slice", "gather", "dynamic-update-slice")
                          and i.operands[0] == at for i in users):
-            read += sum(size(inside[i.operands[1]].shape) if i.opcode == "dynamic-update-slice"
+            read += sum(in_hbm(inside[i.operands[1]].shape) if i.opcode == "dynamic-update-slice"
                         else size(i.shape) for i in users)
         else:
-            read += size(body[name].shape)
+            read += in_hbm(body[name].shape)
     return read + written
 
 

@@ -78,7 +78,7 @@ class LMOptions:
         targets of a mixture, most of which are the standing words around a mask.
       corrupt: up to this share of the input codes is replaced by random ones, so that decoding
         learns to go on from its own mistakes. 0 = never.
-      chunk: number of places whose logits are in memory at a time; 0 = all.
+      chunk: number of places whose logits are in memory at a time; 0 = all. Costs no operation.
       scale_accuracy: log the share of right codes of each scale too.
       max_labels: most targets that a row may have; the head reads so many places only. 0 = all.
       grad_dtype: of the gradients of the head and of dense layers, in which they are summed over
@@ -118,23 +118,32 @@ def targets(model: ARGenSeg, labels: Array, codes: Array | None) -> tuple[Array,
 
 
 def token_nll(model: ARGenSeg, params: Params, hidden: Array, ids: Array, is_code: Array,
-              opts: LMOptions) -> tuple[Array, Array]:
-    """Negative log likelihood f32[B, T] of the targets, and bool[B, T] whether they are the likeliest.
+              weight: Array, opts: LMOptions) -> tuple[Array, Array, Array]:
+    """Negative log likelihoods of the targets, and their weighted sum, which alone has a gradient.
 
     Both softmaxes run over the full vocabulary. With soft targets the likelihood of a code is
     spread over codes by their distance.
+
+    Args:
+      weight: f32[B, T], 0 where there is no target; a constant.
+
+    Returns:
+      The sum f32[]; each place's f32[B, T]; and bool[B, T], whether the target is the likeliest word.
     """
     first, size = model.vocab.first_code, model.vocab.num_codes
     spread = None
     if opts.soft_targets:
-        spread = code_neighbours(params["vqvae"]["quantizer"]["codebook"], opts.soft_targets,
-                                 zero_first=bool(model.vqvae.dead_zone))
+        codebook = jax.lax.stop_gradient(params["vqvae"]["quantizer"]["codebook"])
+        spread = code_neighbours(codebook, opts.soft_targets, zero_first=bool(model.vqvae.dead_zone))
 
     t = hidden.shape[1]
-    if opts.chunk and t > opts.chunk and t % opts.chunk:
+    chunk = opts.chunk if 0 < opts.chunk < t else t
+    if t % chunk:
         raise ValueError(f"train.loss.chunk={opts.chunk} does not divide the {t} places of a row")
 
-    def chunk_nll(hidden: Array, ids: Array, is_code: Array, head: Array) -> tuple[Array, Array]:
+    def part(hidden: Array, head: Array, at_places: tuple[Array, Array, Array]
+             ) -> tuple[Array, tuple[Array, Array]]:
+        ids, is_code, weight = at_places
         logits = head_product(hidden, head, model.vocab.size)
         logits = sharding.constrain(logits, None, None, "act_vocab")
         log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -146,22 +155,54 @@ def token_nll(model: ARGenSeg, params: Params, hidden: Array, ids: Array, is_cod
             share = spread[jnp.clip(ids - first, 0, size - 1)]
             soft = jnp.sum(share * logits[..., first:first + size], axis=-1)
             picked = jnp.where(is_code, soft, picked)
-        return log_z - picked, right
+        nll = log_z - picked
+        return jnp.sum(weight * nll), (nll, right)
 
-    def local(hidden: Array, ids: Array, is_code: Array, head: Array) -> tuple[Array, Array]:
-        if not opts.chunk or t <= opts.chunk:
-            return chunk_nll(hidden, ids, is_code, head)
-
-        def split(x: Array) -> Array:
-            return jnp.moveaxis(x.reshape(x.shape[0], -1, opts.chunk, *x.shape[2:]), 1, 0)
-
-        one = jax.checkpoint(lambda args: chunk_nll(*args, head))
-        nll, right = jax.lax.map(one, (split(hidden), split(ids), split(is_code)))
-        return tuple(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], t) for x in (nll, right))
+    def local(hidden: Array, ids: Array, is_code: Array, weight: Array, head: Array
+              ) -> tuple[Array, Array, Array]:
+        total, (nll, right) = in_chunks(part, chunk)(hidden, head, (ids, is_code, weight))
+        return total[None], nll, right  # one sum a device
 
     # Cast before it is gathered: half the bytes to send.
     head = model.apply({"params": params}, method="head_matrix").astype(opts.grad_dtype or model.llm.dtype)
-    return sharding.by_rows(local, (hidden, ids, is_code), head)
+    total, nll, right = sharding.by_rows(local, (hidden, ids, is_code, weight), head)
+    return jnp.sum(total), nll, right
+
+
+def in_chunks(part: Callable[..., tuple[Array, Any]], chunk: int) -> Callable[..., tuple[Array, Any]]:
+    """`part`, summed over chunks of places: (x [B, T, D], head, constants [B, T]) -> (sum f32[], aux [B, T]).
+
+    `part` has the same arguments and results, for some of the places; constants and aux are trees. The
+    gradients into x and head are taken chunk by chunk on the way forward: so no logits are kept, and
+    none are computed twice. They are those of the sum.
+    """
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    def joined(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+    @jax.custom_vjp
+    def run(x: Array, head: Array, constants: Any) -> tuple[Array, Any]:
+        totals, aux = jax.lax.map(lambda args: part(args[0], head, args[1]), jax.tree.map(split, (x, constants)))
+        return jnp.sum(totals), jax.tree.map(joined, aux)
+
+    def forward(x: Array, head: Array, constants: Any) -> tuple[tuple[Array, Any], tuple[Array, Array]]:
+        def step(into_head: Array, args: tuple[Array, Any]) -> tuple[Array, tuple[Array, Any, Array]]:
+            (total, aux), (into_x, more) = jax.value_and_grad(part, (0, 1), has_aux=True)(args[0], head, args[1])
+            return into_head + more, (total, aux, into_x)
+
+        into_head, (totals, aux, into_x) = jax.lax.scan(
+            step, jnp.zeros_like(head), jax.tree.map(split, (x, constants)))
+        return (jnp.sum(totals), jax.tree.map(joined, aux)), (joined(into_x), into_head)
+
+    def backward(kept: tuple[Array, Array], grads: tuple[Array, Any]) -> tuple[Array, Array, None]:
+        into_x, into_head = (grads[0].astype(x.dtype) * x for x in kept)
+        return into_x, into_head, None
+
+    run.defvjp(forward, backward)
+    return run
 
 
 def code_neighbours(codebook: Array, temperature: float, zero_first: bool) -> Array:
@@ -215,14 +256,13 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
         places = jnp.argsort(ids == IGNORE, axis=1, stable=True)[:, :opts.max_labels]
         ids, is_code, index = (jnp.take_along_axis(x, places, axis=1) for x in (ids, is_code, index))
         hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
-    nll, right = token_nll(model, params, hidden, ids, is_code, opts)
-
     is_text = (ids != IGNORE) & ~is_code
-    weight = code_weights(model, opts, ids, index)
+    of_code = jnp.where(is_code, code_weights(model, opts, ids, index) / norm["codes"], 0.0)
+    loss, nll, right = token_nll(model, params, hidden, ids, is_code,
+                                 jnp.where(is_text, opts.text / norm["text"], of_code), opts)
     text_loss = jnp.sum(jnp.where(is_text, nll, 0.0)) / norm["text"]
-    gen_loss = jnp.sum(jnp.where(is_code, nll * weight, 0.0)) / norm["codes"]
+    gen_loss = jnp.sum(of_code * nll)
     accuracy = jnp.sum(is_code & right) / norm["codes"]
-    loss = opts.text * text_loss + gen_loss
     by_scale = {}
     if opts.scale_accuracy:
         level = jnp.asarray(model.scales.levels)[jnp.maximum(index, 0) % model.scales.num_codes]

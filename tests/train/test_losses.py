@@ -130,17 +130,45 @@ def test_chunks_change_nothing(batch):
     plain, chunked = loss(batch), loss(batch, losses.LMOptions(chunk=32))
     assert chunked == pytest.approx(plain, rel=1e-5)
     model, params = tiny.made("qwen")
-    x = jax.random.normal(jax.random.key(0), (2, 64, 32))
-    ids = jax.random.randint(jax.random.key(1), (2, 64), 0, model.vocab.size)
-
-    def grad(chunk):
-        total = lambda p, x: losses.token_nll(model, p, x, ids, ids < 0,
-                                              losses.LMOptions(chunk=chunk))[0].sum()
-        return jax.jit(jax.grad(total, argnums=(0, 1)))(params, x)
-
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), grad(0), grad(16))
+    hidden, ids, weight = _places(model)
+    want = jax.jit(jax.grad(lambda p, x: jnp.sum(weight * _nll(model, p, x, ids)), argnums=(0, 1)))(params, hidden)
+    for chunk in (0, 16):
+        opts = losses.LMOptions(chunk=chunk)
+        total = lambda p, x: losses.token_nll(model, p, x, ids, ids < 0, weight, opts)[0]
+        got = jax.jit(jax.grad(total, argnums=(0, 1)))(params, hidden)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
     with pytest.raises(ValueError, match="train.loss.chunk=24 does not divide the 64"):
-        losses.token_nll(model, params, x, ids, ids < 0, losses.LMOptions(chunk=24))
+        losses.token_nll(model, params, hidden, ids, ids < 0, weight, losses.LMOptions(chunk=24))
+
+
+def _places(model):
+    """Hidden states of two rows, their targets, and a weight for each."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    return (jax.random.normal(keys[0], (2, 64, 32)), jax.random.randint(keys[1], (2, 64), 0, model.vocab.size),
+            jax.random.uniform(keys[2], (2, 64)))
+
+
+def _nll(model, params, hidden, ids):
+    """By the textbook."""
+    logits = hidden @ model.apply({"params": params}, method="head_matrix")
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits[..., :model.vocab.size]), ids[..., None], axis=-1)[..., 0]
+
+
+@pytest.mark.parametrize("learns, products", [(True, 3), (False, 2)])
+def test_the_head_is_used_three_times_and_twice_where_it_is_frozen(learns, products):
+    """Forward, into x, into the head: operations of the compiled gradient, one chunk being all."""
+    model, params = tiny.made("qwen")
+    hidden, ids, weight = _places(model)
+
+    def total(trained, x):
+        given = {**params, "llm": {**params["llm"], **trained}}
+        return losses.token_nll(model, given, x, ids, ids < 0, weight, losses.LMOptions(chunk=64))[0]
+
+    head = {"lm_head": params["llm"]["lm_head"]}
+    grad = jax.grad(total, argnums=(0, 1)) if learns else jax.grad(lambda x: total(head, x))
+    args = (head, hidden) if learns else (hidden,)
+    text = jax.jit(grad).lower(*args).compile().as_text()
+    assert text.count(" dot(") == products
 
 
 def test_microbatches_add_up_to_the_batch(batch):
