@@ -81,7 +81,19 @@ def _decode(content: bytes, name: str, max_pixels: int) -> Image.Image:
 
 def resize(image: np.ndarray, size: Size, resample=Image.Resampling.BICUBIC) -> np.ndarray:
     """u8[H, W(, 3)] -> u8[h, w(, 3)] for size (w, h)."""
-    return np.array(Image.fromarray(image).resize(size, resample))
+    return np.array(resized(Image.fromarray(image), size, resample))
+
+
+def resized(picture: Image.Image, size: Size, resample: Image.Resampling) -> Image.Image:
+    """A picture at size (w, h), to the pixel the same in every version of Pillow.
+
+    Pillow resizes one axis after the other and rounds in between: the horizontal one first, but from 13
+    on (its pull request 9549) the vertical one where the height loses more than twice what the width does.
+    """
+    lost = picture.height - size[1]
+    if lost > max(0, 2 * (picture.width - size[0])):
+        picture = picture.resize((picture.width, size[1]), resample)
+    return picture.resize(size, resample)
 
 
 def image_tiles(image: np.ndarray, side: int, max_tiles: int = 1, thumbnail: bool = True,
@@ -197,7 +209,7 @@ def grey_at(pred: np.ndarray, size: Size, pad: bool = False) -> np.ndarray:
     if pad:
         x, y, w, h = pad_box(size, pred.shape[0])
         picture = picture.crop((x, y, x + w, y + h))
-    return np.array(picture.resize(size, Image.Resampling.BILINEAR).convert("L"))
+    return np.array(resized(picture, size, Image.Resampling.BILINEAR).convert("L"))
 
 
 def binarize(pred: np.ndarray, size: Size, pad: bool = False) -> np.ndarray:

@@ -27,6 +27,16 @@ def normalize(tile):
     return x.transpose(2, 0, 1)
 
 
+@pytest.mark.parametrize("size, first", [((90, 30), 1), ((90, 60), 0), ((30, 90), 0), ((30, 29), 1), ((30, 30), 0)])
+def test_the_order_of_axes_is_no_matter_of_pillows_version(size, first):
+    """Each alone is the same everywhere. Of a picture 40 wide and 50 high."""
+    noise = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
+    want = Image.fromarray(noise)
+    for axis in (first, 1 - first):
+        want = want.resize((size[0], want.height) if axis == 0 else (want.width, size[1]), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(transforms.resize(noise, size), np.asarray(want))
+
+
 @pytest.mark.parametrize("most", [6, 12])
 def test_grids_come_in_the_official_order(most):
     assert [list(g) for g in transforms.target_ratios(most)] == CONFIG[f"target_ratios_max{most}"]

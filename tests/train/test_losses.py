@@ -156,13 +156,13 @@ def _nll(model, params, hidden, ids):
 
 @pytest.mark.parametrize("learns, products", [(True, 3), (False, 2)])
 def test_the_head_is_used_three_times_and_twice_where_it_is_frozen(learns, products):
-    """Forward, into x, into the head: operations of the compiled gradient, one chunk being all."""
+    """Forward, into x, into the head: products in the compiled loop over chunks."""
     model, params = tiny.made("qwen")
     hidden, ids, weight = _places(model)
 
     def total(trained, x):
         given = {**params, "llm": {**params["llm"], **trained}}
-        return losses.token_nll(model, given, x, ids, ids < 0, weight, losses.LMOptions(chunk=64))[0]
+        return losses.token_nll(model, given, x, ids, ids < 0, weight, losses.LMOptions(chunk=16))[0]
 
     head = {"lm_head": params["llm"]["lm_head"]}
     grad = jax.grad(total, argnums=(0, 1)) if learns else jax.grad(lambda x: total(head, x))
