@@ -1,4 +1,5 @@
 """Shared layers against their definitions, written out plainly."""
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,3 +104,18 @@ def test_the_gradient_of_a_kernel_has_a_dtype_of_its_own():
     for grad in (fine, coarse):
         assert np.array_equal(grad[1], plain[1])  # that of the input is as it was
         assert grad[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("remat, products", [("none", 6), ("dots", 6), ("full", 7)])
+def test_remat_computes_again_what_its_policy_says(remat, products):
+    """Of two dense layers in a scan, forward and backward; the last one's result is not needed again."""
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + layers.dense(8, x.dtype, name="b")(jnp.sin(layers.dense(8, x.dtype, name="a")(x))), None
+
+    stack = layers.scan_layers(Body, 3, remat=remat, unroll=False)(name="layers")
+    x = jnp.ones((4, 8))
+    params = stack.init(jax.random.key(0), x, None)
+    grad = jax.jit(jax.grad(lambda p, x: stack.apply(p, x, None)[0].sum(), argnums=(0, 1)))
+    assert grad.lower(params, x).compile().as_text().count(" dot(") == products
