@@ -19,10 +19,10 @@ import tqdm
 from PIL import Image
 
 from argenseg_jax import hosts
+from argenseg_jax.data import transforms
 from argenseg_jax.data.prompt import query_turns
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources import Source
-from argenseg_jax.data.transforms import grey_at, resize_mask
 from argenseg_jax.decode.predictor import Request, Result
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval import fidelity, ranking, saved
@@ -188,7 +188,7 @@ class Evaluator:
                               in enumerate((sample.masks, meta.get("crowds", ()))) for m in group
                               if m.any()]
         elif metric == "anomaly":
-            levels = grey_at(result.images[0], truth.shape[::-1], self.pad) if len(result.images) \
+            levels = transforms.grey_at(result.images[0], truth.shape[::-1], self.pad) if len(result.images) \
                 else np.zeros(truth.shape, np.uint8)
             more["levels"] = ranking.sparse(ranking.level_counts(levels, truth))
         elif metric == "interactive":
@@ -265,7 +265,7 @@ def _likeness(images: Sequence[np.ndarray], sample: Sample) -> dict[str, float]:
     if not sample.masks:
         raise UserError(f"{_name(sample)}: no picture to compare with")
     side = images[0].shape[0] if len(images) else sample.masks[0].shape[0]
-    true = resize_mask(sample.masks[0], side)
+    true = transforms.resize_mask(sample.masks[0], side)
     drawn = images[0] if len(images) else np.zeros_like(true)
     return {"psnr": fidelity.psnr(drawn, true), "ssim": fidelity.ssim(drawn, true)}
 
@@ -312,8 +312,7 @@ def constant_baseline(train: Sequence[Source], side: int = 64, threshold: float 
         if not sample.masks or sample.masks[0].ndim != 2:
             continue
         words = _words(question(sample))
-        totals[words] += np.asarray(Image.fromarray(sample.masks[0]).resize(
-            (side, side), Image.Resampling.BOX)) / 255
+        totals[words] += transforms.resize(sample.masks[0], (side, side), Image.Resampling.BOX) / 255
         counts[words] += 1
     if not totals:
         raise UserError("the training data holds no grey mask, so there is no constant baseline")
