@@ -1,4 +1,12 @@
-"""The error a user can mend: the command line prints it as one line and exits with code 2."""
+"""Errors that a user can mend: one line on the command line, exit code 2; and how faults become such lines."""
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+# What reading data of an unexpected form raises: the guard of every reader of a stranger's values.
+DATA_FAULTS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 class UserError(Exception):
@@ -7,3 +15,31 @@ class UserError(Exception):
 
 class SampleError(UserError):
     """One faulty sample: training skips it, counts it and reports it; evaluation stops at it."""
+
+
+def brief(error: BaseException | str, limit: int = 200) -> str:
+    """The text of an error as part of one line: at most `limit` characters, without memory addresses.
+
+    The same fault has the same text in every run, so that faults can be counted by it.
+    """
+    text = re.sub(r"<(\S+)[^<>]* at 0x[0-9a-f]+>", r"<\1>", str(error)[:100 * limit])
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = text.encode("utf-8", "replace").decode()  # half an emoji cannot be printed
+    return text if len(text) <= limit else f"{text[:limit - 3]}..."
+
+
+@contextlib.contextmanager
+def located(where: str, what: str = "sample", error: type[UserError] = SampleError) -> Iterator[None]:
+    """Names the place of a fault: a UserError gets `where` in front, DATA_FAULTS become one.
+
+    Args:
+      where: file and line or entry.
+      what: what the value there should have been.
+      error: the class that is raised for either.
+    """
+    try:
+        yield
+    except UserError as fault:
+        raise error(f"{where}: {fault}") from None
+    except DATA_FAULTS as fault:
+        raise error(f"{where}: not a {what} ({type(fault).__name__}: {brief(fault)})") from None

@@ -1,15 +1,29 @@
-"""Files, local or gs://: JSON that must be readable, and writing whole files or none."""
+"""Files, local or gs://: a gate for reading what strangers wrote, and writing whole files or none."""
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
+import re
+import stat
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from etils import epath
 
-from argenseg_jax.errors import UserError
+from argenseg_jax.errors import UserError, brief
+
+MAX_BYTES = 512 * 2**20  # of a file that is read whole, unless its reader says otherwise
+MAX_JSON = 2 * 2**30  # instances_train2017.json has 0.45 GB
+MAX_DEPTH = 64  # of nested lists and objects in JSON
+_BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-16's begins as UTF-32's
+_LARGE_NUMBER = re.compile(rb"\d{19}|[eE]\+?\d{3}")  # may be outside of 64 bits or of a float
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_NESTING = np.zeros(256, np.int8)
+_NESTING[[ord("["), ord("{")]], _NESTING[[ord("]"), ord("}")]] = 1, -1
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -23,15 +37,125 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if is_remote(path) else path.resolve()
 
 
-def read_json(path: epath.PathLike) -> Any:
-    """The parsed file; UserError if it is not there or no JSON."""
-    path = epath.Path(path)
+def to_path(path: epath.PathLike, error: type[UserError] = UserError) -> epath.Path:
+    """The path as an object; `error` where its scheme (gs://, s3://, ...) has no file system here."""
     try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({_reason(error)})") from None
-    except ValueError as error:  # malformed JSON, or no text at all
-        raise UserError(f"{path} is no valid JSON: {error}") from None
+        return epath.Path(path)
+    except (KeyError, ImportError) as fault:
+        raise error(f"{path}: {_no_file_system(path, fault)}") from None
+
+
+def join(root: epath.PathLike, path: epath.PathLike, error: type[UserError] = UserError) -> epath.Path:
+    """root/path; a path with `://` or from the root (/...) stands alone, as it is."""
+    alone = is_remote(path) or os.path.isabs(path) or not os.fspath(root)
+    return to_path(path, error) if alone else to_path(root, error) / path
+
+
+# ---------------------------------------------------------------------------------- reading
+
+
+def read_bytes(path: epath.PathLike, limit: int = MAX_BYTES,
+               error: type[UserError] = UserError) -> bytes:
+    """The whole content of a regular file of at most `limit` bytes; else one line as `error`.
+
+    Devices, pipes and sockets are refused: they may never end.
+    """
+    path = to_path(path, error)
+    try:
+        check_regular(path, limit, error)
+        return path.read_bytes()
+    except (OSError, ValueError) as fault:  # ValueError: a null byte in the name
+        raise error(f"{path} cannot be read ({_reason(fault)})") from None
+    except (ImportError, KeyError) as fault:
+        raise error(f"{path}: {_no_file_system(path, fault)}") from None
+
+
+def check_regular(path: epath.PathLike, limit: int | None = None,
+                  error: type[UserError] = UserError) -> int:
+    """The size in bytes of a regular file; `error` where it is another kind of file or over `limit`."""
+    path = epath.Path(path)
+    if is_remote(path):
+        size = path.stat().length
+    else:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
+            raise error(f"{path} is {kind}, not a regular file")
+        size = status.st_size
+    if limit is not None and size > limit:
+        raise error(f"{path} has {size} bytes; at most {limit} are read")
+    return size
+
+
+def read_text(path: epath.PathLike, limit: int = MAX_BYTES, error: type[UserError] = UserError) -> str:
+    """The text of a file: UTF-8, with or without a byte order mark, or UTF-16 with one."""
+    return decode_text(read_bytes(path, limit, error), str(path), error)
+
+
+def decode_text(content: bytes, where: str, error: type[UserError] = UserError) -> str:
+    """bytes -> text by its byte order mark, UTF-8 without one; `error` names `where` and the byte."""
+    encoding = next((name for mark, name in _BOMS.items() if content.startswith(mark)), "utf-8")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as fault:
+        raise error(f"{where}: byte {fault.start} is no {encoding.removesuffix('-sig').upper()} "
+                    "text; save the file as UTF-8") from None
+
+
+def read_json(path: epath.PathLike, limit: int = MAX_JSON, error: type[UserError] = UserError) -> Any:
+    """The parsed file; `error` if it is not there or `parse_json` refuses it."""
+    return parse_json(read_bytes(path, limit, error), str(path), error)
+
+
+def parse_json(content: bytes | str, where: str, error: type[UserError] = UserError) -> Any:
+    """Parsed JSON of any Unicode encoding; `error` names `where`.
+
+    Refused is what no data needs and later code stumbles over: NaN and Infinity, whole numbers
+    beyond 64 bits, nesting deeper than MAX_DEPTH.
+    """
+    text = decode_text(content, where, error) if isinstance(content, bytes) else content.lstrip("\ufeff")
+    one_byte = isinstance(content, bytes) and b"\0" not in content[:4]  # otherwise UTF-16 or UTF-32
+    raw = content if one_byte else text.encode("utf-8", "surrogatepass")
+    hooks = {"parse_int": _whole_number, "parse_float": _finite_number} if _LARGE_NUMBER.search(raw) else {}
+    try:
+        if _depth(raw) > MAX_DEPTH and _depth(_STRING.sub(b"", raw)) > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        return json.loads(text, parse_constant=_refuse_constant, **hooks)
+    except (ValueError, RecursionError) as fault:
+        raise error(f"{where} is no valid JSON: {brief(fault)}") from None
+
+
+def _depth(content: bytes, block: int = 1 << 20) -> int:
+    """Upper bound of the nesting of JSON in one-byte units; brackets within strings count too."""
+    if content.count(b"[") + content.count(b"{") <= MAX_DEPTH:
+        return 0
+    depth = deepest = 0
+    for start in range(0, len(content), block):
+        levels = np.cumsum(_NESTING[np.frombuffer(content, np.uint8, min(block, len(content) - start), start)],
+                           dtype=np.int32)
+        deepest = max(deepest, depth + int(levels.max()))
+        depth += int(levels[-1])
+    return deepest
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > 20 or not -2**63 <= int(text) < 2**64:
+        raise ValueError(f"the whole number {text[:30]}... is beyond 64 bits")
+    return int(text)
+
+
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {text[:30]} is infinite")
+    return number
+
+
+# ---------------------------------------------------------------------------------- writing
 
 
 def write(path: epath.PathLike, content: str | bytes) -> None:
@@ -81,5 +205,12 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
         raise
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or type(error).__name__
+def _reason(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or brief(error) or type(error).__name__
+
+
+def _no_file_system(path: epath.Path, error: Exception) -> str:
+    scheme = os.fspath(path).partition("://")[0]
+    if isinstance(error, ImportError) and scheme == "gs":
+        return "gs:// needs gcsfs: pip install 'argenseg_jax[tpu]'"
+    return f"there is no file system for {scheme}:// here"
