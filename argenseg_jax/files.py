@@ -66,8 +66,12 @@ def read_bytes(path: epath.PathLike, limit: int = MAX_BYTES,
         return path.read_bytes()
     except (OSError, ValueError) as fault:  # ValueError: a null byte in the name
         raise error(f"{path} cannot be read ({_reason(fault)})") from None
-    except (ImportError, KeyError) as fault:
-        raise error(f"{path}: {_no_file_system(path, fault)}") from None
+    except UserError:
+        raise
+    except Exception as fault:  # a bucket's client has exceptions of its own
+        if not is_remote(path):
+            raise
+        raise error(f"{path} cannot be read ({type(fault).__name__}: {brief(fault)})") from None
 
 
 def check_regular(path: epath.PathLike, limit: int | None = None,
