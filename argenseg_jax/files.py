@@ -68,6 +68,8 @@ def read_bytes(path: epath.PathLike, limit: int = MAX_BYTES,
         raise error(f"{path} cannot be read ({_reason(fault)})") from None
     except UserError:
         raise
+    except ImportError as fault:
+        raise error(f"{path}: {_no_file_system(path, fault)}") from None
     except Exception as fault:  # a bucket's client has exceptions of its own
         if not is_remote(path):
             raise
