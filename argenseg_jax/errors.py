@@ -17,8 +17,8 @@ class SampleError(UserError):
     """One faulty sample: training skips it, counts it and reports it; evaluation stops at it."""
 
 
-def brief(error: BaseException | str, limit: int = 200) -> str:
-    """The text of an error as part of one line: at most `limit` characters, without memory addresses.
+def brief(error: object, limit: int = 200) -> str:
+    """The text of an error, or of a value, as part of one line: at most `limit` characters, without memory addresses.
 
     The same fault has the same text in every run, so that faults can be counted by it.
     """

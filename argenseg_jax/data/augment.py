@@ -8,6 +8,7 @@ import re
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from argenseg_jax.data import prompt
 from argenseg_jax.data.sample import Sample
 
 _COLOURS = re.compile(r"\b(black|blue|brown|gr[ae]y|green|orange|pink|purple|red|white|yellow|"
@@ -65,7 +66,7 @@ def recolour(sample: Sample, rng: np.random.Generator, strength: float = 0.75) -
     within ±strength, so that on average a colour says nothing; below zero it becomes its complement.
     Brightness is a random mixture of the channels.
     """
-    if any(_COLOURS.search(turn["value"]) for turn in sample.conversations if turn["from"] == "human"):
+    if any(_COLOURS.search(turn["value"]) for turn in sample.conversations if prompt.is_human(turn)):
         return sample
     saturation, mixture = rng.uniform(-strength, strength), rng.dirichlet(np.ones(3))
     matrix = saturation * np.eye(3) + (1 - saturation) * mixture[:, None]

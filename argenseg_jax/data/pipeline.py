@@ -17,7 +17,7 @@ from argenseg_jax.data.augment import Augment, recolour
 from argenseg_jax.data.batches import Batch, BatchIterator, Broken
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.tokenizer import Tokenizer
-from argenseg_jax.errors import SampleError, UserError
+from argenseg_jax.errors import SampleError, UserError, brief
 from argenseg_jax.vocab import IGNORE
 
 
@@ -135,7 +135,7 @@ class Encoder:
             sample = recolour(sample, rng)
         if config.prompt_drop and sample.masks and not sample.images:
             if rng.random() < config.prompt_drop:
-                turns = [{**turn, "value": prompt.NOTHING} if turn["from"] == "human" else turn
+                turns = [{**turn, "value": prompt.NOTHING} if prompt.is_human(turn) else turn
                          for turn in turns]
         tiles, per_image = self._tiles(sample, name)
         tokens, labels = prompt.encode_training(
@@ -163,6 +163,7 @@ class Encoder:
         return {"masks": masks[rng.integers(len(masks))]}
 
     def _disturbed(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        prompt.check_turns(sample.conversations, _name(sample))  # what disturbs reads the texts
         disturb = self.config.augment or sample.meta.get("augment")
         if disturb and self.config.codes:
             raise SampleError(f"{_name(sample)}: codes that were kept are of masks as they are; switch "
@@ -261,9 +262,16 @@ def batch_shapes(config: Mapping[str, Any] | DataConfig, geometry: Geometry, row
 def _stream(part: sources.Part, encode, seed: int) -> grain.MapDataset:
     """An endless shuffled stream of pieces (or Broken) of one source."""
     def load(index: int, rng: np.random.Generator) -> packing.Piece | Broken:
+        where = f"{sources.name_of(part.source)}: sample {index}"
         try:
-            return encode(sources.draw(part.source, index, rng), rng)
+            sample = sources.draw(part.source, index, rng)
+            where = _name(sample)
+            return encode(sample, rng)
         except SampleError as error:
             return Broken(str(error))
+        except UserError:
+            raise  # not the sample's fault
+        except Exception as error:  # one bad sample never ends a run; too many of them do
+            return Broken(f"{where}: not a sample ({type(error).__name__}: {brief(error)})")
 
     return grain.MapDataset.range(part.length).seed(seed).shuffle().random_map(load).repeat()

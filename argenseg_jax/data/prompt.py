@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from argenseg_jax.data.tokenizer import Part, Tokenizer
-from argenseg_jax.errors import SampleError
+from argenseg_jax.errors import SampleError, brief
 from argenseg_jax.vocab import IGNORE, IMG_END, IMG_START, MASK
 
 OFFICIAL_SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
@@ -19,6 +19,7 @@ OFFICIAL_SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海�
 IMAGE = "<image>"  # a place in a text, not a token
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant",
          "assistant": "assistant"}
+HALF = re.compile("[\ud800-\udfff]")  # one of the two units of an emoji: scraped texts are cut so
 NOTHING = "Please generate a picture about nothing."  # the unconditional prompt of guidance
 
 Conversations = Sequence[Mapping[str, str]]
@@ -95,6 +96,17 @@ def check(conversations: Conversations, num_images: int, num_masks: int, name: s
     _check_masks(_turns(conversations, num_images, "", False, name), num_masks, name)
 
 
+def check_turns(conversations: Conversations, name: str = "sample") -> None:
+    """SampleError unless every turn has a known role and a text."""
+    _roles(conversations, name)
+
+
+def is_human(turn: Mapping[str, str]) -> bool:
+    """Whether a turn is the user's, by either of its names ("human" officially, "user" elsewhere)."""
+    who = turn.get("from") if isinstance(turn, Mapping) else None
+    return isinstance(who, str) and ROLES.get(who) == "user"
+
+
 def query_turns(conversations: Conversations, name: str = "sample") -> list[Mapping[str, str]]:
     """The turns before the first answer with a mask (before the last answer where none has one)."""
     roles = _roles(conversations, name)
@@ -143,7 +155,10 @@ def _roles(conversations: Conversations, name: str) -> list[tuple[str, str]]:
             turns.append((None, None))
         if not isinstance(turns[-1][1], str):
             raise SampleError(f"{name}: a turn must be {{'from': system|human|gpt, 'value': text}},"
-                              f" not {str(turn)[:80]}")
+                              f" not {brief(turn, 80)}")
+        if half := HALF.search(turns[-1][1]):
+            raise SampleError(f"{name}: the text holds half a character (the lone surrogate "
+                              f"U+{ord(half[0]):04X}), which no tokenizer encodes")
     return turns
 
 

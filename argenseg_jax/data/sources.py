@@ -108,6 +108,11 @@ def draw(source: Source, index: int, rng: np.random.Generator) -> Sample:
     return source.draw(index, rng) if hasattr(source, "draw") else source[index]
 
 
+def name_of(source: Source) -> str:
+    """What messages call a source."""
+    return str(getattr(source, "name", None) or getattr(source, "path", None) or type(source).__name__)
+
+
 def open_mixture(names: Sequence[str], root: str = "", prompt: str = "referring",
                  image_root: str = "") -> list[Part]:
     """Opens the sources of a training run.

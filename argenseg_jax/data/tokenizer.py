@@ -179,8 +179,16 @@ class Tokenizer:
             files.write(epath.Path(folder) / name, content)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a text, without bos. Control tokens written out in it stay plain characters."""
-        return [i for chunk in self._harmless(text) for i in self._backend.encode(chunk)]
+        """Ids of a text, without bos. Control tokens written out in it stay plain characters.
+
+        Raises:
+          UserError: a lone surrogate (half an emoji), which is no character.
+        """
+        try:
+            return [i for chunk in self._harmless(text) for i in self._backend.encode(chunk)]
+        except (TypeError, UnicodeError):  # each library has its own for it
+            raise UserError(f"the text {ascii(text[:60])} cannot be encoded: it holds half a character "
+                            "(a lone surrogate)") from None
 
     def encode(self, parts: Iterable[Part]) -> list[int]:
         """Ids of a piece: control ids pass, each text between them is encoded as one.

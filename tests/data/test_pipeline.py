@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from argenseg_jax.data import shapes, transforms
+from argenseg_jax.data.augment import recolour
 from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry, batch_shapes, train_iterator
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.tokenizer import nano_tokenizer
@@ -330,3 +331,33 @@ def test_shapes_of_a_batch_without_its_data(tokenizer):
     config = {**SHAPES, "max_tiles": 2, "max_masks": 3}
     batch = next(iterate(config, tokenizer))
     assert batch_shapes(config, GEOMETRY, 4) == {k: (x.shape, x.dtype) for k, x in batch.items()}
+
+
+def test_any_fault_in_one_sample_is_a_broken_sample(tokenizer, tmp_path):
+    """Also with what reads the texts before the prompt is checked, and with half an emoji."""
+    turns = [[{"from": "human", "value": 5}], [{"value": "hello"}], "hello", [["human", "hello"]],
+             [{"from": "human", "value": "half \ud83d"}, {"from": "gpt", "value": "an emoji"}],
+             [{"from": ["human"], "value": "hello"}]]
+    good = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "you"}]
+    lines = [{"conversations": t} for t in [good, *turns]]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = {"sources": (str(tmp_path / "a.jsonl"),), "max_tokens": 64, "system": "", "max_broken": 1.0,
+              "augment": True, "recolour": 1.0, "prompt_drop": 0.5}
+    iterator = iterate(config, tokenizer)
+    next(iterator), next(iterator)
+    assert {name.split(": ")[0].rsplit("/")[-1] for name in iterator.broken} == {
+        f"a.jsonl:{k}" for k in range(2, 8)}
+    assert any("U+D83D" in name for name in iterator.broken)
+    iterator.close()
+
+
+def test_user_turns_are_human_turns(tokenizer):
+    """`prompt_drop` and `recolour` know both names."""
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    for who in ("human", "user"):
+        turns = [{"from": who, "value": "the red one"}, {"from": "gpt", "value": "<mask>"}]
+        kept = recolour(Sample(turns, (image,)), np.random.default_rng(0))
+        assert np.array_equal(kept.images[0], image)
+        encoder = Encoder(DataConfig.of({"max_tokens": 96, "system": "", "prompt_drop": 1.0}), GEOMETRY, tokenizer)
+        piece = encoder.piece(Sample(turns, (), (image,)), np.random.default_rng(0))
+        assert "about nothing" in tokenizer.decode(piece["tokens"])
