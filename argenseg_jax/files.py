@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import io
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from argenseg_jax.errors import UserError, brief
 
 MAX_BYTES = 512 * 2**20  # of a file that is read whole, unless its reader says otherwise
 MAX_JSON = 2 * 2**30  # instances_train2017.json has 0.45 GB
+MAX_LINE = 64 * 2**20  # characters of one line of a file that is read line by line
 MAX_DEPTH = 64  # of nested lists and objects in JSON
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-16's begins as UTF-32's
@@ -61,9 +64,16 @@ def read_bytes(path: epath.PathLike, limit: int = MAX_BYTES,
     Devices, pipes and sockets are refused: they may never end.
     """
     path = to_path(path, error)
-    try:
+    with _reading(path, error):
         check_regular(path, limit, error)
         return path.read_bytes()
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path, error: type[UserError]) -> Iterator[None]:
+    """Whatever keeps a file from being read, as one line."""
+    try:
+        yield
     except (OSError, ValueError) as fault:  # ValueError: a null byte in the name
         raise error(f"{path} cannot be read ({_reason(fault)})") from None
     except UserError:
@@ -106,6 +116,34 @@ def decode_text(content: bytes, where: str, error: type[UserError] = UserError) 
     except UnicodeDecodeError as fault:
         raise error(f"{where}: byte {fault.start} is no {encoding.removesuffix('-sig').upper()} "
                     "text; save the file as UTF-8") from None
+
+
+def read_lines(path: epath.PathLike, error: type[UserError] = UserError) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text) of every line of a regular file that is not blank, one at a time.
+
+    The file may be of any size; its encoding is found as by `read_text`. `error` names the line that
+    is no text or longer than MAX_LINE.
+    """
+    path, number = to_path(path, error), 0
+    with _reading(path, error):
+        check_regular(path, None, error)
+        with path.open("rb") as file:
+            start = file.read(4)
+            encoding = next((name for mark, name in _BOMS.items() if start.startswith(mark)), "utf-8")
+            file.seek(len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
+            plain = encoding.startswith("utf-8")  # a line break is one byte, and no other has its value
+            lines = file if plain else io.TextIOWrapper(file, encoding, newline="\n")
+            try:
+                while line := lines.readline(MAX_LINE):
+                    number += 1
+                    if len(line) == MAX_LINE:
+                        raise error(f"{path}:{number}: longer than {MAX_LINE} characters")
+                    text = line.decode() if plain else line
+                    if text.strip():
+                        yield number, text
+            except UnicodeError:
+                raise error(f"{path}:{number if plain else number + 1}: no "
+                            f"{encoding.removesuffix('-sig').upper()} text; save the file as UTF-8") from None
 
 
 def read_json(path: epath.PathLike, limit: int = MAX_JSON, error: type[UserError] = UserError) -> Any:
@@ -164,26 +202,45 @@ def _finite_number(text: str) -> float:
 # ---------------------------------------------------------------------------------- writing
 
 
-def write(path: epath.PathLike, content: str | bytes) -> None:
+def write(path: epath.PathLike, content: str | bytes | Iterable[str]) -> None:
     """Writes under a temporary name and renames: readers see the old or the new file, whole.
 
-    In a bucket every file is written so. Makes the folder. Raises UserError where the file cannot be
-    written.
+    In a bucket every file is written so. Makes the folder. Of an iterable one part after the other is
+    in memory; in a bucket, all of it. Raises UserError where the file cannot be written.
     """
     path = epath.Path(path)
-    data = content.encode() if isinstance(content, str) else content
+    parts = (part.encode() if isinstance(part, str) else part
+             for part in ([content] if isinstance(content, (str, bytes)) else content))
     if is_remote(path):
-        path.write_bytes(data)
+        path.write_bytes(b"".join(parts))
         return
     temporary = path.parent / f"{path.name}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.writelines(parts)
         temporary.replace(path)
     except OSError as error:
         if temporary.exists():
             temporary.unlink()
         raise UserError(f"{path} cannot be written ({_reason(error)})") from None
+
+
+def check_writable(folder: epath.PathLike) -> None:
+    """UserError now where files could not be written into `folder` later; leaves nothing there."""
+    folder = to_path(folder)
+    try:
+        new = [] if is_remote(folder) else [f for f in (folder, *folder.parents) if not f.exists()]
+        trial = folder / f".trial-{uuid.uuid4().hex}"
+        if new:
+            folder.mkdir(parents=True)
+        trial.write_bytes(bytes(4096))  # an empty file can be created on a full disk
+        trial.unlink()
+        for made in new:
+            with contextlib.suppress(OSError):  # somebody else uses it by now
+                made.rmdir()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise UserError(f"{folder} cannot be written ({_reason(error)})") from None
 
 
 @contextlib.contextmanager
