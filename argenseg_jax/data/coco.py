@@ -10,11 +10,10 @@ from __future__ import annotations
 import collections
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 
 from argenseg_jax import files
-from argenseg_jax.data import layout, psalm, transforms
+from argenseg_jax.data import layout, psalm, rle, transforms
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import UserError
 
@@ -86,15 +85,20 @@ class CocoSource(layout.Indexed[Objects]):
         image = transforms.read_image(self._root / info["file_name"])
         height, width = int(info["height"]), int(info["width"])
         anns = [self._anns[k] for k in entry.anns]
-        each = [psalm.union([a], height, width) for a in anns if not a.get("iscrowd")]
-        crowds = [psalm.union([a], height, width) for a in anns if a.get("iscrowd")]
-        transforms.check_sizes(image, [*each, *crowds], ["(height, width of the entry)"] * len(anns))
+        single = [a for a in anns if not a.get("iscrowd")]
         meta = {"files": [info["file_name"]], "kind": name, "sents": [name]}
         if self.family != "coco":
-            return Sample(layout.turns(psalm.question([name], "semantic")), (image,),
-                          (np.maximum.reduce(each),), {**meta, "metric": "semantic"})
-        each.sort(key=lambda m: -np.count_nonzero(m))
+            drawn = rle.objects(single, height, width)
+            transforms.check_sizes(image, [drawn.mask], ["(height, width of the entry)"])
+            return Sample(layout.turns(psalm.question([name], "semantic")), (image,), (drawn.mask,),
+                          {**meta, **drawn.meta(), "metric": "semantic"})
+        each = rle.each(single, height, width)
+        crowds = [rle.union([a["segmentation"]], height, width).mask for a in anns
+                  if a.get("iscrowd") and not rle.is_empty(a.get("segmentation"))]
+        transforms.check_sizes(image, [each[0].mask], ["(height, width of the entry)"])
+        meta |= rle.Drawn(each[0].mask, sum(one.dropped for one in each)).meta()
         return Sample(
             layout.turns(f"<image>\n Please segment every {name} in this image, one by one.",
                          f"Sure, the segmentation results: {', '.join(['<mask>'] * len(each))}."),
-            (image,), tuple(each), {**meta, "crowds": crowds, "metric": "instances"})
+            (image,), tuple(one.mask for one in each),
+            {**meta, "crowds": crowds, "metric": "instances"})

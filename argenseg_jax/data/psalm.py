@@ -8,10 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 
-from argenseg_jax.data import transforms
+from argenseg_jax.data import rle, transforms
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError, UserError
 
@@ -23,7 +22,6 @@ PROMPTS = {
     "reasoning": "<image>\n Please perform instance segmentation following the instructions below: "
                  "{sents}.",
 }
-MAX_COORDINATE = 100_000  # pycocotools walks every pixel of an outline: keep it finite
 ANSWER = "Sure, the segmentation result: <mask>."
 
 
@@ -59,9 +57,9 @@ class PsalmSource:
         try:
             entry = self._entries[index]
             info, sents = entry["image_info"], [i["sent"] for i in entry["instruction"]]
-            mask = union(entry["anns"], int(info["height"]), int(info["width"]))
+            drawn = rle.union([a["segmentation"] for a in entry["anns"]], int(info["height"]), int(info["width"]))
             image = transforms.read_image(self.root / info["file_name"])
-            transforms.check_sizes(image, [mask], ["(height, width of image_info)"])
+            transforms.check_sizes(image, [drawn.mask], ["(height, width of image_info)"])
         except SampleError as error:
             raise SampleError(f"{where}: {error}") from None
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -69,39 +67,6 @@ class PsalmSource:
             raise SampleError(f"{where}: not a PSALM entry ({reason})") from None
         turns = [{"from": "human", "value": question(sents, self.prompt)},
                  {"from": "gpt", "value": ANSWER}]
-        return Sample(conversations=turns, images=(image,), masks=(mask,),
+        return Sample(conversations=turns, images=(image,), masks=(drawn.mask,),
                       meta={"source": str(self.path), "line": where, "id": index,
-                            "files": [info["file_name"]], "sents": sents})
-
-
-def union(anns: Sequence[Mapping[str, Any]], height: int, width: int) -> np.ndarray:
-    """u8[H, W] of 0 and 255: all annotations together; empty where there are none."""
-    if not 0 < height * width <= transforms.MAX_PIXELS:
-        raise SampleError(f"an image of {width}x{height} pixels")
-    mask = np.zeros((height, width), bool)
-    for ann in anns:
-        mask |= decode_segmentation(ann["segmentation"], height, width)
-    return mask.astype(np.uint8) * 255
-
-
-def decode_segmentation(segmentation: Sequence | Mapping[str, Any], height: int,
-                        width: int) -> np.ndarray:
-    """bool[H, W] of COCO polygons, of an RLE (compressed or not), or of a list of RLEs."""
-    from pycocotools import mask as coco  # compiled code that only these files need
-    parts = [segmentation] if isinstance(segmentation, Mapping) else segmentation
-    merged = np.zeros((height, width), bool)
-    for part in parts:
-        if isinstance(part, Mapping):
-            if list(part["size"]) != [height, width]:
-                raise SampleError(f"an RLE of {part['size']} for an image of {[height, width]}")
-            raw = isinstance(part["counts"], list)
-            if raw and sum(part["counts"]) != height * width:
-                raise SampleError(f"an RLE of {sum(part['counts'])} pixels, not {height * width}")
-            rle = coco.frPyObjects(part, height, width) if raw else part
-        elif len(part) >= 6 and np.abs(part).max() < MAX_COORDINATE:
-            rle = coco.frPyObjects([part], height, width)[0]
-        else:
-            raise SampleError(f"a polygon of {len(part)} numbers: 6 or more expected, each below "
-                              f"{MAX_COORDINATE}")
-        merged |= coco.decode(rle).astype(bool)
-    return merged
+                            "files": [info["file_name"]], "sents": sents, **drawn.meta()})

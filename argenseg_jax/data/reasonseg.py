@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw
 
-from argenseg_jax.data import layout, psalm, transforms
+from argenseg_jax.data import layout, psalm, rle, transforms
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError, UserError
 
@@ -56,8 +56,8 @@ def draw_shapes(shapes: list[Mapping[str, Any]], height: int, width: int) -> np.
     """
     known = [s for s in shapes if "flag" not in s["label"].lower()]
     outlines = [[(float(x), float(y)) for x, y in s["points"]] for s in known]
-    if any(abs(v) > psalm.MAX_COORDINATE or v != v for o in outlines for p in o for v in p):
-        raise SampleError(f"a point beyond {psalm.MAX_COORDINATE}")
+    if any(abs(v) > rle.MAX_COORDINATE or v != v for o in outlines for p in o for v in p):
+        raise SampleError(f"a point beyond {rle.MAX_COORDINATE}")
     order = sorted(range(len(known)), key=lambda k: -_area(outlines[k]))
     canvas = Image.new("L", (width, height))
     for k in order:

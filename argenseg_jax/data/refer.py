@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from argenseg_jax import files
-from argenseg_jax.data import layout, plain_pickle, psalm, transforms
+from argenseg_jax.data import layout, plain_pickle, psalm, rle, transforms
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.errors import SampleError, UserError
+from argenseg_jax.errors import UserError
 
 _IMAGES = ("../images/mscoco/images/train2014", "../images/train2014", "../train2014",
            "images/train2014", "train2014", "../../coco/train2014")
@@ -73,15 +73,12 @@ class ReferSource(layout.Indexed[Expression]):
 
     def made(self, entry: Expression) -> Sample:
         info = self._images[entry.image_id]
-        anns = [self._anns[k] for k in entry.anns]
-        mask = psalm.union(anns, int(info["height"]), int(info["width"]))
-        if anns and not mask.any():
-            raise SampleError(f"annotation {entry.anns} is empty")
+        drawn = rle.objects([self._anns[k] for k in entry.anns], int(info["height"]), int(info["width"]))
         image = transforms.read_image(self._root / info["file_name"])
-        transforms.check_sizes(image, [mask], ["(height, width in instances.json)"])
-        return Sample(layout.turns(psalm.question([entry.sent], self.prompt)), (image,), (mask,),
+        transforms.check_sizes(image, [drawn.mask], ["(height, width in instances.json)"])
+        return Sample(layout.turns(psalm.question([entry.sent], self.prompt)), (image,), (drawn.mask,),
                       {"files": [info["file_name"]], "sents": [entry.sent],
-                       "metric": "grefcoco" if self._general else "referring"})
+                       "metric": "grefcoco" if self._general else "referring", **drawn.meta()})
 
 
 def _refs_file(folder: epath.Path, split_by: str) -> epath.Path:

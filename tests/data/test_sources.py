@@ -223,7 +223,7 @@ def test_psalm(folder):
     (entry([{"segmentation": [[0, 0, float("nan"), 0, 1, 1]]}]), "each below"),
     (entry([{"segmentation": {"size": [8, 12], "counts": [5]}}]), "RLE of 5 pixels"),
     (entry([{"segmentation": {"size": [9, 9], "counts": [81]}}]), r"RLE of \[9, 9\]"),
-    (entry([{"segmentation": {"size": [8, 12], "counts": "ZZZ"}}]), "Invalid RLE"),
+    (entry([{"segmentation": {"size": [8, 12], "counts": "ZZZ"}}]), "end within a number"),
 ])
 def test_faulty_psalm_entries_are_named(folder, bad, fault):
     path = folder / "p.json"

@@ -1,0 +1,345 @@
+"""Masks as COCO writes them, run lengths and polygons: the one checked decoder and encoder.
+
+pycocotools reads any numbers: a run length that ends early gives memory that nobody wrote, and some
+sizes and coordinates end the process. So run lengths are decoded here, and its compiled code draws
+polygons only after they are checked.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from argenseg_jax.data import transforms
+from argenseg_jax.errors import SampleError, brief
+
+MAX_COORDINATE = 100_000  # of a point, in pixels
+# Of all annotations of one sample:
+MAX_PARTS = 20_000  # polygons and RLEs
+MAX_POINTS = 1_000_000
+MAX_OUTLINE = 2**25  # pixels of outline, inside of the image or not: pycocotools walks every one
+MAX_LENGTH = 2**22  # pixels of a single outline: pycocotools holds more than 100 bytes of each
+MAX_MASKS = 2**30  # pixels of all masks
+_CHARS = 12  # of one run in compressed counts: 60 bits
+_NUMBERS = (int, float, np.integer, np.floating)
+
+
+class Drawn(NamedTuple):
+    """The union of annotations.
+
+    Attributes:
+      mask: u8[H, W] of 0 and 255.
+      dropped: polygons of fewer than 3 points that were left out beside others.
+    """
+
+    mask: np.ndarray
+    dropped: int
+
+    def meta(self) -> dict[str, int]:
+        """What `Sample.meta` says of it."""
+        return {"dropped_polygons": self.dropped} if self.dropped else {}
+
+
+# ---------------------------------------------------------------------------------- run lengths
+
+
+def decode_rle(rle: Any, size: Sequence[int] | None = None) -> np.ndarray:
+    """bool[H, W] of a COCO run length.
+
+    Args:
+      rle: {size: [H, W], counts: compressed (str, bytes) or a list of whole numbers}.
+      size: (H, W) that it must have.
+
+    Raises:
+      SampleError: it is none; says why in one line.
+    """
+    return _fill(*_read(rle, size))
+
+
+def checked_rle(rle: Any, size: Sequence[int] | None = None) -> dict[str, Any]:
+    """The same mask as {size, counts: bytes} that all functions of pycocotools take.
+
+    They count on what its encoder writes: no run of no pixels but the first. Arguments and errors as
+    for `decode_rle`.
+    """
+    counts, height, width = _read(rle, size)
+    if (counts[1:] == 0).any():
+        counts = _alternating(*_runs(counts), height * width)
+    return {"size": [height, width], "counts": _compress(counts)}
+
+
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+    """bool[H, W] -> {'size': [H, W], 'counts': str}, as pycocotools reads it."""
+    from pycocotools import mask as coco
+    rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+
+
+def _read(rle: Any, size: Sequence[int] | None) -> tuple[np.ndarray, int, int]:
+    """(runs i64[N] of background and foreground by turns, height, width), checked to fit."""
+    if not isinstance(rle, Mapping) or "size" not in rle or "counts" not in rle:
+        raise SampleError(f"not a COCO run length {{size: [height, width], counts}}, but {brief(repr(rle), 60)}")
+    height, width = _size(rle["size"])
+    if size is not None and (height, width) != tuple(size):
+        raise SampleError(f"an RLE of {[height, width]} for an image of {list(size)}")
+    counts = rle["counts"]
+    runs = _expand(counts) if isinstance(counts, (str, bytes)) else _listed(counts)
+    pixels = height * width
+    if (runs < 0).any():
+        raise SampleError(f"an RLE with a run of {runs.min():.15g} pixels")
+    if (total := runs.sum()) != pixels:
+        raise SampleError(f"an RLE of {total:.15g} pixels, not {pixels} = {height}*{width}")
+    return runs.astype(np.int64), height, width
+
+
+def _size(size: Any) -> tuple[int, int]:
+    if isinstance(size, np.ndarray):
+        size = size.tolist()
+    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(map(_whole, size)):
+        raise SampleError(f"an RLE of size {brief(repr(size), 60)}, where [height, width] is expected")
+    height, width = map(int, size)
+    check_size(height, width)
+    return height, width
+
+
+def check_size(height: int, width: int) -> None:
+    """SampleError where no image can have this size."""
+    if not (height > 0 and width > 0 and height * width <= transforms.MAX_PIXELS):
+        raise SampleError(f"an image of {width}x{height} pixels; 1 to {transforms.MAX_PIXELS} are allowed")
+
+
+def _whole(value: Any) -> bool:
+    return (isinstance(value, _NUMBERS) and not isinstance(value, bool) and abs(value) < 2**63
+            and value == int(value))
+
+
+def _listed(counts: Any) -> np.ndarray:
+    """f64[N] of whole numbers."""
+    counts = _numbers(counts, "an RLE whose counts are")
+    if not (np.isfinite(counts) & (counts == np.trunc(counts))).all():
+        raise SampleError("an RLE whose counts are not whole numbers")
+    return counts
+
+
+def _numbers(values: Any, what: str) -> np.ndarray:
+    """f64[N] of a list of numbers; SampleError begins with `what`."""
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        raise SampleError(f"{what} {brief(repr(values), 60)}, not a list of numbers")
+    if wrong := [t for t in set(map(type, values)) if not issubclass(t, _NUMBERS) or t is bool]:
+        raise SampleError(f"{what} not a list of numbers: it holds {wrong[0].__name__}")
+    try:
+        return np.array(values, np.float64)
+    except OverflowError:  # a whole number of more than 300 digits
+        raise SampleError(f"{what} numbers beyond 64 bits") from None
+
+
+def _expand(counts: str | bytes) -> np.ndarray:
+    """i64[N] of compressed counts.
+
+    Each character is 48 + 5 bits of a number, lowest first, + 32 where more of it follow; the highest
+    bit of the last one is its sign. From the fourth number on they are differences to the one two
+    places before. The numbers need not be sensible.
+    """
+    try:
+        text = counts.encode("ascii") if isinstance(counts, str) else counts
+    except UnicodeEncodeError:
+        raise SampleError("an RLE whose counts hold characters that none has") from None
+    codes = np.frombuffer(text, np.uint8)
+    if codes.size and not 48 <= codes.min() <= codes.max() < 112:
+        raise SampleError("an RLE whose counts hold characters that none has")
+    codes = codes.astype(np.int64) - 48
+    last = np.flatnonzero(codes < 32)
+    if codes.size and (not last.size or last[-1] != codes.size - 1):
+        raise SampleError("an RLE whose counts end within a number")
+    first = np.concatenate([[0], last[:-1] + 1]) if last.size else last
+    place = np.arange(codes.size) - np.repeat(first, last - first + 1)
+    if codes.size and place.max() >= _CHARS:
+        raise SampleError("an RLE with a run beyond 60 bits")
+    numbers = np.add.reduceat((codes & 31) << 5 * place, first) if codes.size else codes
+    numbers -= np.where(codes[last] & 16, 32 << 5 * place[last], 0)
+    if codes.size and np.abs(numbers).max() >= 2**31:  # sums of what is left stay within 64 bits
+        raise SampleError("an RLE with a run beyond 31 bits")
+    for start in (1, 2):
+        numbers[start::2] = np.cumsum(numbers[start::2])
+    return numbers
+
+
+def _compress(counts: np.ndarray) -> bytes:
+    """The inverse of `_expand`."""
+    left = counts.copy()
+    left[3:] -= counts[1:-2]
+    columns, written = [], []
+    more = np.ones(left.shape, bool)
+    while more.any():
+        code, active = left & 31, more
+        left = left >> 5
+        more = active & (left != np.where(code & 16, -1, 0))
+        columns.append(48 + code + 32 * more)
+        written.append(active)
+    table = np.stack(columns, 1).astype(np.uint8)
+    return table[np.stack(written, 1)].tobytes()
+
+
+def _fill(counts: np.ndarray, height: int, width: int) -> np.ndarray:
+    """bool[H, W] of checked runs, columns first."""
+    return np.repeat(np.arange(counts.size) % 2 == 1, counts).reshape(width, height).T
+
+
+def _runs(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(first, end) of the foreground's runs, as places of pixels column by column."""
+    ends = np.cumsum(counts)
+    return ends[:-1:2], ends[1::2]
+
+
+def _alternating(first: np.ndarray, end: np.ndarray, pixels: int) -> np.ndarray:
+    """Counts of the union of runs in any order: adjacent and overlapping ones become one."""
+    order = np.argsort(first, kind="stable")
+    first, end = first[order], end[order]
+    keep = first < end
+    first, end = first[keep], np.maximum.accumulate(end[keep]) if keep.any() else end[keep]
+    new = np.flatnonzero(np.concatenate([[True], first[1:] > end[:-1]])) if first.size else first
+    closes = end[np.append(new[1:] - 1, first.size - 1)] if first.size else end
+    bounds = np.stack([first[new], closes], 1).ravel()
+    counts = np.diff(np.concatenate([[0], bounds, [pixels]]))
+    return counts if counts[-1] or counts.size == 1 else counts[:-1]
+
+
+# ---------------------------------------------------------------------------------- annotations
+
+
+def objects(anns: Sequence[Mapping[str, Any]], height: int, width: int) -> Drawn:
+    """The union of COCO annotations, each of which stands for an object in the image; see `union`.
+
+    Raises:
+      SampleError: an annotation without a mask (a box alone), or no pixel of any in the image: either
+        would teach that the object is absent.
+    """
+    _check_masks(anns)
+    drawn = union([ann["segmentation"] for ann in anns], height, width)
+    if anns and not drawn.mask.any():
+        raise SampleError(_nothing(anns))
+    return drawn
+
+
+def each(anns: Sequence[Mapping[str, Any]], height: int, width: int) -> list[Drawn]:
+    """As `objects`, one by one, largest first; those without a pixel are left out beside others."""
+    _check_masks(anns)
+    check_size(height, width)
+    if len(anns) * height * width > MAX_MASKS:
+        raise SampleError(f"{len(anns)} masks of {width}x{height} pixels: more than {MAX_MASKS} pixels in one sample")
+    found = [part.drawn(height, width) for part in _checked([ann["segmentation"] for ann in anns])]
+    if anns and not any(one.mask.any() for one in found):
+        raise SampleError(_nothing(anns))
+    return sorted((one for one in found if one.mask.any()), key=lambda one: -np.count_nonzero(one.mask))
+
+
+def _check_masks(anns: Sequence[Mapping[str, Any]]) -> None:
+    for ann in anns:
+        if is_empty(ann.get("segmentation")):
+            raise SampleError(f"annotation {brief(repr(ann.get('id')), 30)} has no mask (`segmentation` is empty)")
+
+
+def _nothing(anns: Sequence[Mapping[str, Any]]) -> str:
+    ids = ", ".join(brief(repr(ann.get("id")), 30) for ann in anns[:5])
+    return f"annotation {ids} is empty: no pixel of its mask is inside of the image"
+
+
+def union(segmentations: Sequence[Any], height: int, width: int) -> Drawn:
+    """All segmentations of one sample together, drawn as pycocotools does; empty where there are none.
+
+    Args:
+      segmentations: each a list of polygons [x, y, x, y, ...], one such polygon, pairs [[x, y], ...],
+        an RLE or a list of RLEs.
+      height, width: of the image.
+
+    Raises:
+      SampleError: says in one line what is wrong with which part.
+    """
+    check_size(height, width)
+    parts = _checked(segmentations)
+    rles, polygons = ([part for one in parts for part in one[k]] for k in (0, 1))
+    return _Parts(rles, polygons, sum(one.dropped for one in parts)).drawn(height, width)
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """bool[H, W] of COCO polygons, of an RLE (compressed or not), or of a list of RLEs; see `union`."""
+    return union([segmentation], height, width).mask > 0
+
+
+def is_empty(segmentation: Any) -> bool:
+    """Whether an annotation has no mask at all: none, `[]`, or only empty polygons."""
+    return segmentation is None or isinstance(segmentation, (list, tuple)) and all(
+        isinstance(part, (list, tuple)) and not part for part in segmentation)
+
+
+class _Parts(NamedTuple):
+    """A segmentation: RLEs as they are, polygons as f64[2N], and how many of fewer than 3 points it had."""
+
+    rles: list[Mapping[str, Any]]
+    polygons: list[np.ndarray]
+    dropped: int
+
+    def drawn(self, height: int, width: int) -> Drawn:
+        from pycocotools import mask as coco
+        outlines = [p.tolist() for p in self.polygons]
+        rles = [*self.rles, *(coco.frPyObjects(outlines, height, width) if outlines else ())]
+        counts = [_read(rle, (height, width))[0] for rle in rles]
+        if len(counts) != 1:
+            ends = [_runs(c) for c in counts] or [(np.zeros(0, np.int64),) * 2]
+            counts = [_alternating(*map(np.concatenate, zip(*ends, strict=True)), height * width)]
+        mask = np.ascontiguousarray(_fill(counts[0], height, width))
+        return Drawn(mask.view(np.uint8) * np.uint8(255), self.dropped)
+
+
+def _checked(segmentations: Iterable[Any]) -> list[_Parts]:
+    """The parts of all segmentations of one sample, refused where they are too many to draw."""
+    found, parts, points, outline = [], 0, 0, 0.0
+    for segmentation in segmentations:
+        one = _split(segmentation)
+        parts += len(one.rles) + len(one.polygons) + 1
+        points += sum(p.size for p in one.polygons) // 2
+        lengths = [np.abs(np.diff(p.reshape(-1, 2), axis=0, append=p.reshape(-1, 2)[:1])).max(1).sum()
+                   for p in one.polygons]
+        outline += sum(lengths)
+        if parts > MAX_PARTS or points > MAX_POINTS or outline > MAX_OUTLINE or max(lengths, default=0) > MAX_LENGTH:
+            raise SampleError(
+                f"polygons beyond what one sample may have: {MAX_PARTS} parts, {MAX_POINTS} points, outlines of "
+                f"{MAX_LENGTH} pixels each and {MAX_OUTLINE} together")
+        found.append(one)
+    return found
+
+
+def _split(segmentation: Any) -> _Parts:
+    if isinstance(segmentation, np.ndarray):
+        segmentation = segmentation.tolist()
+    if isinstance(segmentation, Mapping):
+        return _Parts([segmentation], [], 0)
+    if not isinstance(segmentation, (list, tuple)):
+        raise SampleError(f"a segmentation of {brief(repr(segmentation), 60)}; polygons or an RLE expected")
+    single = segmentation and (isinstance(segmentation[0], _NUMBERS) or all(map(_is_pair, segmentation)))
+    parts = [segmentation] if single else segmentation
+    rles = [p for p in parts if isinstance(p, Mapping)]
+    polygons = [_polygon(p) for p in parts if not isinstance(p, Mapping)]
+    good = [p for p in polygons if p.size >= 6]
+    if parts and not rles and not good:
+        raise SampleError(f"a polygon of {polygons[0].size} numbers: 6 or more expected, x and y of 3 points")
+    return _Parts(rles, good, len(polygons) - len(good))
+
+
+def _is_pair(point: Any) -> bool:
+    return isinstance(point, (list, tuple)) and len(point) == 2 and all(isinstance(v, _NUMBERS) for v in point)
+
+
+def _polygon(part: Any) -> np.ndarray:
+    """f64[2N] of [x, y, x, y, ...] or pairs [[x, y], ...], checked but for the number of points."""
+    if isinstance(part, (list, tuple)) and part and all(map(_is_pair, part)):
+        part = [value for point in part for value in point]
+    values = _numbers(part, "a polygon of")
+    if values.size % 2:
+        raise SampleError(f"a polygon of {values.size} numbers: x and y of every point expected")
+    if not (np.abs(values) < MAX_COORDINATE).all():  # nan is not below either
+        raise SampleError(f"a polygon of {values.size} numbers: each below {MAX_COORDINATE} expected")
+    return values
