@@ -151,16 +151,19 @@ def read_json(path: epath.PathLike, limit: int = MAX_JSON, error: type[UserError
     return parse_json(read_bytes(path, limit, error), str(path), error)
 
 
-def parse_json(content: bytes | str, where: str, error: type[UserError] = UserError) -> Any:
+def parse_json(content: bytes | str, where: str, error: type[UserError] = UserError, *,
+               unique: bool = False) -> Any:
     """Parsed JSON of any Unicode encoding; `error` names `where`.
 
     Refused is what no data needs and later code stumbles over: NaN and Infinity, whole numbers
-    beyond 64 bits, nesting deeper than MAX_DEPTH.
+    beyond 64 bits, nesting deeper than MAX_DEPTH; with `unique` also a key that an object has twice.
     """
     text = decode_text(content, where, error) if isinstance(content, bytes) else content.lstrip("\ufeff")
     one_byte = isinstance(content, bytes) and b"\0" not in content[:4]  # otherwise UTF-16 or UTF-32
     raw = content if one_byte else text.encode("utf-8", "surrogatepass")
     hooks = {"parse_int": _whole_number, "parse_float": _finite_number} if _LARGE_NUMBER.search(raw) else {}
+    if unique:
+        hooks["object_pairs_hook"] = _unique
     try:
         if _depth(raw) > MAX_DEPTH and _depth(_STRING.sub(b"", raw)) > MAX_DEPTH:
             raise ValueError(f"nested more than {MAX_DEPTH} deep")
@@ -180,6 +183,14 @@ def _depth(content: bytes, block: int = 1 << 20) -> int:
         deepest = max(deepest, depth + int(levels.max()))
         depth += int(levels[-1])
     return deepest
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)[:100]}' occurs twice")
+    return found
 
 
 def _refuse_constant(name: str) -> None:

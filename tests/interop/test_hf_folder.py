@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from argenseg_jax import trees
 from argenseg_jax.errors import UserError
-from argenseg_jax.interop import hf_config, hf_folder, tensor_files, weight_map
+from argenseg_jax.interop import hf_config, hf_folder, tensor_files, torch_file, weight_map
 from argenseg_jax.interop import torch as torch_convert
 from argenseg_jax.models import variants
 from argenseg_jax.parity import recording, whole
@@ -185,7 +185,7 @@ def test_pytorch_files(tmp_path, monkeypatch):
     assert set(tensors) == {"a", "b"} and tensors["b"].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(tensors["a"], state["a"].numpy())
     np.testing.assert_array_equal(tensors["b"].astype(np.float32), [1.5, -2.25])
-    monkeypatch.setattr(tensor_files, "_MAPPED_BYTES", 0)  # the file is mapped anew each time
+    monkeypatch.setattr(torch_file, "_MAPPED_BYTES", 0)  # the file is mapped anew each time
     again = hf_folder.open_tensors(tmp_path / "x.pth")
     assert all(np.array_equal(again[key], tensors[key]) for key in "abba")
     torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
