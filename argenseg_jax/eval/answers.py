@@ -1,13 +1,15 @@
 """Scores of text answers: POPE, VQAv2 and TextVQA consensus, MMMU multiple choice.
 
-Every function takes the answers and their references and is a mean over samples, so shares of a
-data set are pooled by concatenating them.
+Every score is a mean over samples, so shares of a data set are pooled by adding all of them.
 """
 from __future__ import annotations
 
+import array
+import functools
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from argenseg_jax.errors import UserError
 
@@ -20,19 +22,49 @@ def yes_or_no(answer: str) -> bool:
     return not {"no", "not"} & set(first.lower().split())
 
 
-def pope(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float | None]:
-    """Accuracy, precision, recall and F1 of 'yes', and the share of answers that say yes.
+class Pope:
+    """Accuracy, precision, recall and F1 of 'yes', and the share of answers that say yes."""
 
-    None where nothing can be divided by: precision without a yes, recall without a true yes.
-    """
-    if bad := sorted({str(x) for x in labels} - {"yes", "no"}):
-        raise UserError(f"POPE: a reference is 'yes' or 'no', not '{bad[0]}'")
-    pairs = [(yes_or_no(a), label == "yes") for a, label in zip(answers, labels, strict=True)]
-    both = sum(said and true for said, true in pairs)
-    said, true = sum(s for s, _ in pairs), sum(t for _, t in pairs)
-    return {"n": len(pairs), "accuracy": _share(sum(s == t for s, t in pairs), len(pairs)),
-            "precision": _share(both, said), "recall": _share(both, true),
-            "F1": _share(2 * both, said + true), "yes_ratio": _share(said, len(pairs))}
+    def __init__(self):
+        self._n = self._right = self._both = self._said = self._true = 0
+
+    def add(self, answer: str, label: str) -> None:
+        """One answer to a question whose right answer is 'yes' or 'no'."""
+        if label not in ("yes", "no"):
+            raise UserError(f"POPE: a reference is 'yes' or 'no', not '{label}'")
+        said, true = yes_or_no(answer), label == "yes"
+        self._n += 1
+        self._right += said == true
+        self._both += said and true
+        self._said += said
+        self._true += true
+
+    def scores(self) -> dict[str, float | None]:
+        """None where nothing can be divided by: precision without a yes, recall without a true yes."""
+        return {"n": self._n, "accuracy": _share(self._right, self._n),
+                "precision": _share(self._both, self._said), "recall": _share(self._both, self._true),
+                "F1": _share(2 * self._both, self._said + self._true),
+                "yes_ratio": _share(self._said, self._n)}
+
+
+class Accuracy:
+    """The mean of `judge(answer, reference)`."""
+
+    def __init__(self, judge: Callable[[str, Any], float]):
+        self._judge, self._values = judge, array.array("d")
+
+    def add(self, answer: str, reference: Any) -> None:
+        """One answer."""
+        self._values.append(self._judge(answer, reference))
+
+    def scores(self) -> dict[str, float | None]:
+        """{n, accuracy}; None without an answer."""
+        return {"n": len(self._values), "accuracy": _share(sum(self._values), len(self._values))}
+
+
+def pope(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float | None]:
+    """`Pope` of all answers."""
+    return _pooled(Pope(), answers, labels)
 
 
 # --------------------------------------------------------------- consensus of ten people (VQA)
@@ -101,8 +133,7 @@ def vqa_accuracy(answer: str, references: Sequence[str], tokenize: bool = False)
 def vqa(answers: Sequence[str], references: Sequence[Sequence[str]],
         tokenize: bool = False) -> dict[str, float | None]:
     """Mean of `vqa_accuracy`."""
-    each = [vqa_accuracy(a, r, tokenize) for a, r in zip(answers, references, strict=True)]
-    return {"n": len(each), "accuracy": sum(each) / len(each) if each else None}
+    return _pooled(Accuracy(functools.partial(vqa_accuracy, tokenize=tokenize)), answers, references)
 
 
 # ------------------------------------------------------------------------- multiple choice (MMMU)
@@ -133,29 +164,42 @@ def parse_choice(response: str, options: Mapping[str, str]) -> str | None:
     return found[max(found)] if found else None
 
 
-def mmmu(answers: Sequence[str], references: Sequence[Mapping[str, object]]) -> dict[str, float | None]:
-    """Accuracy of multiple choice; a reference is {'answer': letter, 'options': {letter: wording}}.
+def chooses(answer: str, reference: Mapping[str, Any]) -> bool:
+    """Whether an answer names the right letter of {'answer': letter, 'options': {letter: wording}}.
 
     `options` may be a list of wordings, lettered from A.
     """
-    right = 0
-    for answer, reference in zip(answers, references, strict=True):
-        try:
-            options = reference["options"]
-            if not isinstance(options, Mapping):
-                options = dict(zip(map(chr, itertools.count(ord("A"))), options))
-            wanted = reference["answer"]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"MMMU: a reference needs `answer` and `options` ({error})") from None
-        right += parse_choice(answer, options) == wanted
-    return {"n": len(answers), "accuracy": _share(right, len(answers))}
+    try:
+        options = reference["options"]
+        if not isinstance(options, Mapping):
+            options = dict(zip(map(chr, itertools.count(ord("A"))), options))
+        wanted = reference["answer"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"MMMU: a reference needs `answer` and `options` ({error})") from None
+    return parse_choice(answer, options) == wanted
+
+
+def mmmu(answers: Sequence[str], references: Sequence[Mapping[str, object]]) -> dict[str, float | None]:
+    """Accuracy of multiple choice; see `chooses`."""
+    return _pooled(Accuracy(chooses), answers, references)
+
+
+def equals(answer: str, reference: Any) -> bool:
+    """Whether an answer is its reference after `normalize`."""
+    return normalize(answer) == normalize(str(reference))
 
 
 def exact(answers: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
-    """Share of answers that equal their reference after `normalize` (counting, short answers)."""
-    right = sum(normalize(a) == normalize(str(r)) for a, r in zip(answers, references, strict=True))
-    return {"n": len(answers), "accuracy": _share(right, len(answers))}
+    """Share of answers that equal their reference (counting, short answers)."""
+    return _pooled(Accuracy(equals), answers, references)
 
 
-def _share(part: int, whole: int) -> float | None:
+def _pooled(tally: Pope | Accuracy, answers: Sequence[str], references: Sequence[Any]
+            ) -> dict[str, float | None]:
+    for pair in zip(answers, references, strict=True):
+        tally.add(*pair)
+    return tally.scores()
+
+
+def _share(part: float, whole: int) -> float | None:
     return part / whole if whole else None

@@ -52,12 +52,32 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
     return inner / outer if outer > 0 else 0.0
 
 
-def box_accuracy(predicted: Sequence[Sequence[float] | None],
-                 truths: Sequence[Sequence[float] | None]) -> dict[str, float | int | None]:
+class BoxAccuracy:
     """Acc@0.5: the share of samples whose box has IoU >= 0.5; a missing box is wrong.
 
     A sample without a true box counts as right where no box was given.
     """
-    right = sum(p is None if t is None else p is not None and box_iou(p, t) >= 0.5
-                for p, t in zip(predicted, truths, strict=True))
-    return {"n": len(truths), "Acc@0.5": right / len(truths) if truths else None}
+
+    def __init__(self):
+        self._n = self._right = 0
+
+    def add(self, predicted: Sequence[float] | None, truth: Sequence[float] | None) -> None:
+        """One sample."""
+        self._n += 1
+        if truth is None:
+            self._right += predicted is None
+        else:
+            self._right += predicted is not None and box_iou(predicted, truth) >= 0.5
+
+    def scores(self) -> dict[str, float | int | None]:
+        """{n, Acc@0.5}; None without a sample."""
+        return {"n": self._n, "Acc@0.5": self._right / self._n if self._n else None}
+
+
+def box_accuracy(predicted: Sequence[Sequence[float] | None],
+                 truths: Sequence[Sequence[float] | None]) -> dict[str, float | int | None]:
+    """`BoxAccuracy` of all samples."""
+    tally = BoxAccuracy()
+    for pair in zip(predicted, truths, strict=True):
+        tally.add(*pair)
+    return tally.scores()

@@ -1,7 +1,8 @@
 """Interactive segmentation: where the next click goes, number of clicks, IoU after k clicks."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+import array
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -24,20 +25,41 @@ def next_click(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int, boo
     return None if spot is None else (*spot, adds)
 
 
-def interactive(ious: Sequence[Sequence[float]]) -> dict[str, float | int | None]:
+class Interactive:
     """Scores of sequences of IoU after click 1, 2, ...
 
     NoC@x is the mean number of clicks until IoU >= x, MOST where it is never reached; IoU@k the mean
     IoU after k clicks (after the last one where there were fewer), given where any sample has k.
     """
-    if any(not len(row) for row in ious):
-        raise ValueError("a sample without a click")
-    n, longest = len(ious), max(map(len, ious), default=0)
-    scores: dict[str, float | int | None] = {"n": n}
-    for target in TARGETS:
-        clicks = [next((k for k, v in enumerate(row, 1) if v >= target), MOST) for row in ious]
-        scores[f"NoC@{round(100 * target)}"] = sum(clicks) / n if n else None
-    for k in AFTER:
-        if k <= longest:
-            scores[f"IoU@{k}"] = sum(row[min(k, len(row)) - 1] for row in ious) / n
-    return scores
+
+    def __init__(self):
+        self._n = self._longest = 0
+        self._clicks = [0] * len(TARGETS)
+        self._after = [array.array("d") for _ in AFTER]
+
+    def add(self, ious: Sequence[float]) -> None:
+        """One sample: the IoU after each of its clicks."""
+        if not len(ious):
+            raise ValueError("a sample without a click")
+        self._n, self._longest = self._n + 1, max(self._longest, len(ious))
+        for i, target in enumerate(TARGETS):
+            self._clicks[i] += next((k for k, v in enumerate(ious, 1) if v >= target), MOST)
+        for k, values in zip(AFTER, self._after):
+            values.append(ious[min(k, len(ious)) - 1])
+
+    def scores(self) -> dict[str, float | int | None]:
+        """The scores of what was added."""
+        n = self._n
+        scores: dict[str, float | int | None] = {"n": n}
+        for target, clicks in zip(TARGETS, self._clicks):
+            scores[f"NoC@{round(100 * target)}"] = clicks / n if n else None
+        return scores | {f"IoU@{k}": sum(values) / n for k, values in zip(AFTER, self._after)
+                         if k <= self._longest}
+
+
+def interactive(ious: Iterable[Sequence[float]]) -> dict[str, float | int | None]:
+    """`Interactive` of all samples."""
+    tally = Interactive()
+    for row in ious:
+        tally.add(row)
+    return tally.scores()

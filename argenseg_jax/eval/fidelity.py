@@ -1,6 +1,7 @@
 """PSNR and SSIM of reconstructed or generated pictures."""
 from __future__ import annotations
 
+import array
 import math
 
 import numpy as np
@@ -31,6 +32,23 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     vx, vy, both = _blur(x * x) - mx * mx, _blur(y * y) - my * my, _blur(x * y) - mx * my
     each = ((2 * mx * my + c1) * (2 * both + c2)) / ((mx * mx + my * my + c1) * (vx + vy + c2))
     return float(each.mean())
+
+
+class Fidelity:
+    """Means of PSNR and SSIM."""
+
+    def __init__(self):
+        self._values = {"PSNR": array.array("d"), "SSIM": array.array("d")}
+
+    def add(self, psnr_db: float, similarity: float) -> None:
+        """One picture."""
+        self._values["PSNR"].append(psnr_db)
+        self._values["SSIM"].append(similarity)
+
+    def scores(self) -> dict[str, float | int | None]:
+        """{n, PSNR, SSIM}; None without a picture."""
+        return {"n": len(self._values["PSNR"]),
+                **{name: float(np.mean(values)) if values else None for name, values in self._values.items()}}
 
 
 def _blur(picture: np.ndarray) -> np.ndarray:

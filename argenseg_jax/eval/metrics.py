@@ -6,6 +6,7 @@ that name; `cIoU` is the sum of all intersections over the sum of all unions.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,20 +47,22 @@ class Sums:
         if prediction.shape != truth.shape or prediction.dtype != bool or truth.dtype != bool:
             raise ValueError("masks must be bool and alike, not "
                              f"{prediction.dtype}{prediction.shape}, {truth.dtype}{truth.shape}")
-        intersection = int(np.count_nonzero(prediction & truth))
-        union = int(np.count_nonzero(prediction | truth))
-        target, found = bool(truth.any()), bool(prediction.any())
+        return cls.of_areas(*areas(prediction, truth))
+
+    @classmethod
+    def of_areas(cls, intersection: int, prediction: int, truth: int) -> Sums:
+        """One sample by the pixels of its intersection, its prediction and its truth."""
+        union = prediction + truth - intersection
         iou = intersection * UNIT // union if union else UNIT
         return cls(
-            n=1, n_target=int(target), intersection=intersection, union=union, iou=iou,
-            iou_target=iou if target else 0, no_target_right=int(not target and not found),
-            target_right=int(target and found),
+            n=1, n_target=int(truth > 0), intersection=intersection, union=union, iou=iou,
+            iou_target=iou if truth else 0, no_target_right=int(not truth and not prediction),
+            target_right=int(truth > 0 and prediction > 0),
             above=tuple(int(union == 0 or 10 * intersection > x * union) for x in PRECISIONS))
 
     def __add__(self, other: Sums) -> Sums:
-        a, b = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Sums(*(x + y for x, y in zip(a[:-1], b[:-1])),
-                    above=tuple(x + y for x, y in zip(a[-1], b[-1])))
+        return Sums(*map(operator.add, _numbers(self), _numbers(other)),
+                    above=tuple(map(operator.add, self.above, other.above)))
 
     def scores(self) -> dict[str, float | int | None]:
         """The published names -> values in 0..1; None where there is nothing to average.
@@ -78,8 +81,16 @@ class Sums:
         }
 
 
+_numbers = operator.attrgetter(*[f.name for f in dataclasses.fields(Sums)][:-1])  # all but `above`
+
+
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
+
+
+def areas(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
+    """Pixels of the intersection, of the prediction and of the truth, bool[H, W] both."""
+    return tuple(int(np.count_nonzero(mask)) for mask in (prediction & truth, prediction, truth))
 
 
 def iou(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -92,8 +103,8 @@ def iou(prediction: np.ndarray, truth: np.ndarray) -> float:
 FEW_PIXELS = 50  # an answer of fewer pixels counts as "no target"
 
 
-def generalized(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float | int | None]:
-    """Scores by gRefCOCO's own rules over (prediction, truth), bool[H, W] each.
+class Generalized:
+    """Scores by gRefCOCO's own rules, sample by sample.
 
     gIoU is the mean IoU where a sample without a target counts 1 if nothing is predicted and 0
     otherwise; cIoU has the pixels that are drawn without a target in its union; Pr@X is the share of
@@ -103,28 +114,60 @@ def generalized(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, flo
     That code asks a classifier whether there is a target. A model without one predicts "no target" by
     a mask of fewer than FEW_PIXELS pixels (GRES, Liu et al., CVPR 2023), which is cleared first.
     """
-    pooled, targets, hits = Sums(), 0, [0] * len(PRECISIONS)
-    for prediction, truth in pairs:
-        few = np.count_nonzero(prediction) < FEW_PIXELS
-        one = Sums.of(np.zeros_like(prediction) if few else prediction, truth)
-        pooled += one
-        if one.n_target:
-            targets += 1
-            hits = [k + (10 * one.intersection >= x * one.union) for k, x in zip(hits, PRECISIONS)]
-    shares = {f"Pr@0.{x}": _share(k, targets) for x, k in zip(PRECISIONS, hits)}
-    return {**pooled.scores(), **shares}
+
+    def __init__(self):
+        self._sums, self._hits = Sums(), [0] * len(PRECISIONS)
+
+    def add(self, intersection: int, prediction: int, truth: int) -> None:
+        """One sample by its areas; see `areas`."""
+        if prediction < FEW_PIXELS:
+            intersection = prediction = 0
+        one = Sums.of_areas(intersection, prediction, truth)
+        self._sums += one
+        if truth:
+            self._hits = [k + (10 * one.intersection >= x * one.union)
+                          for k, x in zip(self._hits, PRECISIONS)]
+
+    def scores(self) -> dict[str, float | int | None]:
+        """The scores of what was added."""
+        targets = self._sums.n_target
+        return {**self._sums.scores(),
+                **{f"Pr@0.{x}": _share(k, targets) for x, k in zip(PRECISIONS, self._hits)}}
+
+
+class ByClass:
+    """Semantic scores: IoU of each class over all of its pixels, and their mean `mIoU`.
+
+    A class that occurs neither in the truth nor in a prediction has no IoU. Asking every class of
+    every image gives the mIoU of semantic segmentation; asking only the classes that an image shows
+    overlooks what is drawn of absent ones.
+    """
+
+    def __init__(self):
+        self._sums: dict[str, Sums] = {}
+
+    def add(self, name: str, one: Sums) -> None:
+        """One sample of a class."""
+        self._sums[name] = self._sums.get(name, Sums()) + one
+
+    def scores(self) -> dict[str, Any]:
+        """The scores of what was added."""
+        each = {k: s.intersection / s.union for k, s in sorted(self._sums.items()) if s.union}
+        return {"n": sum(s.n for s in self._sums.values()), "classes": len(each),
+                "mIoU": sum(each.values()) / len(each) if each else None, "IoU_by_class": each}
+
+
+def generalized(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float | int | None]:
+    """`Generalized` of (prediction, truth), bool[H, W] each."""
+    tally = Generalized()
+    for pair in pairs:
+        tally.add(*areas(*pair))
+    return tally.scores()
 
 
 def by_class(triples: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """Semantic scores of (class, prediction, truth): IoU of each class over all of its pixels.
-
-    `mIoU` is their mean. A class that occurs neither in the truth nor in a prediction has no IoU.
-    Asking every class of every image gives the mIoU of semantic segmentation; asking only the
-    classes that an image shows overlooks what is drawn of absent ones.
-    """
-    sums: dict[str, Sums] = {}
-    for name, prediction, truth in triples:
-        sums[name] = sums.get(name, Sums()) + Sums.of(prediction, truth)
-    each = {k: s.intersection / s.union for k, s in sorted(sums.items()) if s.union}
-    return {"n": sum(s.n for s in sums.values()), "classes": len(each),
-            "mIoU": sum(each.values()) / len(each) if each else None, "IoU_by_class": each}
+    """`ByClass` of (class, prediction, truth)."""
+    tally = ByClass()
+    for name, *pair in triples:
+        tally.add(name, Sums.of(*pair))
+    return tally.scores()

@@ -5,6 +5,8 @@ one histogram per class, and the area under the curve follows from it without ke
 """
 from __future__ import annotations
 
+import array
+
 import numpy as np
 
 LEVELS = 256
@@ -61,3 +63,23 @@ def dense(rows: list[list[int]]) -> np.ndarray:
     for level, negatives, positives in rows:
         counts[:, level] += (negatives, positives)
     return counts
+
+
+class Anomaly:
+    """Image AUROC by the highest level of an image; pixel AUROC and F1-max over all pixels."""
+
+    def __init__(self):
+        self._pixels = np.zeros((2, LEVELS), np.int64)
+        self._top, self._defect = array.array("B"), array.array("B")
+
+    def add(self, counts: np.ndarray) -> None:
+        """One image: its i64[2, 256] of `level_counts`."""
+        self._pixels += counts
+        self._top.append(int(np.flatnonzero(counts.any(axis=0)).max(initial=0)))
+        self._defect.append(bool(counts[1].any()))
+
+    def scores(self) -> dict[str, float | int | None]:
+        """The scores of what was added; None where there is one class only."""
+        images = rank_counts(self._top, self._defect)
+        return {"n": len(self._top), "image_AUROC": auroc(images), "image_F1": f1_max(images),
+                "pixel_AUROC": auroc(self._pixels), "pixel_F1": f1_max(self._pixels)}
