@@ -54,7 +54,7 @@ def decode_rle(rle: Any, size: Sequence[int] | None = None) -> np.ndarray:
     Raises:
       SampleError: it is none; says why in one line.
     """
-    return _fill(*_read(rle, size))
+    return _fill(*read_runs(rle, size))
 
 
 def checked_rle(rle: Any, size: Sequence[int] | None = None) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def checked_rle(rle: Any, size: Sequence[int] | None = None) -> dict[str, Any]:
     They count on what its encoder writes: no run of no pixels but the first. Arguments and errors as
     for `decode_rle`.
     """
-    counts, height, width = _read(rle, size)
+    counts, height, width = read_runs(rle, size)
     if (counts[1:] == 0).any():
         counts = _alternating(*_runs(counts), height * width)
     return {"size": [height, width], "counts": _compress(counts)}
@@ -76,7 +76,7 @@ def encode_rle(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
 
-def _read(rle: Any, size: Sequence[int] | None) -> tuple[np.ndarray, int, int]:
+def read_runs(rle: Any, size: Sequence[int] | None) -> tuple[np.ndarray, int, int]:
     """(runs i64[N] of background and foreground by turns, height, width), checked to fit."""
     if not isinstance(rle, Mapping) or "size" not in rle or "counts" not in rle:
         raise SampleError(f"not a COCO run length {{size: [height, width], counts}}, but {brief(repr(rle), 60)}")
@@ -286,7 +286,7 @@ class _Parts(NamedTuple):
         from pycocotools import mask as coco
         outlines = [p.tolist() for p in self.polygons]
         rles = [*self.rles, *(coco.frPyObjects(outlines, height, width) if outlines else ())]
-        counts = [_read(rle, (height, width))[0] for rle in rles]
+        counts = [read_runs(rle, (height, width))[0] for rle in rles]
         if len(counts) != 1:
             ends = [_runs(c) for c in counts] or [(np.zeros(0, np.int64),) * 2]
             counts = [_alternating(*map(np.concatenate, zip(*ends, strict=True)), height * width)]
