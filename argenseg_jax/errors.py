@@ -29,17 +29,19 @@ def brief(error: object, limit: int = 200) -> str:
 
 
 @contextlib.contextmanager
-def located(where: str, what: str = "sample", error: type[UserError] = SampleError) -> Iterator[None]:
-    """Names the place of a fault: a UserError gets `where` in front, DATA_FAULTS become one.
+def located(where: str, what: str = "sample", error: type[UserError] = SampleError,
+            faults: type[Exception] | tuple[type[Exception], ...] = DATA_FAULTS) -> Iterator[None]:
+    """Names the place of a fault: a UserError gets `where` in front, `faults` become one.
 
     Args:
       where: file and line or entry.
       what: what the value there should have been.
       error: the class that is raised for either.
+      faults: what else is turned into one; Exception around a whole sample, which never ends a run.
     """
     try:
         yield
     except UserError as fault:
         raise error(f"{where}: {fault}") from None
-    except DATA_FAULTS as fault:
+    except faults as fault:
         raise error(f"{where}: not a {what} ({type(fault).__name__}: {brief(fault)})") from None

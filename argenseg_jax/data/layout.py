@@ -1,6 +1,7 @@
 """What sources of published layouts share: finding files, naming faults, the words of a sample."""
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -8,7 +9,7 @@ from etils import epath
 
 from argenseg_jax.data.psalm import ANSWER
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.errors import SampleError, UserError
+from argenseg_jax.errors import SampleError, UserError, located
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 Entry = TypeVar("Entry")
@@ -19,6 +20,8 @@ class Indexed(Generic[Entry]):
 
     A source fills `entries` and says how a sample is `made` and where an entry comes `from_`.
     """
+
+    what = "sample"  # what an entry should be, for messages
 
     def __init__(self, name: str, entries: Sequence[Entry]):
         if not len(entries):
@@ -36,15 +39,15 @@ class Indexed(Generic[Entry]):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside of 0..{len(self) - 1}")
         entry = self.entries[index]
-        where = f"{self.name}: {self.from_(entry)}"
-        try:
+        where = self.where(entry)
+        with located(where, self.what, faults=Exception):
             sample = made(entry)
-        except SampleError as error:
-            raise SampleError(f"{where}: {error}") from None
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise SampleError(f"{where}: not a sample ({type(error).__name__}: {error})") from None
-        meta = {"source": self.name, "line": where, "id": index, **sample.meta}
-        return Sample(sample.conversations, sample.images, sample.masks, meta)
+            meta = {"source": self.name, "line": where, "id": index, **sample.meta}
+            return dataclasses.replace(sample, meta=meta)
+
+    def where(self, entry: Entry) -> str:
+        """The file and the entry, for messages and reports."""
+        return f"{self.name}: {self.from_(entry)}"
 
     def made(self, entry: Entry) -> Sample:
         raise NotImplementedError

@@ -31,7 +31,7 @@ from etils import epath
 from PIL import Image
 
 from argenseg_jax import files
-from argenseg_jax.data import prompt, records, sources, transforms
+from argenseg_jax.data import prompt, records, sources, tfds_folder, transforms
 from argenseg_jax.data.prepared import FORMAT, MANIFEST, PLAN, SHARDS, SUMMARY, checksum
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.statistics import Statistics
@@ -327,25 +327,25 @@ def _finish(job: Job, items: _Items, plan: Mapping[str, Any], total: int) -> dic
 
 
 def _write_info(job: Job, shards: Sequence[Mapping[str, Any]]) -> None:
-    """dataset_info.json and features.json, by the builder: `tfds.builder_from_directory` opens the folder."""
-    out = epath.Path(job.out)
-    info = _builder(job).info
-    template = tfds.core.ShardedFileTemplate(dataset_name=info.name, data_dir=out, split=SPLIT,
-                                             filetype_suffix="array_record")
-    info.set_splits(tfds.core.SplitDict([tfds.core.SplitInfo(
-        name=SPLIT, shard_lengths=[shard["samples"] for shard in shards],
-        num_bytes=sum(shard["bytes"] for shard in shards), filename_template=template)]))
-    info.write_to_directory(out)
+    """dataset_info.json and features.json, with which TFDS opens the folder too."""
+    out, samples = epath.Path(job.out), records.Samples
+    _features(job).save_config(out)
+    files.write(out / tfds_folder.INFO, json.dumps({
+        "description": records.__doc__.strip(), "disableShuffling": True, "fileFormat": tfds_folder.FORMAT,
+        "moduleName": samples.__module__, "name": samples.name, "splits": [{
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", "name": SPLIT,
+            "numBytes": str(sum(shard["bytes"] for shard in shards)),
+            "shardLengths": [str(shard["samples"]) for shard in shards]}],
+        "version": str(samples.VERSION)}, indent=2))
 
 
-def _builder(job: Job) -> records.Samples:
-    return records.Samples(sources={}, data_dir=job.out,
-                           num_codes=job.coder.num_codes if job.coder else 0)
+def _features(job: Job) -> tfds.features.FeaturesDict:
+    return records.features(job.coder.num_codes if job.coder else 0)
 
 
 def _serializer(job: Job) -> Any:
     """A record of `records.features` -> the bytes that TFDS reads."""
-    features = _builder(job).info.features
+    features = _features(job)
     example = tfds.core.ExampleSerializer(features.get_serialized_info())
     # deterministic: protobuf orders maps anew in every process otherwise
     return lambda record: example.get_tf_example(features.encode_example(record)).SerializeToString(

@@ -10,7 +10,7 @@ from etils import epath
 from argenseg_jax import files
 from argenseg_jax.data.records import TfdsSource
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.errors import SampleError, UserError
+from argenseg_jax.errors import SampleError, UserError, brief, located
 
 MANIFEST, PLAN, SUMMARY, SHARDS = "prepared.json", "plan.json", "summary.json", "shards"
 FORMAT = 1
@@ -37,6 +37,9 @@ class PreparedSource:
         for fault in faults(self.path, self.manifest, checksums=small):
             raise UserError(fault)
         self._samples = TfdsSource(self.path)
+        if len(self._samples) != sum(shard["samples"] for shard in self.manifest["shards"]):
+            raise UserError(f"{self.path}: {MANIFEST} and dataset_info.json count other samples; prepare the "
+                            "data again, or copy the folder again")
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -46,10 +49,9 @@ class PreparedSource:
             raise IndexError(f"index {index} is outside of 0..{len(self) - 1}")
         try:
             return self._samples[index]
-        except (ValueError, RuntimeError, OSError, LookupError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except SampleError as error:
             raise SampleError(f"{self.path / self._shard(index)}: sample {index} cannot be read "
-                              f"({reason}); see `prepare --verify`") from None
+                              f"({brief(error)}); see `prepare --verify`") from None
 
     @property
     def codes(self) -> Mapping[str, Any] | None:
@@ -108,15 +110,29 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
             folder / PLAN).exists() else f"looked for {MANIFEST}, which `prepare` writes"
         raise UserError(f"{folder}: no prepared data set; {begun}")
     manifest = files.read_json(folder / MANIFEST)
-    try:
+    with located(str(folder / MANIFEST), "manifest as `prepare` writes it", UserError):
         if manifest["format"] != FORMAT:
-            raise UserError(f"{folder / MANIFEST}: format {manifest['format']}, this version reads "
-                            f"{FORMAT}: prepare the data again")
-        [(s["file"], s["samples"], s["bytes"], s["sha256"]) for s in manifest["shards"]]
-        [(p["samples"], p["weight"]) for p in manifest["parts"]], manifest["codes"], manifest["resize"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST}: not as `prepare` writes it ({error})") from None
+            raise UserError(f"format {brief(manifest['format'], 40)}, this version reads {FORMAT}: prepare "
+                            "the data again")
+        shards, parts = manifest["shards"], manifest["parts"]
+        _check(all(isinstance(s["file"], str) and "/" not in s["file"] and isinstance(s["sha256"], str)
+                   and _is_count(s["samples"]) and _is_count(s["bytes"]) for s in shards), "shards")
+        _check(all(_is_count(p["samples"]) and isinstance(p["weight"], (int, float)) and p["weight"] >= 0
+                   and (p["weight"] > 0 or not p["samples"]) for p in parts)
+               and sum(p["samples"] for p in parts) == sum(s["samples"] for s in shards) > 0, "parts")
+        _check(manifest["codes"] is None or isinstance(manifest["codes"], Mapping), "codes")
+        for key in ("resize", "samples", "broken"):
+            _check(_is_count(manifest[key]), key)
     return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check(right: bool, key: str) -> None:
+    if not right:
+        raise UserError(f"key `{key}` is not as `prepare` writes it")
 
 
 def faults(folder: epath.Path, manifest: Mapping[str, Any], *, checksums: bool) -> Iterator[str]:
@@ -125,8 +141,14 @@ def faults(folder: epath.Path, manifest: Mapping[str, Any], *, checksums: bool) 
         path = folder / shard["file"]
         if not path.exists():
             yield f"{path}: missing shard; prepare the data again, or copy the folder again"
-        elif path.stat().length != shard["bytes"]:
-            yield f"{path}: {path.stat().length} bytes, {shard['bytes']} were written"
+            continue
+        try:
+            size = files.check_regular(path)
+        except UserError as error:
+            yield str(error)
+            continue
+        if size != shard["bytes"]:
+            yield f"{path}: {size} bytes, {shard['bytes']} were written"
         elif checksums and checksum(path) != shard["sha256"]:
             yield f"{path}: checksum mismatch: the bytes are not those that were written"
 

@@ -15,8 +15,10 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
+from argenseg_jax import files
+from argenseg_jax.data import tfds_folder, transforms
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.errors import SampleError, UserError
+from argenseg_jax.errors import SampleError, UserError, brief, located
 
 META_IMAGES = "meta_images"
 CODES = "codes"
@@ -60,20 +62,27 @@ def encode(sample: Sample) -> dict[str, Any]:
 
 
 def decode(record: Mapping[str, Any]) -> Sample:
-    """A record as read by TFDS -> the sample."""
+    """A record, its pictures as the bytes that `encode` made -> the sample."""
     turns = record["conversations"]
-    meta = json.loads(record["meta"])
-    arrays = iter([_grey(array) for array in record[META_IMAGES]])
+    meta = files.parse_json(record["meta"], "its `meta`", SampleError)
+    arrays = iter([_grey(array) for array in _pictures(record[META_IMAGES], META_IMAGES)])
     for name, count in meta.pop(META_IMAGES, {}).items():
         meta[name] = next(arrays) if count is None else [next(arrays) for _ in range(count)]
     return Sample(
         conversations=[{"from": who.decode(), "value": value.decode()}
-                       for who, value in zip(turns["from"], turns["value"])],
-        images=tuple(record["images"]),
-        masks=tuple(map(_grey, record["masks"])),
+                       for who, value in zip(turns["from"], turns["value"], strict=True)],
+        images=tuple(_pictures(record["images"], "images")),
+        masks=tuple(map(_grey, _pictures(record["masks"], "masks"))),
         meta=meta,
         codes=record.get(CODES),
     )
+
+
+class _Info(tfds.core.DatasetInfo):
+    """A description of a data set that is nowhere but here."""
+
+    def initialize_from_bucket(self) -> None:
+        """Looks for nothing at Google's; TFDS would also leave an empty folder in /tmp each time."""
 
 
 class Samples(tfds.core.GeneratorBasedBuilder):
@@ -99,7 +108,7 @@ class Samples(tfds.core.GeneratorBasedBuilder):
         super().__init__(data_dir=data_dir, file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, description=__doc__, disable_shuffling=True,
+        return _Info(builder=self, description=__doc__, disable_shuffling=True,
                                      features=features(self.num_codes))
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator[tuple[int, dict]]]:
@@ -116,27 +125,6 @@ class Samples(tfds.core.GeneratorBasedBuilder):
             yield index, record
 
 
-def open_split(path: epath.PathLike, split: str) -> tuple[tfds.core.DatasetBuilder, Sequence[Any]]:
-    """A TFDS folder's builder, and random access to the records of a split.
-
-    `split` may also be a slice, such as 'train[:10%]'. UserError where there is no such folder, split,
-    or no random access.
-    """
-    if not (epath.Path(path) / "dataset_info.json").exists():
-        raise UserError(f"{path}: no data set; looked for dataset_info.json (the version folder of a "
-                        "TFDS data set) and prepared.json (of `prepare`); other layouts need their name "
-                        "in front, such as own:FOLDER")
-    builder = tfds.builder_from_directory(path)
-    if split.partition("[")[0] not in builder.info.splits:
-        raise UserError(f"{path}: no split {split!r}; it has {', '.join(builder.info.splits)}")
-    try:
-        return builder, builder.as_data_source(split=split)
-    except (NotImplementedError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: no random access ({reason}); build it with "
-                        "file_format='array_record'") from None
-
-
 class TfdsSource:
     """Random access to one split of a folder that `Samples` or `prepare` has written.
 
@@ -146,16 +134,71 @@ class TfdsSource:
     """
 
     def __init__(self, path: epath.PathLike, split: str = "train"):
-        builder, self._records = open_split(path, split)
-        if missing := set(features()) - set(builder.info.features):
+        self.path, self._split = epath.Path(path), split
+        self._records = tfds_folder.open_split(path, split)
+        columns = tfds_folder.columns(path)
+        if missing := set(features()) - set(columns):
             raise UserError(f"{path}: the records have no {', '.join(sorted(missing))}; looked for "
-                            f"{', '.join(features())}; they have {', '.join(builder.info.features)}")
+                            f"{', '.join(features())}; they have {', '.join(columns)}")
+        self._num_codes = _num_codes(columns, self.path)
+        self._raw = _raw_features(self._num_codes)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
-        return decode(self._records[int(index)])
+        """SampleError where the record cannot be read, or holds something else."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside of 0..{len(self) - 1}")
+        with located(f"{self.path} ({self._split}): sample {index}", faults=Exception):
+            return decode(self._raw.deserialize_example_np(self._records[int(index)]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "_raw"}  # TFDS's features are not for pickling
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self._raw = _raw_features(self._num_codes)
+
+
+def _raw_features(num_codes: int) -> tfds.features.FeaturesDict:
+    """As `features`, but pictures stay bytes: they are decoded here, with limits, and as nothing but PNG."""
+    pictures = tfds.features.Sequence(tfds.features.Text())
+    return tfds.features.FeaturesDict({
+        name: pictures if name in ("images", "masks", META_IMAGES) else column
+        for name, column in features(num_codes).items()})
+
+
+def _num_codes(columns: Mapping[str, Any], path: epath.Path) -> int:
+    """N of the column `codes`; 0 where there is none."""
+    if CODES not in columns:
+        return 0
+    with located(f"{path / tfds_folder.FEATURES}: column `{CODES}`", "column of codes", UserError):
+        _, count = columns[CODES]["tensor"]["shape"]["dimensions"]
+        if not 0 < int(count) < 2**20:
+            raise ValueError(f"{brief(count, 40)} codes of a mask")
+        return int(count)
+
+
+def _pictures(contents: Sequence[bytes], column: str) -> list[np.ndarray]:
+    """PNGs -> u8[H, W, 3] each; all of a column together have at most MAX_PIXELS times 4."""
+    pictures, room = [], 4 * transforms.MAX_PIXELS
+    for k, content in enumerate(contents):
+        pictures.append(decode_picture(content, f"{column}[{k}]", room, ("PNG",)))
+        room -= pictures[-1].shape[0] * pictures[-1].shape[1]
+    return pictures
+
+
+def decode_picture(content: bytes, name: str, room: int, formats: Sequence[str]) -> np.ndarray:
+    """The u8[H, W, 3] of a picture in a record, as it is stored; SampleError names what it is not."""
+    try:
+        with Image.open(io.BytesIO(content), formats=formats) as picture:
+            width, height = picture.size  # from the header: nothing is unpacked yet
+            if width * height > min(room, transforms.MAX_PIXELS):
+                raise SampleError(f"{name}: {width}x{height} pixels are too many")
+            return np.array(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SampleError(f"{name}: no {' or '.join(formats)} picture ({brief(error, 100)})") from None
 
 
 def _holds_arrays(value: Any) -> bool:

@@ -12,13 +12,17 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from argenseg_jax import files
-from argenseg_jax.data import layout, psalm
-from argenseg_jax.data.records import open_split
+from argenseg_jax.data import layout, psalm, tfds_folder, transforms
+from argenseg_jax.data.records import decode_picture
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.errors import UserError, located
 
-# The part of a record that says how many expressions there are.
-WORDS = tfds.features.FeaturesDict({"objects": tfds.features.Sequence(
-    {"refexp": tfds.features.Sequence({"refexp_id": np.int64, "raw": tfds.features.Text()})})})
+_F = tfds.features
+_REFEXP = {"refexp": _F.Sequence({"refexp_id": np.int64, "raw": _F.Text()})}
+# The part of a record that says how many expressions there are; and all that is read, pictures as bytes.
+WORDS = _F.FeaturesDict({"objects": _F.Sequence(_REFEXP)})
+WHOLE = _F.FeaturesDict({"image": _F.Text(), "image/id": np.int64, "objects": _F.Sequence(
+    {**_REFEXP, "mask": _F.Text(), "label": np.int64})})
 
 
 class Phrase(NamedTuple):
@@ -41,24 +45,31 @@ class RefCocoSource(layout.Indexed[Phrase]):
     def __init__(self, folder: epath.PathLike, split: str = "train", prompt: str = "referring"):
         psalm.question([], prompt)
         self.prompt, split = prompt, {"val": "validation"}.get(split, split)
-        builder, self._records = open_split(folder, split)
-        raw = builder.as_data_source(split=split,
-                                     deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-        words = (WORDS.deserialize_example_np(raw[i]) for i in range(len(raw)))
-        entries = [Phrase(i, k, text.decode()) for i, record in enumerate(words)
-                   for k, texts in enumerate(record["objects"]["refexp"]["raw"]) for text in texts]
+        self._records = tfds_folder.open_split(folder, split)
+        if not {"image", "image/id", "objects"} <= set(tfds_folder.columns(folder)):
+            raise UserError(f"{folder}: the records have no image, image/id and objects of `ref_coco`")
+        entries = []
+        for i in range(len(self._records)):
+            with located(f"{folder} ({split}): record {i}", "record of `ref_coco`", UserError, Exception):
+                record = WORDS.deserialize_example_np(self._records[i])
+                entries += [Phrase(i, k, text.decode())
+                            for k, texts in enumerate(record["objects"]["refexp"]["raw"]) for text in texts]
         super().__init__(f"{folder} ({split})", entries)
 
     def from_(self, entry: Phrase) -> str:
         return f"record {entry.record}, '{entry.words}'"
 
     def made(self, entry: Phrase) -> Sample:
-        record = self._records[entry.record]
-        shown = record["objects"]["mask"][entry.object][..., 0]
-        return Sample(layout.turns(psalm.question([entry.words], self.prompt)), (record["image"],),
+        record = WHOLE.deserialize_example_np(self._records[entry.record])
+        objects = record["objects"]
+        image = decode_picture(record["image"], "image", transforms.MAX_PIXELS, ("JPEG", "PNG"))
+        shown = decode_picture(objects["mask"][entry.object], "mask", transforms.MAX_PIXELS, ("PNG",))[..., 0]
+        transforms.check_sizes(image, [shown], ["of the object"])
+        image_id, category_id = int(record["image/id"]), int(objects["label"][entry.object])
+        return Sample(layout.turns(psalm.question([entry.words], self.prompt)), (image,),
                       ((shown > 0).astype(np.uint8) * 255,),
-                      {"files": [f"image {record['image/id']}"], "sents": [entry.words],
-                       "metric": "referring"})
+                      {"files": [f"image {image_id}"], "sents": [entry.words], "metric": "referring",
+                       "image_id": image_id, "category_id": category_id})
 
 
 def is_ref_coco(folder: epath.PathLike) -> bool:

@@ -174,7 +174,7 @@ def test_folders_that_are_no_data_set(tmp_path):
     with pytest.raises(UserError, match="no prepared data set; looked for prepared.json"):
         sources.open_source(f"prepared:{tmp_path}")
     (tmp_path / "prepared.json").write_text('{"format": 1}')
-    with pytest.raises(UserError, match="not as `prepare` writes it"):
+    with pytest.raises(UserError, match="not a manifest as `prepare` writes it"):
         sources.open_source(str(tmp_path))
     (tmp_path / "prepared.json").write_text('{"format": 99}')
     with pytest.raises(UserError, match="format 99, this version reads 1"):
