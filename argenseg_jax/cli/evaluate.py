@@ -167,9 +167,7 @@ def _rescore(path: str) -> dict[str, Any]:
     from argenseg_jax.eval import saved
 
     begin = time.perf_counter()
-    rows = saved.read_rows(path)
-    scores = saved.summary(rows, FLAGS.metric, path)
-    return {"data": path, **scores, "seconds": round(time.perf_counter() - begin, 2)}
+    return {"data": path, **saved.rescore(path, FLAGS.metric), "seconds": round(time.perf_counter() - begin, 2)}
 
 
 def _baseline(config: Mapping[str, Any]) -> Any:

@@ -1,148 +1,199 @@
-"""Saved predictions: rows of predictions.jsonl, their scores without the model, COCO's result file."""
+"""Saved predictions: their scores without the model, row by row, and COCO's result file."""
 from __future__ import annotations
 
+import array
 import collections
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from argenseg_jax.errors import UserError
+from argenseg_jax.errors import UserError, located
+from argenseg_jax.eval import rows as rows_lib
 from argenseg_jax.eval import table
-from argenseg_jax.eval.metrics import UNIT, Sums
+from argenseg_jax.eval.metrics import UNIT, Pool, Sums
 from argenseg_jax.eval.rle import decode_rle
+from argenseg_jax.eval.rows import Item, Row
 
-Row = Mapping[str, Any]
 SIZES = ((0.0, "none"), (0.01, "below 1 %"), (0.05, "1-5 %"), (0.2, "5-20 %"), (1.0, "above 20 %"))
 LENGTHS = ((2, "1-2 words"), (5, "3-5 words"), (10, "6-10 words"), (10**9, "above 10 words"))
 BINS = 10  # of the histogram of IoU
+RETROSPECT = ("exact", "pope")  # metrics of answers that can be guessed without looking
 
 
 def read_rows(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The rows of a predictions.jsonl; UserError names the line that is none."""
-    path, rows = epath.Path(path), []
-    try:
-        lines = path.read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
-    for k, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{k}: malformed JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{k}: not a prediction but {type(row).__name__}")
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: no predictions")
-    return rows
+    """The rows of a file of few predictions; UserError names the line that is none."""
+    return [row for _, row in rows_lib.read(path)]
 
 
-def summary(rows: Sequence[Row], metric: str = "", where: str = "predictions") -> dict[str, Any]:
-    """The scores of rows: those of `metric`, beside those of masks where every row has one.
+def rescore(path: epath.PathLike, metric: str = "") -> dict[str, Any]:
+    """`Scorer` of a predictions.jsonl of any size, in flat memory."""
+    scorer = Scorer(metric)
+    for place, row in rows_lib.read(path):
+        scorer.add(row, place)
+    return scorer.scores()
 
-    Args:
-      rows: of one data set; those of several hosts or runs are joined in any order.
-      metric: a name in table.METRICS; '' takes the one that the rows name, or 'referring'.
-      where: names the rows in messages.
 
-    Returns:
-      The scores, `metric`, `by_kind` {kind: {n, gIoU or accuracy}}, those of a baseline where the rows
-      hold one, and `breakdown` (see `breakdown`).
+def summary(rows: Iterable[Row], metric: str = "", where: str = "predictions") -> dict[str, Any]:
+    """`Scorer` of rows of one data set; messages call them WHERE:1, WHERE:2, ..."""
+    scorer = Scorer(metric)
+    for k, row in enumerate(rows, 1):
+        scorer.add(row, f"{where}:{k}")
+    return scorer.scores()
+
+
+class Scorer:
+    """The scores of rows: those of a metric, beside those of masks where every row has one.
+
+    Rows of one data set, of several hosts or runs in any order, are added one at a time; of each some
+    numbers are kept and nothing else.
     """
-    metric = metric or (rows[0].get("metric") if rows else None) or "referring"
-    scores = {**table.score(metric, rows, where), "metric": metric}
-    kinds: dict[str, list[Row]] = collections.defaultdict(list)
-    for row in rows:
-        if row.get("kind") is not None:
-            kinds[row["kind"]].append(row)
-    if not all(row.get("prediction") and row.get("truth") for row in rows):
-        return {**scores, **_answers(rows, kinds, scores)}
-    pairs = [table.masks(row) for row in rows]
-    sums = [Sums.of(*pair) for pair in pairs]
-    pooled = {k: sum((one for one, row in zip(sums, rows) if row.get("kind") == k), Sums()) for k in kinds}
-    by_kind = {k: {"n": s.n, "gIoU": s.scores()["gIoU"]} for k, s in sorted(pooled.items())}
-    return {**sum(sums, Sums()).scores(), **scores, **_baseline(rows),
-            **({"by_kind": by_kind} if by_kind else {}),
-            "breakdown": breakdown(rows, sums, [float(truth.mean()) for _, truth in pairs])}
+
+    def __init__(self, metric: str = ""):
+        """metric: a name in table.METRICS; '' takes the one that the first row names, or 'referring'."""
+        if metric:
+            table.find(metric)
+        self._metric = metric
+        self._tally: table.Tally | None = None
+        self._masks: _Masks | None = _Masks()  # None from the first row without masks on
+        self._words = _Words()
+
+    def add(self, row: Row, place: str) -> None:
+        """Adds a row; UserError begins with `place` and names the key that is missing or faulty."""
+        with located(place, "prediction", UserError):
+            item = Item(row)
+            if self._tally is None:
+                self._start(item.get("metric"))
+            table.require(self._metric, row)
+            metric = table.find(self._metric)
+            metric.add(self._tally, item)
+            if metric.text:
+                self._words.add(metric, item)
+            if not item.has_masks():
+                self._masks = None
+            elif self._masks:
+                self._masks.add(item)
+
+    def scores(self) -> dict[str, Any]:
+        """The scores, `metric`, `by_kind` {kind: {n, gIoU or accuracy}}, those of a baseline where the
+        rows hold one, and `breakdown`: where the IoU comes from.
+
+        breakdown: `histogram`, how many samples have IoU in each tenth of 0..1 (1 belongs to the last);
+        `by_size` and `by_length`, {label: {n, gIoU}} by the share of the picture that the true mask
+        covers and by the words of the expression (of the question where a row names no expression).
+        """
+        if self._tally is None:
+            self._start(None)
+        scores = {**self._tally.scores(), "metric": self._metric}
+        if self._masks:
+            return {**self._masks.pool.scores(), **scores, **self._masks.scores()}
+        return {**scores, **self._words.scores(self._metric)}
+
+    def _start(self, named: str | None) -> None:
+        self._metric = self._metric or named or "referring"
+        self._tally = table.find(self._metric).tally()
 
 
-def _baseline(rows: Sequence[Row]) -> dict[str, float]:
-    """gIoU and cIoU of the constant answers, where every row has the pixels of one."""
-    blind = [row["baseline"] for row in rows if row.get("baseline")]
-    if not blind or len(blind) < len(rows):
-        return {}
-    ious = [UNIT * inner // outer if outer else UNIT for inner, outer in blind]
-    outer = sum(pixels for _, pixels in blind)
-    return {"baseline_gIoU": sum(ious) / (UNIT * len(ious)),
-            "baseline_cIoU": sum(pixels for pixels, _ in blind) / outer if outer else 1.0}
+class _Masks:
+    """Sums over masks: of all, by kind, by size and length, and those of the constant answers."""
+
+    def __init__(self):
+        self.pool = Pool()
+        self._kinds: dict[str, Sums] = {}
+        self._blind = [0, 0, 0, 0]  # rows, IoU in units of 1/UNIT, pixels of intersections, of unions
+        self._histogram = [0] * BINS
+        self._sizes, self._lengths = _Groups(SIZES), _Groups(LENGTHS)
+
+    def add(self, item: Item) -> None:
+        one, row = item.sums, item.row
+        self.pool.add(one)
+        kind = item.get("kind")
+        if kind is not None:
+            self._kinds[kind] = self._kinds.get(kind, Sums()) + one
+        if row.get("baseline"):
+            inner, outer = item.get("baseline")
+            added = (1, UNIT * inner // outer if outer else UNIT, inner, outer)
+            self._blind = [a + b for a, b in zip(self._blind, added)]
+        # In integers: 2 of 10 pixels are IoU 0.2, whatever the rounding.
+        tenth = BINS * one.intersection // one.union if one.union else BINS
+        self._histogram[min(tenth, BINS - 1)] += 1
+        height, width = item.size
+        self._sizes.add(item.areas[2] / (height * width), one.iou / UNIT)
+        self._lengths.add(len(str(row.get("expression") or row.get("question") or "").split()), one.iou / UNIT)
+
+    def scores(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        rows, iou, inner, outer = self._blind
+        if rows and rows == self.pool.sums.n:
+            found = {"baseline_gIoU": iou / (UNIT * rows), "baseline_cIoU": inner / outer if outer else 1.0}
+        if self._kinds:
+            found["by_kind"] = {k: {"n": s.n, "gIoU": s.scores()["gIoU"]}
+                                for k, s in sorted(self._kinds.items())}
+        return {**found, "breakdown": {"histogram": self._histogram, "by_size": self._sizes.means(),
+                                       "by_length": self._lengths.means()}}
 
 
-def _answers(rows: Sequence[Row], kinds: Mapping[str, Sequence[Row]], scores: Mapping[str, Any]
-             ) -> dict[str, Any]:
+class _Words:
     """Accuracy by kind, and that of the commonest reference of each kind as the answer to all of it.
 
     The latter, chosen in hindsight, is the best that an answer without looking can do.
     """
-    if scores.get("accuracy") is None or not kinds:
-        return {}
-    each = {k: {"n": len(of), "accuracy": table.score(scores["metric"], of)["accuracy"]}
-            for k, of in sorted(kinds.items())}
-    found: dict[str, Any] = {"by_kind": each}
-    if scores["metric"] in ("exact", "pope"):
-        common = sum(max(collections.Counter(row["reference"] for row in of).values())
-                     for of in kinds.values())
-        found["baseline_accuracy"] = common / sum(map(len, kinds.values()))
-    return found
+
+    def __init__(self):
+        self._tallies: dict[str, table.Tally] = {}
+        self._references: dict[str, collections.Counter] = {}
+
+    def add(self, metric: table.Metric, item: Item) -> None:
+        kind = item.get("kind")
+        if kind is None:
+            return
+        if kind not in self._tallies:
+            self._tallies[kind], self._references[kind] = metric.tally(), collections.Counter()
+        metric.add(self._tallies[kind], item)
+        self._references[kind][str(item.row["reference"])] += 1
+
+    def scores(self, metric: str) -> dict[str, Any]:
+        if not self._tallies:
+            return {}
+        each = {kind: tally.scores() for kind, tally in sorted(self._tallies.items())}
+        found: dict[str, Any] = {"by_kind": {k: {"n": s["n"], "accuracy": s["accuracy"]}
+                                             for k, s in each.items()}}
+        if metric in RETROSPECT:
+            right = sum(max(references.values()) for references in self._references.values())
+            found["baseline_accuracy"] = right / sum(s["n"] for s in each.values())
+        return found
 
 
-def breakdown(rows: Sequence[Row], sums: Sequence[Sums], areas: Sequence[float]) -> dict[str, Any]:
-    """Where the IoU comes from.
+class _Groups:
+    """IoU grouped by a value: {label: {n, gIoU}} of the first step whose bound is not below the value."""
 
-    Returns:
-      histogram: how many samples have IoU in each tenth of 0..1 (1 belongs to the last).
-      by_size, by_length: {label: {n, gIoU}} by the share of the picture that the true mask covers
-      and by the words of the expression (of the question where a row names no expression).
-    """
-    ious = [one.iou / UNIT for one in sums]
-    # In integers: 2 of 10 pixels are IoU 0.2, whatever the rounding.
-    tenths = [BINS * s.intersection // s.union if s.union else BINS for s in sums]
-    histogram = np.bincount(np.minimum(tenths, BINS - 1).astype(int), minlength=BINS)
-    words = [len(str(row.get("expression") or row.get("question") or "").split()) for row in rows]
-    return {"histogram": histogram.tolist(), "by_size": _grouped(areas, ious, SIZES),
-            "by_length": _grouped(words, ious, LENGTHS)}
+    def __init__(self, steps: Sequence[tuple[float, str]]):
+        self._steps, self._ious = steps, {label: array.array("d") for _, label in steps}
+
+    def add(self, value: float, iou: float) -> None:
+        self._ious[next(label for bound, label in self._steps if value <= bound)].append(iou)
+
+    def means(self) -> dict[str, dict[str, Any]]:
+        return {label: {"n": len(group), "gIoU": sum(group) / len(group)}
+                for label, group in self._ious.items() if group}
 
 
-def coco_results(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """[{image_id, category_id, segmentation, score}] of every drawn mask, for COCO.loadRes.
+def coco_results(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
+    """{image_id, category_id, segmentation, score} of every drawn mask, for COCO.loadRes.
 
     image_id is the row's own `image_id`, or else its index; category_id likewise, or else 1.
     """
-    found = []
     for k, row in enumerate(rows):
         ids = {"image_id": row.get("image_id", row.get("index", k)),
                "category_id": row.get("category_id", 1)}
         drawn = row.get("instances")
         if drawn is None:
             drawn = [{"segmentation": row["prediction"], "score": 1.0}] if row.get("masks") else []
-        found += [{**ids, "segmentation": d["segmentation"], "score": d["score"]} for d in drawn]
-    return found
+        for one in drawn:
+            yield {**ids, "segmentation": one["segmentation"], "score": one["score"]}
 
 
 def mask_picture(row: Row) -> np.ndarray:
     """u8[H, W] of 0 and 255: the scored mask of a row."""
     return decode_rle(row["prediction"]).astype(np.uint8) * 255
-
-
-def _grouped(values: Sequence[float], ious: Sequence[float],
-             steps: Sequence[tuple[float, str]]) -> dict[str, dict[str, Any]]:
-    """{label: {n, gIoU}} of the first step whose bound is not below the value; empty ones left out."""
-    groups: dict[str, list[float]] = {label: [] for _, label in steps}
-    for value, iou in zip(values, ious, strict=True):
-        groups[next(label for bound, label in steps if value <= bound)].append(iou)
-    return {label: {"n": len(group), "gIoU": sum(group) / len(group)}
-            for label, group in groups.items() if group}

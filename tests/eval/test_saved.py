@@ -77,7 +77,7 @@ def test_pycocotools_reads_the_results(tmp_path):
     assert result.scores["AP"] == pytest.approx(1) and result.scores["gIoU"] == 1.0
     rows = through_a_file(result, tmp_path / "p.jsonl")
     assert [t["iscrowd"] for t in rows[0]["truths"]] == [0, 0, 1]
-    (tmp_path / "r.json").write_text(json.dumps(coco_results(rows)))
+    (tmp_path / "r.json").write_text(json.dumps(list(coco_results(rows))))
     with contextlib.redirect_stdout(io.StringIO()):
         data = COCO()
         data.dataset = {"images": [{"id": 42, "height": SIDE, "width": SIDE}], "annotations": [],
@@ -87,8 +87,8 @@ def test_pycocotools_reads_the_results(tmp_path):
     anns = loaded.loadAnns(loaded.getAnnIds(imgIds=[42], catIds=[18]))
     assert [a["score"] for a in anns] == [0.9, 0.5]
     np.testing.assert_array_equal(loaded.annToMask(anns[1]) * 255, stripe(6, 9))
-    assert len(coco_results([{"prediction": encode_rle(stripe(0, 5) > 0), "masks": 1, "index": 3},
-                             {"prediction": encode_rle(stripe(0, 0) > 0), "masks": 0}])) == 1
+    assert len(list(coco_results([{"prediction": encode_rle(stripe(0, 5) > 0), "masks": 1, "index": 3},
+                             {"prediction": encode_rle(stripe(0, 0) > 0), "masks": 0}]))) == 1
 
 
 def test_questions_about_text(tmp_path):
@@ -116,7 +116,7 @@ def test_anomalies_and_interactive():
 def test_faulty_files_are_named(tmp_path):
     path = tmp_path / "p.jsonl"
     good = json.dumps({"prediction": encode_rle(stripe(0, 1) > 0), "truth": encode_rle(stripe(0, 1) > 0)})
-    for content, fault in (("", "no predictions"), (f"{good}\n{{", "p.jsonl:2: malformed"),
+    for content, fault in (("", "no predictions"), (f"{good}\n{{", "p.jsonl:2 is no valid JSON"),
                            ("[1]", "p.jsonl:1: not a prediction but list")):
         path.write_text(content)
         with pytest.raises(UserError, match=fault):
