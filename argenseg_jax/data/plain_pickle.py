@@ -1,18 +1,29 @@
 """Reads pickle files of plain data without unpickling: the opcodes are listed, not run.
 
 Only containers, numbers, texts and None are understood. Whatever names a class or a function, and
-so could run code, is refused; that is what makes files from strangers readable.
+so could run code, is refused; that is what makes files from strangers readable. The value is a tree of
+bounded size and depth when it is given out: a pickle of 250 bytes can refer to the same tuple 2**40
+times, which whoever walks, hashes or prints it would follow.
 """
 from __future__ import annotations
 
+import itertools
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from etils import epath
 
-from argenseg_jax.errors import UserError
+from argenseg_jax import files
+from argenseg_jax.errors import UserError, brief
 
+MAX_BYTES = 256 * 2**20  # refs(unc).p of RefCOCO has about 50 MB
+MAX_VALUES = 10_000_000  # values of the tree, and of the pickle; RefCOCO's have about 3 million
+MAX_DEPTH = 100
+_TEXT = 64  # letters that count as one more value
+_BITS = 128  # of a whole number
+_KEYS = (str, bytes, int, float, bool, type(None))
+_CONTAINERS = frozenset((list, tuple, dict))
 _MARK = object()
 _VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
            "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE",
@@ -25,10 +36,9 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 def read(path: epath.PathLike) -> Any:
     """The value in a pickle file (protocols 0 to 5) of plain data; UserError for anything else."""
+    content = files.read_bytes(path, MAX_BYTES)
     try:
-        return loads(epath.Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or type(error).__name__})") from None
+        return loads(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -38,14 +48,61 @@ def loads(content: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     try:
-        for code, argument, _ in pickletools.genops(content):
-            name = code.name
-            if name == "STOP":
-                return stack.pop()
-            _step(name, argument, stack, memo)
+        for count, (code, argument, _) in enumerate(pickletools.genops(content)):
+            if code.name == "STOP":
+                value = stack.pop()
+                _check_tree(value)
+                return value
+            if count >= 4 * MAX_VALUES:
+                raise ValueError(f"more than {4 * MAX_VALUES} steps")
+            _step(code.name, argument, stack, memo)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"not a readable pickle ({type(error).__name__}: {error})") from None
+        raise UserError(f"not a readable pickle ({type(error).__name__}: {brief(error, 100)})") from None
     raise UserError("not a readable pickle (it ends too early)")
+
+
+def _check_tree(value: Any) -> None:
+    """ValueError unless the value, written out, has at most MAX_VALUES values and MAX_DEPTH levels.
+
+    What is referred to several times is looked at once, and counts each time.
+    """
+    sizes: dict[int, tuple[int, int] | None] = {}  # id -> (values, levels); None: its parts are looked at
+    pending = [((value,), False)]
+    while pending:
+        node, counted = pending.pop()
+        if counted:
+            sizes[id(node)] = _size(node, sizes)
+        elif id(node) not in sizes:
+            sizes[id(node)] = None
+            pending.append((node, True))
+            pending += [(part, False) for part in _parts(node) if type(part) in _CONTAINERS]
+        elif sizes[id(node)] is None:
+            raise ValueError("a value that contains itself")
+
+
+def _size(node: list | tuple | dict, sizes: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """(values, levels) of a container whose parts are known."""
+    size, depth = 1, 0
+    for part in _parts(node):
+        kind = type(part)
+        if kind in _CONTAINERS:
+            inner, below = sizes[id(part)]
+            size, depth = size + inner, max(depth, below)
+        elif kind is str or kind is bytes:
+            size += 1 + len(part) // _TEXT
+        elif kind is int and part.bit_length() > _BITS:
+            raise ValueError(f"a whole number of more than {_BITS} bits")
+        elif part is _MARK:
+            raise ValueError("a mark that is left over")
+        else:
+            size += 1
+    if size > MAX_VALUES or depth >= MAX_DEPTH + 1:  # one level is the list around the whole
+        raise ValueError(f"more than {MAX_VALUES} values, or nested more than {MAX_DEPTH} deep")
+    return size, depth + 1
+
+
+def _parts(node: list | tuple | dict) -> Iterable[Any]:
+    return itertools.chain(node, node.values()) if type(node) is dict else node
 
 
 def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
@@ -63,6 +120,8 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         stack.append(memo[argument])
     elif name in _TUPLES:
         count = _TUPLES[name]
+        if len(stack) < count:
+            raise ValueError("a tuple of more values than there are")
         stack[-count:] = [tuple(stack[-count:])]
     elif name in ("LIST", "TUPLE", "DICT"):
         items = _since_mark(stack)
@@ -76,8 +135,9 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
     elif name == "POP":
         stack.pop()
     else:
-        raise UserError(f"the pickle holds more than plain data (opcode {name}: "
-                        f"{str(argument)[:60]}); it is refused, because such files can run code")
+        shown = argument[:60] if isinstance(argument, (str, bytes)) else "" if argument is None else "a number"
+        raise UserError(f"the pickle holds more than plain data (opcode {name}: {brief(shown, 60)}); it is "
+                        "refused, because such files can run code")
 
 
 def _since_mark(stack: list[Any]) -> list[Any]:
@@ -93,4 +153,7 @@ def _since_mark(stack: list[Any]) -> list[Any]:
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:
+    for key in items[::2]:
+        if not isinstance(key, _KEYS):  # hashing follows every reference
+            raise ValueError(f"a key of type {type(key).__name__}")
     return dict(zip(items[::2], items[1::2], strict=True))
