@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from argenseg_jax import files, trees
-from argenseg_jax.errors import UserError
+from argenseg_jax.errors import UserError, brief
 from argenseg_jax.interop import hf_config, tensor_files
 from argenseg_jax.interop import torch as torch_convert
 from argenseg_jax.interop.tensor_files import Lazy, Tensors
@@ -28,6 +29,8 @@ OWN_PARTS = ("image_tokenizer.", "word_embed.", "lvl_embed.", "pos_1LC")
 # They stand apart in a folder for transformers, which complains of tensors that it does not know.
 OWN_FILE = "argenseg.safetensors"
 INDEX = "model.safetensors.index.json"
+INDICES = (INDEX, "pytorch_model.bin.index.json")
+_PATTERNS = ("*.safetensors", "*.safetensors.xz", "pytorch_model*.bin", "*.pth")
 # What a folder may hold besides weights: copied along when a folder is written from another.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
                    "merges.txt", "special_tokens_map.json", "added_tokens.json",
@@ -39,7 +42,8 @@ def is_hf(path: epath.PathLike) -> bool:
     """Whether the path is a weight file or a folder with weight files in HF form."""
     path = epath.Path(path)
     if path.is_dir():
-        return bool(_weight_files(path))
+        return any((path / name).exists() for name in INDICES) or any(
+            next(iter(path.glob(pattern)), None) for pattern in _PATTERNS)
     return path.is_file() and path.name.endswith(tensor_files.SUFFIXES)
 
 
@@ -47,17 +51,35 @@ def read_config(path: epath.PathLike) -> dict[str, Any]:
     """config.json of a folder."""
     file = epath.Path(path) / "config.json"
     if not file.exists():
-        raise UserError(f"{file} does not exist; an HF-style folder needs it")
-    return files.read_json(file)
+        adapters = (file.parent / "adapter_config.json").exists()
+        raise UserError(f"{file} does not exist; an HF-style folder needs it" + (
+            f". {file.parent} holds LoRA adapters alone: merge them into the weights of their model first"
+            if adapters else ""))
+    config = files.read_json(file)
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is no object of fields")
+    return config
 
 
-def model_cfg(path: epath.PathLike) -> dict[str, Any]:
-    """The `model` section that a folder's config.json describes."""
+def model_cfg(path: epath.PathLike, ids: Callable[[int], Mapping[str, int] | None] | None = None
+              ) -> dict[str, Any]:
+    """The `model` section that a folder's config.json describes, and its weights.
+
+    Args:
+      path: the folder.
+      ids: see hf_config.model_cfg_from_hf.
+    """
     config = read_config(path)
-    cfg = hf_config.model_cfg_from_hf(config)
-    if config.get("model_type") == hf_config.HF and cfg["llm"]["tied"]:
-        # transformers wrote "tied" by default, whatever the model was; the file knows.
-        cfg["llm"]["tied"] = not any(key.endswith("lm_head.weight") for key in open_tensors(path))
+    try:
+        cfg = hf_config.model_cfg_from_hf(config, ids)
+    except UserError as error:
+        raise UserError(str(error).replace("config.json", str(epath.Path(path) / "config.json"), 1)) from None
+    if cfg["llm"].get("tied"):
+        # "Tied" is what transformers wrote by default, whatever the model was; the file knows.
+        tensors = open_tensors(path)
+        head, embedding = (torch_convert.find_key(tensors, leaf) for leaf in (torch_convert.HEAD, torch_convert.EMBEDDING))
+        cfg["llm"]["tied"] = not (head and embedding) or torch_convert.same(
+            tensors.lazy(head), tensors.lazy(embedding))
     return cfg
 
 
@@ -79,7 +101,7 @@ def open_tensors(path: epath.PathLike) -> Tensors:
     lazy: dict[str, Lazy] = {}
     for file in parts:
         if not file.exists():
-            raise UserError(f"{file} does not exist, though the index of its folder names it")
+            raise UserError(f"{file} does not exist, though the files beside it need it")
         tensors = tensor_files.open_file(file)
         for key in tensors:
             if key in lazy:
@@ -89,20 +111,49 @@ def open_tensors(path: epath.PathLike) -> Tensors:
 
 
 def _weight_files(folder: epath.Path) -> list[epath.Path]:
-    """The files of a folder's checkpoint; safetensors are preferred to PyTorch's own."""
-    for index in (INDEX, "pytorch_model.bin.index.json"):
+    """The files of a folder's checkpoint; safetensors are preferred to PyTorch's own.
+
+    Files beside a whole checkpoint (of an optimizer, consolidated ones) are none of it.
+
+    Raises:
+      UserError: a damaged index, or LoRA adapters beside the weights, of which they are a part.
+    """
+    own = [OWN_FILE] if (folder / OWN_FILE).exists() else []
+    for index in INDICES:
         if (folder / index).exists():
-            content = files.read_json(folder / index)
-            try:
-                names = {*content["weight_map"].values(),
-                         *([OWN_FILE] if (folder / OWN_FILE).exists() else [])}
-                return [folder / name for name in sorted(names)]
-            except (KeyError, TypeError, AttributeError):
-                raise UserError(f"{folder / index} has no weight_map {{key: file}}") from None
-    for pattern in ("*.safetensors", "*.safetensors.xz", "pytorch_model*.bin", "*.pth"):
-        if found := sorted(folder.glob(pattern)):
-            return found
+            return [folder / name for name in sorted({*_indexed(folder / index), *own})]
+    for pattern in _PATTERNS:
+        found = {file.name for file in folder.glob(pattern)}
+        if adapters := sorted(name for name in found if name.startswith("adapter_")):
+            raise UserError(f"{folder / adapters[0]}: LoRA adapters beside the weights; merge them into the weights "
+                            "first, or, if they are not to be used, move the file elsewhere")
+        for name in (f"model{end}" for end in tensor_files.SUFFIXES):
+            if name in found:
+                return [folder / name for name in [name, *own]]
+        shards = [re.fullmatch(r"(.+)-(\d{1,6})-of-(\d{1,6})(\..+)", name) for name in sorted(found)]
+        if named := next(filter(None, shards), None):
+            stem, _, total, end = named.groups()
+            width, count = len(total), int(total)
+            if count <= len(found) * 1000:
+                return [folder / name for name in [
+                    *(f"{stem}-{i + 1:0{width}d}-of-{total}{end}" for i in range(count)), *own]]
+        if found:
+            return [folder / name for name in sorted(found)]
     return []
+
+
+def _indexed(index: epath.Path) -> set[str]:
+    """The files that an index names: weight files in its own folder."""
+    content = files.read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index} has no weight_map {{key: file}}")
+    for key, name in names.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0:]+", name) or not name.endswith(
+                tensor_files.SUFFIXES):
+            raise UserError(f"{index}: '{brief(key, 100)}' is in {brief(repr(name), 100)}, which is no weight file "
+                            "of this folder")
+    return set(names.values())
 
 
 def param_shapes(model: Any) -> dict[str, Any]:
@@ -111,7 +162,7 @@ def param_shapes(model: Any) -> dict[str, Any]:
 
 
 def load_params(path: epath.PathLike, model_or_shapes: Any, *, optional: Sequence[str] = (),
-                dtype: Any = None) -> dict[str, Any]:
+                dtype: Any = None, words: Callable[[], int] | None = None) -> dict[str, Any]:
     """Parameters (numpy arrays) from a folder or weight file; see interop/torch.to_jax.
 
     Args:
@@ -119,6 +170,7 @@ def load_params(path: epath.PathLike, model_or_shapes: Any, *, optional: Sequenc
       model_or_shapes: an ARGenSeg, or a tree of shapes (of the whole or of some parts).
       optional: regexes of leaves that may be absent.
       dtype: of the result; None takes each leaf's own.
+      words: () -> the number of words of the folder's tokenizer.
     """
     abstract = isinstance(model_or_shapes, Mapping)
     shapes = model_or_shapes if abstract else param_shapes(model_or_shapes)
@@ -126,19 +178,30 @@ def load_params(path: epath.PathLike, model_or_shapes: Any, *, optional: Sequenc
     tensors = open_tensors(path)
     if not abstract and not optional:
         _check_whole(tensors, path)
-    return torch_convert.to_jax(tensors, shapes, vocab_size=vocab_size, optional=optional,
+    return torch_convert.to_jax(tensors, shapes, vocab_size=vocab_size, words=words, optional=optional,
                                 dtype=dtype, source=str(path))
+
+
+def load_part(path: epath.PathLike, model: Any, part: str) -> dict[str, Any]:
+    """Parameters (numpy arrays) of one part of an ARGenSeg ('vqvae'); no other tensor is read."""
+    tensors = open_tensors(path)
+    if not any(key.startswith(OWN_PARTS) for key in tensors):
+        _check_whole(tensors, path)
+    tensors = tensors.only(lambda key: torch_convert.part(key) == part)
+    return torch_convert.to_jax(tensors, {part: param_shapes(model)[part]}, source=str(path))[part]
 
 
 def _check_whole(tensors: Tensors, path: epath.PathLike) -> None:
     """One hint instead of hundreds of names where a whole part is not there."""
     if not any(key.startswith(OWN_PARTS) for key in tensors):
+        if advice := torch_convert.foreign(tensors):
+            raise UserError(f"{path}: {advice}")
         raise UserError(f"{path} has no VQ-VAE, as InternVL was released: `argenseg convert` "
                         "completes it with VAR's (--vqvae=vae_ch160v4096z32.pth)")
 
 
-def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None = None
-                ) -> torch_convert.Import:
+def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None = None, *,
+                words: Callable[[], int] | None = None) -> torch_convert.Import:
     """How a folder or weight file fills a model; nothing is read yet.
 
     Args:
@@ -147,14 +210,15 @@ def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None =
       vqvae: file of the VQ-VAE, for an InternVL folder as released. The three tables that ARGenSeg
         adds are not filled then: they start as zeros, and the rows of new tokens as the mean of the
         old ones, as in the reference.
+      words: () -> the number of words of the folder's tokenizer.
     """
     shapes, size = dict(param_shapes(model)), model.vocab.size
     tensors = open_tensors(path)
     if vqvae is None:
         _check_whole(tensors, path)
-        return torch_convert.Import(tensors, shapes, vocab_size=size, source=str(path))
+        return torch_convert.Import(tensors, shapes, vocab_size=size, words=words, source=str(path))
     own = {"vqvae": shapes.pop("vqvae")}
-    return (torch_convert.Import(tensors, shapes, vocab_size=size, optional=("visual/.*",),
+    return (torch_convert.Import(tensors, shapes, vocab_size=size, words=words, optional=("visual/.*",),
                                  source=str(path))
             + torch_convert.Import(open_tensors(vqvae), own, source=str(vqvae)))
 

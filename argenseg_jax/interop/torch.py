@@ -11,17 +11,24 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from argenseg_jax import trees
-from argenseg_jax.errors import UserError
+from argenseg_jax.errors import UserError, brief
+from argenseg_jax.interop import diagnosis
 from argenseg_jax.interop.tensor_files import Lazy, Tensors, contiguous
 from argenseg_jax.interop.weight_map import HITS, IGNORED, TABLE, Row, full_name, template_regex
 
 Params = Mapping[str, Any]
+HEAD, EMBEDDING = "llm/lm_head/kernel", "llm/embed/embedding"
+_FLOATS = {np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
+_SHOWN = 8  # faults that one message names
+_LONG = 200  # characters of a key
+_FIRST_ROWS = 64
 
 
 class Import:
@@ -34,11 +41,12 @@ class Import:
     """
 
     def __init__(self, tensors: Mapping[str, np.ndarray], shapes: Params, *,
-                 vocab_size: int | None = None, optional: Sequence[str] = (),
-                 source: str = "the checkpoint"):
-        """Gives every tensor its place; arguments and errors as for to_jax. Nothing is read."""
+                 vocab_size: int | None = None, words: Callable[[], int] | None = None,
+                 optional: Sequence[str] = (), source: str = "the checkpoint"):
+        """Gives every tensor its place; arguments and errors as for to_jax. No leaf is read."""
         want = trees.flatten(shapes)
         jobs, faults = _assign(tensors, want, optional)
+        rows = _Rows(vocab_size, words, complete=any(job.paths[0].startswith("visual/") for job in jobs))
         self.dtypes: dict[str, np.dtype] = {}
         self.total = 0
         steps = []
@@ -47,14 +55,17 @@ class Import:
                 stored = _lazy(tensors, key)
                 self.total += stored.nbytes
                 try:
-                    steps.append(_Step(job, layer, key, stored, want, vocab_size))
+                    steps.append(_Step(job, layer, key, stored, want, rows))
                 except ValueError as error:
                     faults.append(str(error))
+                    continue
                 for path in job.paths:
-                    self.dtypes[path] = np.promote_types(self.dtypes.get(path, stored.dtype),
-                                                         stored.dtype)
+                    self.dtypes[path] = _wider(self.dtypes.get(path, stored.dtype), stored.dtype)
         if faults:
-            raise UserError(f"{source} does not fit the model: " + "; ".join(faults))
+            if advice := foreign(tensors):
+                raise UserError(f"{source}: {advice}")
+            more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+            raise UserError(f"{source} does not fit the model: " + "; ".join(map(str, faults[:_SHOWN])) + more)
         self._steps = steps
 
     def __add__(self, other: Import) -> Import:
@@ -76,8 +87,34 @@ class Import:
                 yield path, step.layer, array
 
 
+def foreign(tensors: Mapping[str, Any]) -> str | None:
+    """What kind of file this is, where its keys are those of adapters, a wrapper or quantised weights."""
+    return diagnosis.advice(list(tensors), lambda key: _find(full_name(key)) is not None)
+
+
+def part(key: str) -> str | None:
+    """The part of the model that a torch key belongs to: 'vqvae', 'llm', ...; None where it has no place."""
+    found = _find(full_name(key))
+    return found.paths[0].split("/")[0] if found else None
+
+
+def find_key(tensors: Mapping[str, Any], path: str) -> str | None:
+    """The torch key that fills a leaf."""
+    for key in tensors:
+        found = _find(full_name(key))
+        if found and path in found.paths:
+            return key
+    return None
+
+
+def same(a: Lazy, b: Lazy) -> bool:
+    """Whether two tensors hold the same numbers; mostly the first rows tell."""
+    return a.shape == b.shape and all(np.array_equal(read(a), read(b)) for read in (
+        lambda x: x.head(_FIRST_ROWS), lambda x: x.read()))
+
+
 def to_jax(tensors: Mapping[str, np.ndarray], shapes: Params, *, vocab_size: int | None = None,
-           optional: Sequence[str] = (), dtype: Any = None,
+           words: Callable[[], int] | None = None, optional: Sequence[str] = (), dtype: Any = None,
            source: str = "the checkpoint") -> dict[str, Any]:
     """State dict -> parameter tree.
 
@@ -86,7 +123,9 @@ def to_jax(tensors: Mapping[str, np.ndarray], shapes: Params, *, vocab_size: int
         VQ-VAE, the language model) may lack the prefix of the whole model.
       shapes: tree of anything with .shape and .dtype (jax.eval_shape of the model's init).
       vocab_size: the model's true vocabulary. A smaller one in the file (a checkpoint from before
-        the visual tokens were added) grows by rows that are the mean of its rows. None: the file's.
+        the visual tokens were added) grows by rows that are the mean of its true rows. None: the file's.
+      words: () -> how many words the file's own tokenizer has; asked where the file's rows are not the
+        model's. Further rows of the file are padding: they are left out. None: all of its rows are true.
       optional: regexes of leaves that may be absent from the file; they are left out of the result.
       dtype: of the result; None takes each leaf's own.
       source: the file, for messages.
@@ -99,7 +138,7 @@ def to_jax(tensors: Mapping[str, np.ndarray], shapes: Params, *, vocab_size: int
         every tensor of a wrong shape.
     """
     want = trees.flatten(shapes)
-    plan = Import(tensors, shapes, vocab_size=vocab_size, optional=optional, source=source)
+    plan = Import(tensors, shapes, vocab_size=vocab_size, words=words, optional=optional, source=source)
     flat: dict[str, np.ndarray] = {}
     for path, layer, array in plan.slices():
         if path not in flat:
@@ -221,15 +260,17 @@ def _assign(tensors: Mapping[str, Any], want: Mapping[str, Any], optional: Seque
             ) -> tuple[list[_Job], list[str]]:
     """Gives every key its leaf. Returns the jobs and a message for each key or leaf left over."""
     jobs: dict[str, _Job] = {}  # by leaf
-    unused: dict[str, str] = {}  # key: its full name
-    faults = []
+    faults: list[Any] = []
+    known = [key for path in want for key in torch_keys(path)]
+    unused: list[_Unused] = []
     for key in tensors:
         name = full_name(key)
         if trees.match(IGNORED, name):
             continue
         found = _find(name)
         if not found or any(path not in want for path in found.paths):
-            unused[key] = name
+            if not (found and found.paths == (HEAD,) and _is_copy(tensors, key, want)):
+                unused.append(_Unused(key, name, known))
             continue
         job = jobs.setdefault(found.paths[0], found)
         if job is not found and (job.row is not found.row or set(job.keys) & set(found.keys)):
@@ -242,17 +283,37 @@ def _assign(tensors: Mapping[str, Any], want: Mapping[str, Any], optional: Seque
             if path in filled:
                 faults.append(f"{job.row.key} fills '{path}' a second time, after {filled[path]}")
             filled[path] = job.row.key
-    known = [key for path in want for key in torch_keys(path)]
-    faults += [f"'{key}' has no place" + _nearest(name, known) for key, name in unused.items()]
+    faults += unused
     for job in jobs.values():
         if job.row.stacked:
             layers = set(range(want[job.paths[0]].shape[0]))
-            if layers != set(job.keys):
+            if differs := sorted(layers ^ set(job.keys)):
                 faults.append(f"{job.row.key} needs layers 0..{len(layers) - 1}; differs in "
-                              f"{sorted(layers ^ set(job.keys))}")
-    faults += [f"nothing fills '{path}' (expected {' or '.join(torch_keys(path)) or 'no key'})"
+                              f"{differs if len(differs) <= _SHOWN else f'{len(differs)} of them'}")
+    faults += [f"nothing fills '{path}' (expected {' or '.join(torch_keys(path)) or 'no key'}"
+               + ("; if the embedding is the head as well, set tie_word_embeddings to true in config.json)"
+                  if path == HEAD else ")")
                for path in want if path not in filled and not trees.match(optional, path)]
     return list(jobs.values()), faults
+
+
+def _is_copy(tensors: Mapping[str, Any], head: str, want: Mapping[str, Any]) -> bool:
+    """Whether the head of a model whose embedding is its head is the embedding again."""
+    embedding = find_key(tensors, EMBEDDING) if EMBEDDING in want else None
+    return embedding is not None and same(_lazy(tensors, head), _lazy(tensors, embedding))
+
+
+@dataclasses.dataclass
+class _Unused:
+    """A key without a place; as a text, with its nearest neighbour, which takes a while to find."""
+
+    key: str
+    name: str
+    known: Sequence[str]
+
+    def __str__(self) -> str:
+        near = _nearest(self.name, self.known) if len(self.name) < _LONG else ""
+        return f"'{brief(self.key, _LONG)}' has no place{near}"
 
 
 def _find(name: str) -> _Job | None:
@@ -285,21 +346,20 @@ class _Step:
     """One tensor on its way into its leaves (or into one layer of them)."""
 
     def __init__(self, job: _Job, layer: int | None, key: str, stored: Lazy,
-                 want: Mapping[str, Any], vocab_size: int | None):
-        """Raises ValueError where the shapes do not fit."""
+                 want: Mapping[str, Any], rows: _Rows):
+        """Raises ValueError where the shapes do not fit, or the tensor holds no floats."""
         self.job, self.layer, self._stored = job, layer, stored
+        if stored.dtype not in _FLOATS:
+            raise ValueError(f"'{key}' is {stored.dtype.name}; weights are float64, float32, float16 or bfloat16")
         shape = stored.shape
         self._shapes = [tuple(want[p].shape[layer is not None:]) for p in job.paths]
-        self._rows = None
+        self._rows: tuple[int, int] | None = None
         axis = job.row.op.vocab_axis
-        if axis is not None:
-            self._rows = vocab_size or shape[0]
-            if shape[0] > self._rows:
-                raise ValueError(f"a vocabulary of {shape[0]} rows in the file, {vocab_size} in "
-                                 "the model")
-            shape = (self._rows, *shape[1:])
+        if axis is not None and shape:
+            self._rows = rows.of(shape[0])
+            shape = (self._rows[1], *shape[1:])
             size = list(self._shapes[0])
-            size[axis] = min(self._rows, size[axis])
+            size[axis] = min(self._rows[1], size[axis])
             self._shapes = [tuple(size)]
         try:
             leaves = job.row.op.to_jax(_blank(shape), tuple(self._shapes))
@@ -313,19 +373,54 @@ class _Step:
     def read(self) -> tuple[np.ndarray, ...]:
         """The leaves (of the layer)."""
         tensor = self._stored.read()
-        return self.job.row.op.to_jax(_grow(tensor, self._rows), tuple(self._shapes))
+        return self.job.row.op.to_jax(tensor if self._rows is None else _grow(tensor, *self._rows),
+                                      tuple(self._shapes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Which rows of a vocabulary in the file are taken, and how many there shall be; see to_jax.
+
+    Attributes:
+      complete: whether the file is of an ARGenSeg, whose words are all there.
+    """
+
+    vocab_size: int | None
+    words: Callable[[], int] | None
+    complete: bool
+
+    def of(self, stored: int) -> tuple[int, int]:
+        """(true rows among the stored ones, rows of the model); ValueError where they do not fit."""
+        size = self.vocab_size
+        if size is None or self.complete and stored == size:
+            return stored, stored if size is None else size
+        true = stored if self.words is None else min(stored, self.words(), size)
+        if true > size:
+            raise ValueError(f"a vocabulary of {stored} rows in the file, {size} in the model, and no tokenizer "
+                             "beside it that says which are padding")
+        if true < 1:
+            raise ValueError("a vocabulary without rows in the file")
+        return true, size
+
+
+def _wider(a: np.dtype, b: np.dtype) -> np.dtype:
+    """The dtype that holds both; float32 for float16 and bfloat16."""
+    try:
+        return np.promote_types(a, b)
+    except TypeError:
+        return np.dtype(np.float32)
 
 
 def _lazy(tensors: Mapping[str, np.ndarray], key: str) -> Lazy:
     return tensors.lazy(key) if isinstance(tensors, Tensors) else Lazy.of(tensors[key])
 
 
-def _grow(tensor: np.ndarray, rows: int | None) -> np.ndarray:
-    """[V, ...] with fewer than `rows` rows gets more, each the mean of its own."""
-    if rows is None or rows == tensor.shape[0]:
+def _grow(tensor: np.ndarray, true: int, rows: int) -> np.ndarray:
+    """[V, ...] -> [rows, ...]: its first `true` rows, then their mean."""
+    if true == rows == tensor.shape[0]:
         return tensor
     grown = np.empty((rows, *tensor.shape[1:]), tensor.dtype)
-    grown[:len(tensor)] = tensor
-    blocks = (tensor[i:i + 4096] for i in range(0, len(tensor), 4096))  # f64 of all is too much
-    grown[len(tensor):] = sum(b.astype(np.float64).sum(0) for b in blocks) / len(tensor)
+    grown[:true] = tensor[:true]
+    blocks = (grown[i:min(i + 4096, true)] for i in range(0, true, 4096))  # f64 of all is too much
+    grown[true:] = sum(b.astype(np.float64).sum(0) for b in blocks) / true
     return grown

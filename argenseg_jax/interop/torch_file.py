@@ -141,6 +141,9 @@ def _check_legacy(stream: BinaryIO) -> None:
     if tarfile.is_tarfile(stream):
         raise ValueError("a tar archive, which torch wrote before 0.1.10; save it anew with torch")
     stream.seek(0)
+    if (first := stream.read(2)) != b"\x80\x02":
+        raise ValueError("a zip that is cut off" if first == b"PK" else "it does not begin as torch's files do")
+    stream.seek(0)
     for _ in range(_LEGACY_PICKLES):
         check_pickle(stream)
 

@@ -58,7 +58,7 @@ class Row:
 @functools.cache
 def template_regex(template: str) -> re.Pattern[str]:
     """Matches the names of a template; its groups are the indices."""
-    return re.compile(re.sub(r"\\\{([ijk])\\\}", r"(?P<\1>\\d+)", re.escape(template)))
+    return re.compile(re.sub(r"\\\{([ijk])\\\}", r"(?P<\1>\\d{1,6})", re.escape(template)))
 
 
 def _one(name: str, to_jax, to_torch) -> Op:

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from argenseg_jax import config_keys
 from argenseg_jax.errors import UserError
 from argenseg_jax.models.argenseg import ARGenSeg, VisualEmbed
 from argenseg_jax.models.connector import Connector
 from argenseg_jax.models.decoder_lm import DecoderLM
 from argenseg_jax.models.intern_vit import InternViT
-from argenseg_jax.models.layers import REMAT_POLICIES
 from argenseg_jax.models.vqvae import VQVAE
 from argenseg_jax.scales import PATCH_NUMS_256
 from argenseg_jax.vocab import Vocab
@@ -76,44 +76,74 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 _PARTS = dict(vision=InternViT, connector=Connector, llm=DecoderLM, vqvae=VQVAE)
 _FIELDS_OF = {**_PARTS, "vocab": Vocab}
-_TOP = ("image_size", "block_causal", "dtype", "remat", "unroll")
+_MAX_GRID = 512  # patches along a side of an image
+_MAX_CODES = 2**20  # of a mask
+_MAX_SIDE = 8192  # pixels of a mask
 
 
 def resolve(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """{'variant': name, overrides} -> all fields spelled out; unknown names are UserErrors."""
+    """{'variant': name, overrides} -> all fields spelled out.
+
+    Raises:
+      UserError: `model.` and the field that is unknown, missing, of another type, out of its range, or
+        does not go with another one.
+    """
+    config_keys.check_model(model_cfg)
     cfg = {k: (dict(v) if isinstance(v, Mapping) else v) for k, v in model_cfg.items()}
     name = cfg.pop("variant", None)
     if name is not None and name not in VARIANTS:
         raise UserError(f"model.variant={name!r} is unknown; there are {', '.join(VARIANTS)}")
     spec = copy.deepcopy(VARIANTS[name]) if name else {}
     for key, value in cfg.items():
-        if key in _FIELDS_OF:
-            if not isinstance(value, Mapping):
-                raise UserError(f"model.{key}={value!r}: a dict of fields is expected")
-            if unknown := sorted(set(value) - set(_FIELDS_OF[key].__dataclass_fields__)):
-                raise UserError(f"model.{key}.{unknown[0]} is not a field of "
-                                f"{_FIELDS_OF[key].__name__}")
-            spec[key] = {**spec.get(key, {}), **value}
-        elif key in _TOP:
-            spec[key] = value
-        else:
-            raise UserError(f"model.{key} is unknown; there are variant, "
-                            f"{', '.join(_FIELDS_OF)}, {', '.join(_TOP)}")
+        spec[key] = {**spec.get(key, {}), **value} if key in _FIELDS_OF else value
     if missing := [key for key in (*_FIELDS_OF, "image_size") if key not in spec]:
         raise UserError(f"model.{missing[0]} is missing: name a variant, or give every part")
+    if missing := [key for key in ("base", "eos") if key not in spec["vocab"]]:
+        raise UserError(f"model.vocab.{missing[0]} is missing")
+    _check_together(spec)
     return spec
 
 
+def _check_together(spec: Mapping[str, Any]) -> None:
+    """UserError that names the fields which exclude each other; each by itself is right."""
+    def field(key: str) -> Any:
+        part, _, name = key.rpartition(".")
+        return spec[part].get(name, getattr(_FIELDS_OF[part], name, None)) if part else spec[name]
+
+    def refuse(wrong: bool, text: str, *keys: str) -> None:
+        if wrong:
+            raise UserError(" and ".join(f"model.{key}={field(key)!r}" for key in keys) + f": {text}")
+
+    for large, small in (("llm.heads", "llm.kv_heads"), ("vision.width", "vision.heads")):
+        refuse(field(large) % field(small) != 0, "the first must be a multiple of the second", large, small)
+    refuse(field("llm.head_dim") % 2 != 0, "rotary positions need an even number", "llm.head_dim")
+    shuffle = round(1 / field("connector.ratio"))
+    refuse(abs(shuffle * field("connector.ratio") - 1) > 1e-6, "1 divided by a whole number is expected",
+           "connector.ratio")
+    for key in ("image_size", "vision.image_size"):
+        grid = field(key) // field("vision.patch")
+        refuse(not 1 <= grid <= _MAX_GRID, f"1 to {_MAX_GRID} patches along a side are expected",
+               key, "vision.patch")
+    refuse(field("image_size") % (field("vision.patch") * shuffle) != 0,
+           f"{shuffle} x {shuffle} patches become one position: they must fill the image",
+           "image_size", "vision.patch", "connector.ratio")
+    sides, mults = field("vqvae.patch_nums"), field("vqvae.ch_mult")
+    refuse(list(sides) != sorted(sides), "scales go from coarse to fine", "vqvae.patch_nums")
+    refuse(sum(side * side for side in sides) > _MAX_CODES, f"a mask has at most {_MAX_CODES} codes",
+           "vqvae.patch_nums")
+    refuse(len(mults) > 8 or field("vqvae.patch_size") * 2 ** (len(mults) - 1) * sides[-1] > _MAX_SIDE,
+           f"masks have at most {_MAX_SIDE} pixels along a side", "vqvae.patch_size", "vqvae.ch_mult",
+           "vqvae.patch_nums")
+    size = Vocab(field("vocab.base"), field("vqvae.codebook_size"), 0).size
+    for key in ("vocab.eos", "vocab.pad"):
+        refuse(field(key) >= size, f"the vocabulary has {size} ids", key, "vocab.base")
+
+
 def build(model_cfg: Mapping[str, Any]) -> ARGenSeg:
-    """The module of a config's `model` section."""
+    """The module of a config's `model` section; errors as for `resolve`."""
     spec = resolve(model_cfg)
-    try:
-        dtype = jnp.dtype(spec.get("dtype", "float32"))
-    except TypeError:
-        raise UserError(f"dtype {spec['dtype']!r} is unknown; float32 or bfloat16") from None
+    dtype = jnp.dtype(spec.get("dtype", "float32"))
     stack = dict(dtype=dtype, remat=spec.get("remat", "none"), unroll=spec.get("unroll", False))
-    if stack["remat"] not in REMAT_POLICIES:
-        raise UserError(f"remat {stack['remat']!r} is unknown; there are {', '.join(REMAT_POLICIES)}")
     parts = {key: {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in spec[key].items()}
              for key in _PARTS}
     quantizer = VQVAE(**parts["vqvae"])
