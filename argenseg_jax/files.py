@@ -3,24 +3,26 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import io
 import json
 import os
 import re
 import stat
-import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from argenseg_jax import processes
 from argenseg_jax.errors import UserError, brief
 
 MAX_BYTES = 512 * 2**20  # of a file that is read whole, unless its reader says otherwise
 MAX_JSON = 2 * 2**30  # instances_train2017.json has 0.45 GB
 MAX_LINE = 64 * 2**20  # characters of one line of a file that is read line by line
 MAX_DEPTH = 64  # of nested lists and objects in JSON
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-16's begins as UTF-32's
 _LARGE_NUMBER = re.compile(rb"\d{19}|[eE]\+?\d{3}")  # may be outside of 64 bits or of a float
@@ -41,7 +43,15 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def to_path(path: epath.PathLike, error: type[UserError] = UserError) -> epath.Path:
-    """The path as an object; `error` where its scheme (gs://, s3://, ...) has no file system here."""
+    """The path as an object; `error` where its scheme (gs://, s3://, ...) has no file system here, or where it
+    is no name of a file (a null byte, bytes that are no UTF-8)."""
+    text = os.fspath(path)
+    try:
+        if "\0" in text:
+            raise ValueError
+        text.encode()
+    except ValueError:
+        raise error(f"{brief(text)!r} is no name of a file: it has a null byte or is no UTF-8") from None
     try:
         return epath.Path(path)
     except (KeyError, ImportError) as fault:
@@ -75,7 +85,7 @@ def _reading(path: epath.Path, error: type[UserError]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as fault:  # ValueError: a null byte in the name
-        raise error(f"{path} cannot be read ({_reason(fault)})") from None
+        raise error(f"{path} cannot be read ({reason(fault)})") from None
     except UserError:
         raise
     except ImportError as fault:
@@ -213,28 +223,67 @@ def _finite_number(text: str) -> float:
 # ---------------------------------------------------------------------------------- writing
 
 
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[None]:
+    """What keeps the block from writing below `path` becomes one line, a UserError: a full or read-only disk,
+    missing rights, a bucket out of reach. Other exceptions pass."""
+    try:
+        yield
+    except (OSError, ImportError) as fault:
+        raise UserError(f"{path} cannot be written ({reason(fault)})") from fault
+    except UserError:
+        raise
+    except Exception as fault:  # libraries wrap what the system says, and a bucket's client has its own
+        if (found := disk_fault(fault)) is None:
+            raise
+        raise UserError(f"{path} cannot be written ({found})") from fault
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """What the system says of the disk in an exception of a library, or in one before it; else None."""
+    seen: list[BaseException] = []
+    fault: BaseException | None = error
+    while fault is not None and fault not in seen:
+        seen.append(fault)
+        if isinstance(fault, OSError) and fault.errno in _DISK_ERRORS:
+            return os.strerror(fault.errno)
+        text = str(fault).lower()
+        for number in _DISK_ERRORS:
+            if os.strerror(number).lower() in text:
+                return os.strerror(number)
+        fault = fault.__cause__ or fault.__context__
+    return None
+
+
 def write(path: epath.PathLike, content: str | bytes | Iterable[str]) -> None:
     """Writes under a temporary name and renames: readers see the old or the new file, whole.
 
-    In a bucket every file is written so. Makes the folder. Of an iterable one part after the other is
-    in memory; in a bucket, all of it. Raises UserError where the file cannot be written.
+    In a bucket every file is written so. Makes the folder. Of an iterable one part after the other is in
+    memory; in a bucket, all of it. The temporary name belongs to this process, so that several may write at
+    once; the last one's file stays. Raises UserError where the file cannot be written.
     """
-    path = epath.Path(path)
+    path = to_path(path)
     parts = (part.encode() if isinstance(part, str) else part
              for part in ([content] if isinstance(content, (str, bytes)) else content))
     if is_remote(path):
-        path.write_bytes(b"".join(parts))
+        data = b"".join(parts)
+        try:
+            path.write_bytes(data)
+        except Exception as fault:  # a bucket's client has exceptions of its own
+            raise UserError(f"{path} cannot be written ({reason(fault)})") from None
         return
-    temporary = path.parent / f"{path.name}.tmp"
+    temporary = path.parent / processes.temporary_name()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.writelines(parts)
         temporary.replace(path)
-    except OSError as error:
-        if temporary.exists():
+    except BaseException as fault:
+        with contextlib.suppress(OSError, ValueError):
             temporary.unlink()
-        raise UserError(f"{path} cannot be written ({_reason(error)})") from None
+        if isinstance(fault, OSError):
+            raise UserError(f"{path} cannot be written ({reason(fault)})") from None
+        raise
 
 
 def check_writable(folder: epath.PathLike) -> None:
@@ -242,44 +291,32 @@ def check_writable(folder: epath.PathLike) -> None:
     folder = to_path(folder)
     try:
         new = [] if is_remote(folder) else [f for f in (folder, *folder.parents) if not f.exists()]
-        trial = folder / f".trial-{uuid.uuid4().hex}"
+        trial = folder / processes.temporary_name()
         if new:
             folder.mkdir(parents=True)
-        trial.write_bytes(bytes(4096))  # an empty file can be created on a full disk
-        trial.unlink()
+        try:
+            trial.write_bytes(bytes(4096))  # an empty file can be created on a full disk
+        finally:
+            trial.unlink(missing_ok=True)
         for made in new:
             with contextlib.suppress(OSError):  # somebody else uses it by now
                 made.rmdir()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise UserError(f"{folder} cannot be written ({_reason(error)})") from None
+        raise UserError(f"{folder} cannot be written ({reason(error)})") from None
 
 
-@contextlib.contextmanager
-def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
-    """A folder to fill, which takes its name `path` when the block ends well, and else vanishes.
-
-    What an interrupted process left of an earlier attempt is removed first. In a bucket, where a
-    folder cannot be renamed, it has its name from the start. Raises UserError where `path` exists.
-    """
-    path = epath.Path(path)
-    if path.exists():
-        raise UserError(f"{path} exists already; choose another name or remove it")
-    temporary = path if is_remote(path) else path.parent / f"{path.name}.partial"
-    temporary.rmtree(missing_ok=True)
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({_reason(error)})") from None
-    try:
-        yield temporary
-        if temporary != path:
-            temporary.rename(path)
-    except BaseException:
-        temporary.rmtree(missing_ok=True)
-        raise
+def remove_leftovers(folder: epath.PathLike) -> None:
+    """Removes from a local folder the temporary files of `write` whose processes have ended."""
+    folder = epath.Path(folder)
+    for path in folder.iterdir() if not is_remote(folder) and folder.is_dir() else ():
+        if processes.is_leftover(path.name):
+            path.unlink(missing_ok=True)
 
 
-def _reason(error: OSError | ValueError) -> str:
+def reason(error: BaseException) -> str:
+    """What an exception of a file system says, in a few words."""
+    if isinstance(error, ImportError):
+        return f"a package is missing: {brief(error)}"
     return getattr(error, "strerror", None) or brief(error) or type(error).__name__
 
 

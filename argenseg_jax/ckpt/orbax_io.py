@@ -148,12 +148,6 @@ class Checkpointer:
         held = _restore_item(_frozen_folder(path), rest) if rest else {}
         self._frozen = found["meta"].get(_FROZEN)
         data = found["meta"]["data"]
-        if isinstance(data, list):  # version 0.1 kept a text per process
-            if len(data) > 1:
-                raise UserError(f"{self._dir / str(step)} was written by version 0.1 in {len(data)} "
-                                "processes, whose places in the data have no common meaning; start "
-                                "another --workdir with init_from set to this one")
-            data = json.loads(data[0])["json"]
         whole = trees.replace(params, {**trees.flatten(found["params"]), **trees.flatten(held)})
         return whole, found["ema"] if ema else {}, found["train"], data
 

@@ -15,7 +15,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from argenseg_jax import files, trees
+from argenseg_jax import files, locks, trees
 from argenseg_jax.ckpt import checkpoint, orbax_io
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder
@@ -51,7 +51,7 @@ def to_orbax(source: checkpoint.Checkpoint, weights: epath.PathLike, target: epa
     missing = np.dtype(dtype or plan.dtypes["llm/embed/embedding"])  # of tables that start as zeros
     leaves = {name: jax.ShapeDtypeStruct(leaf.shape, dtype or plan.dtypes.get(name, missing))
               for name, leaf in shapes.items()}
-    with files.new_folder(target) as folder, _bar(target, _nbytes(leaves)) as bar:
+    with locks.new_folder(target) as folder, _bar(target, _nbytes(leaves)) as bar:
         with orbax_io.ParamsWriter(folder / orbax_io.DIRECTORY / "0", leaves) as writer:
             for name, layer, array in plan.slices():
                 writer.write(name, torch_convert.corner(layer, array), array)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from argenseg_jax import processes
 from argenseg_jax.cli import common
 from argenseg_jax.errors import UserError
 
@@ -39,6 +40,7 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 a check failed, 2 user error."""
+    processes.end_with_parent()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage(), file=sys.stderr)

@@ -22,6 +22,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from argenseg_jax import processes
 from argenseg_jax.cli import common
 from argenseg_jax.errors import UserError
 
@@ -120,7 +121,8 @@ def _compile(overrides: list[str]) -> dict[str, Any]:
     given = [f"--config.{k}={v}" for k, v in config_flags.get_override_values(FLAGS["config"]).items()]
     args = ["compile", f"--config={path}", *given, *overrides, f"--topology={FLAGS.topology}",
             f"--slices={FLAGS.slices}", *(f"--xla={option}" for option in FLAGS.xla)]
-    done = subprocess.run([sys.executable, "-m", "argenseg_jax", *args], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "argenseg_jax", *args], capture_output=True, text=True,
+                          env=processes.child_environment())
     if done.returncode:
         return {"fits": False, "error": done.stderr.strip().splitlines()[-1]}
     return json.loads(done.stdout.splitlines()[-1])

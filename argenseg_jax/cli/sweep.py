@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from argenseg_jax import processes
 from argenseg_jax.cli import common
 from argenseg_jax.errors import UserError
 
@@ -40,6 +41,7 @@ _SIGTERM_EXIT = 143  # of `train`: all is saved, it was told to stop
 def run() -> dict[str, Any]:
     """Returns {points, done, failed, metric, best, table, plot}, or {points, file}."""
     common.require("config", "workdir")
+    from argenseg_jax import files
     from argenseg_jax.train import sweep
 
     path = config_flags.get_config_filename(FLAGS["config"])
@@ -49,7 +51,12 @@ def run() -> dict[str, Any]:
     commands = [sweep.train_args(point, path, overrides, FLAGS.workdir) for point in points]
     if FLAGS.launch in ("commands", "slurm", "jobset"):
         return {"points": len(points), "file": _write(commands)}
-    failed = _train(points, commands) if FLAGS.launch == "here" else 0
+    failed = 0
+    if FLAGS.launch == "here":
+        from argenseg_jax import locks
+
+        with locks.Lock(files.join(FLAGS.workdir, locks.FILE), FLAGS.workdir, common.log):
+            failed = _train(points, commands)
     listed = module.metrics() if hasattr(module, "metrics") else ("loss",)
     metrics = tuple(dict.fromkeys((FLAGS.metric or listed[0], *listed)))
     return _collect(points, metrics, failed)
@@ -103,7 +110,7 @@ def _call(args: list[str]) -> dict[str, Any]:
     """
     devices = [f"--cpu_devices={FLAGS.cpu_devices}"] if FLAGS.cpu_devices else []
     child = subprocess.Popen([sys.executable, "-m", "argenseg_jax", *args, *devices],
-                             stdout=subprocess.PIPE, text=True)
+                             stdout=subprocess.PIPE, text=True, env=processes.child_environment())
     before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
         out, _ = child.communicate()

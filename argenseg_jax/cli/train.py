@@ -3,8 +3,9 @@
   python -m argenseg_jax train --config configs/nano.py --workdir runs/nano
 
 Writes WORKDIR/config.json, metrics.jsonl, tensorboard/, samples/ and checkpoints/. A second call
-with the same config continues behind the newest checkpoint; SIGTERM saves first. With --distributed
-the same command runs on every host; it may go on with another number of them.
+with the same config resumes from the newest checkpoint; SIGTERM and Ctrl-C save first. One run at a time
+writes to a workdir: WORKDIR/lock.json names its process. With --distributed the same command runs on every
+host; it may resume with another number of them.
 """
 from __future__ import annotations
 
@@ -21,7 +22,6 @@ FLAGS = common.FLAGS
 common.define_config()
 common.define_workdir()
 flags.DEFINE_string("profile", None, "FIRST..LAST: writes a trace of these steps to WORKDIR/profile.")
-_SIGTERM_EXIT = 143  # 128 + 15, as the shell reports a process that SIGTERM ended
 _LOST_EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
@@ -39,7 +39,7 @@ def run() -> dict[str, Any]:
         return train_run.train(FLAGS.config.to_dict(), FLAGS.workdir, profile=steps)
     except loop.Preempted as stop:
         common.log(str(stop))
-        sys.exit(_SIGTERM_EXIT)
+        sys.exit(128 + stop.signal)  # as the shell reports a process that the signal ended: 143, 130
     except loop.HostLost as lost:
         common.log(f"error: {lost}")
         common.leave(_LOST_EXIT)

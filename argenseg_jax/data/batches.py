@@ -19,8 +19,9 @@ import numpy as np
 from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
+from argenseg_jax import processes
 from argenseg_jax.data import packing
-from argenseg_jax.errors import UserError
+from argenseg_jax.errors import UserError, located
 
 Batch = dict[str, np.ndarray]
 SMALL = 100  # the share of broken samples is taken of at least so many: one early fault is no verdict
@@ -88,22 +89,14 @@ class BatchIterator(Iterator[Batch]):
                 "broken": {str(place): dict(t.broken) for place, t in self._taken.items() if t.broken}}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues where a run's state was taken.
-
-        A state of before there were places, {"seen": samples taken in order}, is understood too.
-        """
-        if "seen" in state:
-            counts = {place: -((place - state["seen"]) // self._size) for place in self._taken}
-            state = {"taken": {str(p): max(n, 0) for p, n in counts.items()}, "broken": {}}
-        known = state.get("taken", {})
-        if missing := [place for place in self._taken if str(place) not in known]:
-            raise UserError(f"the saved place in the data is of {len(known)} rows a batch, not of "
-                            f"{self._size}: row {missing[0]} is not there")
+        """Continues where a run's state was taken; UserError if it is damaged or of another batch size."""
+        rows = sorted(map(str, range(self._size)))
+        with located("the saved iterator state", "state of the data", UserError):
+            if (found := sorted(state["taken"])) != rows:
+                raise UserError(f"of {len(found)} rows a batch, not of the {self._size} of this run")
+            taken = {p: _Taken.of(state, str(p)) for p in self._taken}
         self.close()
-        waiting = state.get("waiting", {})
-        self._open({p: _Taken(known[str(p)], tuple(waiting.get(str(p), ())),
-                              collections.Counter(state["broken"].get(str(p), {})))
-                    for p in self._taken})
+        self._open(taken)
 
     def _open(self, taken: dict[int, _Taken]) -> None:
         self._taken = taken
@@ -115,7 +108,7 @@ class BatchIterator(Iterator[Batch]):
                 flags.FLAGS.mark_as_parsed()
             # Every worker has its own places; grain takes their shares of a batch in turn.
             workers = max(n for n in range(1, self._workers + 1) if len(taken) % n == 0)
-            shares = shares.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+            shares = shares.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
         self._iterator = ThreadPrefetchIterDataset(
             _Batches(shares, taken, self._max_broken, workers), prefetch_buffer_size=2).__iter__()
         # Also at exit: grain's threads must not outlive the modules that they use.
@@ -129,6 +122,17 @@ class _Taken:
     count: int = 0
     waiting: tuple[int, ...] = ()
     broken: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], row: str) -> _Taken:
+        """The part of a run's state that belongs to a row; ValueError or TypeError where it is damaged."""
+        count, waiting = state["taken"][row], state["waiting"].get(row, [])
+        broken = collections.Counter(state["broken"].get(row, {}))
+        if not all(type(n) is int and n >= 0 for n in (count, *waiting, *broken.values())):
+            raise ValueError(f"row {row} has a number of samples that is none")
+        if any(n >= count for n in waiting):
+            raise ValueError(f"row {row} waits with samples that it has not taken")
+        return cls(count, tuple(waiting), broken)
 
 
 class _Row(NamedTuple):
@@ -308,6 +312,11 @@ class _BatchesIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Never called: a new iterator is made for a new place in the data."""
+
+
+def _begin_worker(index: int, count: int) -> None:
+    """What grain calls first in each of its worker processes."""
+    processes.end_with_parent()
 
 
 def _close(iterator: grain.DatasetIterator) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -30,7 +31,7 @@ import tqdm
 from etils import epath
 from PIL import Image
 
-from argenseg_jax import files
+from argenseg_jax import files, locks, processes
 from argenseg_jax.data import prompt, records, sources, tfds_folder, transforms
 from argenseg_jax.data.prepared import FORMAT, MANIFEST, PLAN, SHARDS, SUMMARY, checksum
 from argenseg_jax.data.sample import Sample
@@ -140,16 +141,17 @@ def prepare(job: Job, *, workers: int = 1, runner: str = "", beam_options: Seque
       UserError: a source cannot be opened or has no readable sample, or `out` holds something else.
     """
     _items.cache_clear()  # the files may have changed since this process last looked
-    out, items = epath.Path(job.out), _items(job)
+    out, items = files.to_path(job.out), _items(job)
     plan = {**job.identity(), "samples": len(items)}
-    _claim(out, plan)
     total = -(-len(items) // job.shard_samples)
-    bar = tqdm.tqdm(total=len(items), unit=" samples", file=sys.stderr, dynamic_ncols=True, delay=1,
-                    mininterval=0.5 if sys.stderr.isatty() else 30)
-    with bar:
-        for number in _run(job, range(total), workers, runner, beam_options):
-            bar.update(len(_numbers(job, number, len(items))))
-    return _finish(job, items, plan, total)
+    with locks.Lock(out / locks.FILE, f"--out: {out}"):
+        _claim(out, plan)
+        bar = tqdm.tqdm(total=len(items), unit=" samples", file=sys.stderr, dynamic_ncols=True, delay=1,
+                        mininterval=0.5 if sys.stderr.isatty() else 30)
+        with bar:
+            for number in _run(job, range(total), workers, runner, beam_options):
+                bar.update(len(_numbers(job, number, len(items))))
+        return _finish(job, items, plan, total)
 
 
 def write_shard(job: Job, number: int) -> int:
@@ -170,12 +172,14 @@ def write_shard(job: Job, number: int) -> int:
         name = f".{target.name}.{uuid.uuid4().hex}.tmp"
         temporary = pathlib.Path(remote if files.is_remote(out) else out) / name
         rows = ((k, serialize(records.encode(s))) for k, s in done.samples(job, items, number))
-        tfds.core.ExampleWriter(tfds.core.FileFormat.ARRAY_RECORD).write(temporary, rows)
-        size, digest = temporary.stat().st_size, checksum(temporary)
-        if files.is_remote(out):
-            epath.Path(temporary).copy(target, overwrite=True)
-        else:
-            temporary.replace(target)
+        with files.writing(target), contextlib.ExitStack() as undo:
+            undo.callback(temporary.unlink, missing_ok=True)  # on a full disk its room is wanted
+            tfds.core.ExampleWriter(tfds.core.FileFormat.ARRAY_RECORD).write(temporary, rows)
+            size, digest = temporary.stat().st_size, checksum(temporary)
+            if files.is_remote(out):
+                epath.Path(temporary).copy(target, overwrite=True)
+            else:
+                temporary.replace(target)
     files.write(note, json.dumps({"file": target.name, "samples": sum(done.parts.values()), "bytes": size,
                                   "sha256": digest, "parts": done.parts, "broken": done.broken,
                                   "statistics": done.statistics.to_json()}))
@@ -253,7 +257,8 @@ def _run(job: Job, numbers: Sequence[int], workers: int, runner: str, beam_optio
 
 def _processes(write: functools.partial, numbers: Sequence[int], workers: int) -> Iterator[int]:
     spawn = multiprocessing.get_context("spawn")  # a forked jax hangs
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(numbers)), mp_context=spawn) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+            min(workers, len(numbers)), mp_context=spawn, initializer=processes.end_with_parent) as pool:
         try:
             for future in concurrent.futures.as_completed([pool.submit(write, n) for n in numbers]):
                 yield future.result()
@@ -293,7 +298,7 @@ def _claim(out: epath.Path, plan: Mapping[str, Any]) -> None:
             shown = "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in differs)
             raise UserError(f"--out: {out} was begun differently ({shown}); name another folder, or "
                             "remove it")
-    elif out.exists() and any(out.iterdir()):
+    elif any(path.name != locks.FILE for path in (out.iterdir() if out.exists() else ())):
         raise UserError(f"--out: {out} is not empty and holds no {PLAN}; name another folder")
     else:
         files.write(out / PLAN, json.dumps(plan, indent=1) + "\n")

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from argenseg_jax import files, trees
+from argenseg_jax import files, locks, trees
 from argenseg_jax.errors import UserError, brief
 from argenseg_jax.interop import hf_config, tensor_files
 from argenseg_jax.interop import torch as torch_convert
@@ -245,7 +245,7 @@ def save_folder(path: epath.PathLike, params: Mapping[str, Any], model_cfg: Mapp
     tensors = torch_convert.export(flat, layout=layout, vocab_size=size, dtype=dtype)
     name = str(np.dtype(dtype or flat["llm/embed/embedding"].dtype))
     config = hf_config.model_cfg_to_hf(model_cfg, name, layout)
-    with files.new_folder(path) as folder:
+    with locks.new_folder(path) as folder:
         total = 0
         if layout == "hf":
             own = {key: tensors.pop(key) for key in list(tensors) if key.startswith(OWN_PARTS)}

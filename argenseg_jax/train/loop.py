@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from argenseg_jax import files, hosts, sharding, trees
+from argenseg_jax import files, hosts, locks, sharding, trees
 from argenseg_jax.ckpt.orbax_io import CONFIG, Checkpointer, newest_step
 from argenseg_jax.errors import UserError
 from argenseg_jax.train import flops, metrics_log, program
@@ -34,7 +35,15 @@ Loader = Callable[[Params], Params]
 
 
 class Preempted(Exception):
-    """SIGTERM came; everything is saved. The same command goes on from there."""
+    """SIGTERM or Ctrl-C came; everything is saved. The same command resumes from there.
+
+    Attributes:
+      signal: its number.
+    """
+
+    def __init__(self, text: str, signal: int):
+        super().__init__(text)
+        self.signal = signal
 
 
 class HostLost(Exception):
@@ -68,48 +77,77 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
       Preempted: after SIGTERM.
       HostLost: another process ended; this one should end too, without waiting for it.
     """
-    # ------------------------------------------------------------------ setup
     begin_time = time.perf_counter()
-    root = epath.Path(workdir)
-    saved = _newest_of_all(root)
-    check_config(root / CONFIG, cfg, resumed=saved is not None)
+    root = files.to_path(workdir)
     mesh = sharding.make_mesh(cfg["mesh"], devices)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(init, jax.random.key(0))
         begins = [sum(phase.steps for phase in phases[:i]) for i in range(len(phases))]
         runners = [_PhaseRunner(cfg, *pair, shapes, mesh, rules) for pair in zip(phases, begins)]
+    with _locked(root) as lock:
+        saved = _newest_of_all(root)
+        check_config(root / CONFIG, cfg, resumed=saved is not None)
         params = None
         if saved is None:
-            params = initial_params(init, cfg["seed"], shapes, mesh, rules, load)
-    if hosts.is_first():  # nothing is written before all of the above is well
-        files.write(root / CONFIG, json.dumps(cfg, indent=1) + "\n")
-        for name, save in (beside or {}).items():
-            save(root / name)
-    total = sum(phase.steps for phase in phases)
-    checkpoints = Checkpointer(workdir, cfg["train"]["keep"], cfg["train"]["keep_best"])
-    log = metrics_log.MetricsLog(root, saved or 0, total, active=hosts.is_first())
+            with jax.set_mesh(mesh):
+                params = initial_params(init, cfg["seed"], shapes, mesh, rules, load)
+        result = _run_phases(cfg, root, runners, params, saved, beside or {}, mesh, lock, profile)
+    return {**result, "seconds": round(time.perf_counter() - begin_time, 2)}
 
-    # ------------------------------------------------------------------ phases
-    with _lost_host(root), checkpoints, log, jax.set_mesh(mesh), _sigterm() as stop:
-        names = [phase.task.name for phase in phases]
+
+def _run_phases(cfg: Mapping[str, Any], root: epath.Path, runners: Sequence[_PhaseRunner],
+                params: Params | None, saved: int | None,
+                beside: Mapping[str, Callable[[epath.Path], None]], mesh: Mesh, lock: locks.Lock,
+                profile: tuple[int, int] | None) -> dict[str, Any]:
+    """The part of `run` that writes: from `params`, or from step `saved`, to the end; see `run`."""
+    if hosts.is_first():  # nothing is written before all else is well
+        files.remove_leftovers(root)
+        files.write(root / CONFIG, json.dumps(cfg, indent=1) + "\n")
+        for name, save in beside.items():
+            save(root / name)
+    total = runners[-1].end
+    checkpoints = Checkpointer(root, cfg["train"]["keep"], cfg["train"]["keep_best"])
+    log = metrics_log.MetricsLog(root, saved or 0, total, active=hosts.is_first())
+    with _lost_host(root), checkpoints, log, jax.set_mesh(mesh), _stop_signals() as stop:
+        names = [runner.phase.task.name for runner in runners]
         first = 0
         if saved is not None:
-            first = _index(names, checkpoints.meta(saved)["phase"], workdir)
+            first = _index(names, checkpoints.meta(saved)["phase"], root)
         for runner in runners[first:]:
-            runner.open(checkpoints, log, root, stop, profile)
+            runner.open(checkpoints, log, root, stop, lock, total, profile)
             if params is None:
                 state, data = runner.restore(saved)
             else:
                 state, data = runner.start(params)
-            params = averaged(runner.train(state, data))
+            try:
+                params = averaged(runner.train(state, data))
+            finally:  # of grain: its threads and processes
+                getattr(data, "close", lambda: None)()
         if checkpoints.best_step() is not None:
             log.say(f"best by {cfg['train']['keep_best']}: step {checkpoints.best_step()}")
-
-    # ------------------------------------------------------------------ result
     last = log.last()
-    return {"step": max(total, saved or 0),
-            **{k: last.get(k) for k in ("loss", "text_loss", "gen_loss")},
-            "seconds": round(time.perf_counter() - begin_time, 2)}
+    return {"step": max(total, saved or 0), **{k: last.get(k) for k in ("loss", "text_loss", "gen_loss")}}
+
+
+@contextlib.contextmanager
+def _locked(root: epath.Path) -> Iterator[locks.Lock]:
+    """Holds the workdir's lock in the first process; UserError in all of them where it cannot be had."""
+    lock, taken = locks.Lock(root / locks.FILE, str(root)), False
+    try:
+        while not taken:
+            fault = None
+            try:
+                taken = not hosts.is_first() or lock.attempt()
+            except UserError as error:
+                fault = str(error)
+            taken, fault = hosts.gather([taken, fault])[0]  # no process waits long for another one
+            if fault:
+                raise UserError(fault)
+            if not taken:
+                time.sleep(lock.pause)
+        yield lock
+    finally:
+        lock.release()
 
 
 class _PhaseRunner:
@@ -123,9 +161,12 @@ class _PhaseRunner:
         self.program = program.build(cfg, phase, shapes, mesh, rules, begin)
 
     def open(self, checkpoints: Checkpointer, log: metrics_log.MetricsLog, root: epath.Path,
-             stop: Callable[[int], bool], profile: tuple[int, int] | None) -> None:
-        """Says where the phase writes, what tells it to stop, and which steps are traced."""
+             stop: Callable[[int], int], lock: locks.Lock, total: int,
+             profile: tuple[int, int] | None) -> None:
+        """Says where the phase writes, what tells it to stop, the run's last step, and which steps are
+        traced."""
         self.checkpoints, self.log, self.root, self.stop = checkpoints, log, root, stop
+        self.lock, self.total = lock, total
         self.profile = profile or (0, 0)
 
     def start(self, params: Params) -> tuple[TrainState, Iterator]:
@@ -144,6 +185,7 @@ class _PhaseRunner:
 
     def save(self, step: int, state: TrainState, data: Iterator) -> None:
         if self.checkpoints.latest() != step:
+            self.lock.check()
             # A CPU client of one thread would wait for ever in a copy of what is not computed yet.
             jax.block_until_ready(state)
             meta = {"phase": self.phase.task.name, "step": step}
@@ -180,16 +222,18 @@ class _PhaseRunner:
             stopped = self.stop(step)
             if last or stopped or step % self.cfg["checkpoint_every"] == 0:
                 self.save(step, state, data)
-            if stopped and not last:
-                raise Preempted(f"stopped at step {step}, all saved; the same command goes on")
-        getattr(data, "close", lambda: None)()  # of grain: its threads and processes
+            if stopped and step < self.total:
+                raise Preempted(f"stopped at step {step}, all saved; the same command resumes there", stopped)
         return state
 
     def _log(self, step: int, state: TrainState, interval: metrics_log.Interval,
              broken: int) -> None:
+        self.lock.check()
         numbers = interval.mean(jax.device_get)
-        numbers |= {"skipped": int(state.skipped), "broken": broken,
-                    "lr": float(self.program.schedule(step - 1 - self.begin)),
+        skipped = int(state.skipped)
+        # A skipped step leaves the optimizer as it was: the schedule does not advance.
+        updates = max(step - self.begin - skipped, 1)
+        numbers |= {"skipped": skipped, "broken": broken, "lr": float(self.program.schedule(updates - 1)),
                     "rows_per_second": self.phase.global_batch / numbers["seconds_per_step"]}
         for name in {"tokens_per_second", "samples_per_second"} & numbers.keys():
             numbers[name] *= jax.process_count()
@@ -280,25 +324,37 @@ def _lost_host(root: epath.Path) -> Iterator[None]:
             "from there") from error
 
 
-def _index(names: Sequence[str], name: str, workdir: str) -> int:
+def _index(names: Sequence[str], name: str, workdir: epath.PathLike) -> int:
     if name not in names:
         raise UserError(f"{workdir}: its checkpoint is of phase '{name}'; the config has {names}")
     return names.index(name)
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[int], bool]]:
-    """A function step -> whether to stop now; on several hosts they all agree on the step."""
+def _stop_signals() -> Iterator[Callable[[int], int]]:
+    """A function step -> the signal because of which to stop now, or 0: SIGTERM, or a first Ctrl-C.
+
+    On several hosts they all agree on the step, and SIGTERM alone is heeded.
+    """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
         return
-    asked = []
+    asked: list[int] = []
+
+    def ask(number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            if number in asked:
+                raise KeyboardInterrupt
+            print("\nCtrl-C: stops and saves after this step; once more: at once", file=sys.stderr, flush=True)
+        asked.append(number)
+
     try:
-        before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not in the main thread: whoever called handles signals
-        yield lambda step: False
+        yield lambda step: 0
         return
     try:
-        yield lambda step: bool(asked)
+        yield lambda step: asked[0] if asked else 0
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -124,18 +124,6 @@ def test_states_of_several_processes_are_one():
     assert orbax_io._united(states) == {"taken": {"0": 3, "1": 4, "2": 5}, "step": 7}
 
 
-def test_states_of_version_0_1(tmp_path):
-    """One text per process: that of one process is read, those of several are refused."""
-    for count in (1, 2):
-        save(tmp_path / str(count), data=['{"json": {"seen": 24}}'] * count)
-    want = abstract(params()), {}, abstract({"step": jnp.int32(0)})
-    with orbax_io.Checkpointer(str(tmp_path / "1")) as checkpoints:
-        assert checkpoints.restore(3, *want)[3] == {"seen": 24}
-    with orbax_io.Checkpointer(str(tmp_path / "2")) as checkpoints:
-        with pytest.raises(UserError, match="by version 0.1 in 2 processes.* init_from"):
-            checkpoints.restore(3, *want)
-
-
 def test_a_half_written_step_does_not_count(tmp_path):
     save(tmp_path, 3)
     (tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-1" / "params").mkdir(parents=True)

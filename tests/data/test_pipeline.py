@@ -213,19 +213,21 @@ def test_another_number_of_processes_goes_on(tokenizer, tmp_path):
     assert len(epochs) == 37 and min(epochs.values()) >= 2 and max(epochs.values()) <= 4
 
 
-def test_a_state_of_older_versions(tokenizer, tmp_path):
-    """They saved how many samples one process had read in order; a batch here starts anew there."""
+@pytest.mark.parametrize("change, line", [
+    ({"taken": {str(p): 1 for p in range(4)}}, "of 4 rows a batch, not of the 6 of this run"),
+    ({"taken": {str(p): 1 for p in range(12)}}, "of 12 rows a batch, not of the 6 of this run"),
+    ({"taken": None}, "not a state of the data"), ({"waiting": []}, "not a state of the data"),
+    ({"taken": {str(p): "1" for p in range(6)}}, "row 0 has a number of samples that is none"),
+    ({"waiting": {"1": [7]}}, "row 1 waits with samples that it has not taken"),
+    ({"broken": {"0": {"a.jsonl:1": -1}}}, "row 0 has a number of samples that is none")])
+def test_a_state_of_another_batch_or_damaged_is_refused(change, line, tokenizer, tmp_path):
     config = {"sources": numbered(tmp_path, [24]), "max_tokens": 64, "system": ""}
-    straight = drain(iterate(config, tokenizer), tokenizer, 6)
-    for seen in (8, 10):  # 10: two of them were broken
-        iterator = iterate(config, tokenizer)
-        iterator.set_state({"parent": {}, "seen": seen, "broken": {}})
-        rest = drain(iterator, tokenizer, 3)
-        assert sorted(rest) == sorted(straight[seen:seen + 12])
-    other = iterate(config, tokenizer, batch_size=6)
-    with pytest.raises(UserError, match="is of 4 rows a batch, not of 6: row 4 is not there"):
-        other.set_state({"taken": {str(p): 1 for p in range(4)}, "broken": {}})
-    other.close()
+    iterator = iterate(config, tokenizer, batch_size=6)
+    state = {"taken": {str(p): 1 for p in range(6)}, "waiting": {}, "broken": {}}
+    with pytest.raises(UserError, match=f"^the saved iterator state: .*{line}"):
+        iterator.set_state(state | change)
+    iterator.set_state(state)
+    iterator.close()
 
 
 def test_mixture_proportions(tokenizer, tmp_path):
