@@ -89,7 +89,7 @@ def test_memory_holds_a_tensor_and_not_the_model(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_conversion_starts_again(folder, tmp_path, monkeypatch):
-    stale = tmp_path / "w.partial" / "checkpoints" / "0"  # what a killed process leaves
+    stale = tmp_path / f".w.argenseg-{'0' * 32}" / "checkpoints" / "0"  # what a killed process leaves
     stale.mkdir(parents=True)
     (stale / "rest").write_text("x")
     source = checkpoint.open_checkpoint(str(folder))
