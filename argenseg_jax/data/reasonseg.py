@@ -5,14 +5,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw
 
-from argenseg_jax.data import layout, psalm, rle, transforms
+from argenseg_jax.data import drawing, layout, psalm, rle, transforms
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError, UserError
 
@@ -49,28 +48,27 @@ class ReasonSegSource(layout.Indexed[epath.Path]):
                        "ignore_mask": (labels == IGNORED).astype(np.uint8) * 255})
 
 
-def draw_shapes(shapes: list[Mapping[str, Any]], height: int, width: int) -> np.ndarray:
-    """u8[H, W]: 1 inside of targets, IGNORED where a label says ignore; small shapes on top.
+def draw_shapes(shapes: Sequence[Mapping[str, Any]], height: int, width: int) -> np.ndarray:
+    """u8[H, W]: 1 inside of targets, IGNORED where a label says ignore; shapes of few pixels on top.
 
-    Outlines belong to their shape. A shape labelled `flag` marks the picture and is not drawn.
+    As LISA's `get_mask_from_json`: points are cut to whole numbers, outlines belong to their shape, and
+    a shape labelled `flag` is not drawn.
     """
-    known = [s for s in shapes if "flag" not in s["label"].lower()]
-    outlines = [[(float(x), float(y)) for x, y in s["points"]] for s in known]
-    if any(abs(v) > rle.MAX_COORDINATE or v != v for o in outlines for p in o for v in p):
-        raise SampleError(f"a point beyond {rle.MAX_COORDINATE}")
-    order = sorted(range(len(known)), key=lambda k: -_area(outlines[k]))
-    canvas = Image.new("L", (width, height))
-    for k in order:
+    rle.check_size(height, width)
+    known = [s for s in shapes if s["label"].lower() != "flag"]
+    outlines = [rle.points(s["points"]) for s in known]
+    rle.check_amounts(outlines)
+    drawn = [drawing.polygon(o.astype(np.int64), height, width) for o in outlines]
+    areas = np.array([int((runs[:, 1] - runs[:, 0]).sum()) for runs in drawn], np.int64)
+    if areas.sum() > rle.MAX_MASKS:
+        raise SampleError(f"shapes of {areas.sum()} pixels; {rle.MAX_MASKS} are allowed in one sample")
+    canvas = np.zeros((height, width), np.uint8)
+    pixels = canvas.reshape(-1)
+    for k in np.argsort(areas, kind="stable")[::-1]:
         value = IGNORED if "ignore" in known[k]["label"].lower() else 1
-        if len(outlines[k]) < 2:
-            raise SampleError("a shape of fewer than 2 points")
-        ImageDraw.Draw(canvas).polygon(outlines[k], fill=value, outline=value)
-    return np.array(canvas)
-
-
-def _area(points: list[tuple[float, float]]) -> float:
-    x, y = np.array(points).T
-    return abs(float(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)))) / 2
+        for first, end in drawn[k].tolist():
+            pixels[first:end] = value
+    return canvas
 
 
 def _read(path: epath.Path) -> Mapping[str, Any]:

@@ -65,7 +65,7 @@ def checked_rle(rle: Any, size: Sequence[int] | None = None) -> dict[str, Any]:
     """
     counts, height, width = read_runs(rle, size)
     if (counts[1:] == 0).any():
-        counts = _alternating(*_runs(counts), height * width)
+        counts = _counts(joined(*_runs(counts)), height * width)
     return {"size": [height, width], "counts": _compress(counts)}
 
 
@@ -194,17 +194,21 @@ def _runs(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ends[:-1:2], ends[1::2]
 
 
-def _alternating(first: np.ndarray, end: np.ndarray, pixels: int) -> np.ndarray:
-    """Counts of the union of runs in any order: adjacent and overlapping ones become one."""
+def joined(first: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """The union of runs, any i64[N] of first pixel and end: i64[R, 2], in order and apart from each other."""
     order = np.argsort(first, kind="stable")
-    first, end = first[order], end[order]
-    keep = first < end
-    first, end = first[keep], np.maximum.accumulate(end[keep]) if keep.any() else end[keep]
-    new = np.flatnonzero(np.concatenate([[True], first[1:] > end[:-1]])) if first.size else first
-    closes = end[np.append(new[1:] - 1, first.size - 1)] if first.size else end
-    bounds = np.stack([first[new], closes], 1).ravel()
-    counts = np.diff(np.concatenate([[0], bounds, [pixels]]))
-    return counts if counts[-1] or counts.size == 1 else counts[:-1]
+    order = order[first[order] < end[order]]
+    if not order.size:
+        return np.zeros((0, 2), np.int64)
+    first, end = first[order], np.maximum.accumulate(end[order])
+    new = np.flatnonzero(np.append(True, first[1:] > end[:-1]))
+    return np.stack([first[new], end[np.append(new[1:] - 1, -1)]], 1)
+
+
+def _counts(runs: np.ndarray, pixels: int) -> np.ndarray:
+    """The counts of a run length of joined runs."""
+    counts = np.diff(np.concatenate([[0], runs.ravel(), [pixels]]))
+    return counts if counts[-1] else counts[:-1]
 
 
 # ---------------------------------------------------------------------------------- annotations
@@ -289,27 +293,29 @@ class _Parts(NamedTuple):
         counts = [read_runs(rle, (height, width))[0] for rle in rles]
         if len(counts) != 1:
             ends = [_runs(c) for c in counts] or [(np.zeros(0, np.int64),) * 2]
-            counts = [_alternating(*map(np.concatenate, zip(*ends, strict=True)), height * width)]
+            counts = [_counts(joined(*map(np.concatenate, zip(*ends, strict=True))), height * width)]
         mask = np.ascontiguousarray(_fill(counts[0], height, width))
         return Drawn(mask.view(np.uint8) * np.uint8(255), self.dropped)
 
 
 def _checked(segmentations: Iterable[Any]) -> list[_Parts]:
     """The parts of all segmentations of one sample, refused where they are too many to draw."""
-    found, parts, points, outline = [], 0, 0, 0.0
-    for segmentation in segmentations:
-        one = _split(segmentation)
-        parts += len(one.rles) + len(one.polygons) + 1
-        points += sum(p.size for p in one.polygons) // 2
-        lengths = [np.abs(np.diff(p.reshape(-1, 2), axis=0, append=p.reshape(-1, 2)[:1])).max(1).sum()
-                   for p in one.polygons]
-        outline += sum(lengths)
-        if parts > MAX_PARTS or points > MAX_POINTS or outline > MAX_OUTLINE or max(lengths, default=0) > MAX_LENGTH:
-            raise SampleError(
-                f"polygons beyond what one sample may have: {MAX_PARTS} parts, {MAX_POINTS} points, outlines of "
-                f"{MAX_LENGTH} pixels each and {MAX_OUTLINE} together")
-        found.append(one)
+    found = [_split(segmentation) for segmentation in segmentations]
+    check_amounts([p for one in found for p in one.polygons], sum(len(one.rles) + 1 for one in found))
     return found
+
+
+def check_amounts(polygons: Sequence[np.ndarray], others: int = 0) -> None:
+    """SampleError where the polygons of one sample, f64[2N] each, beside other parts, are too many to draw."""
+    outlines = [0.0]
+    if len(polygons) + others <= MAX_PARTS:
+        for polygon in polygons:
+            points = polygon.reshape(-1, 2)
+            outlines.append(np.abs(points - np.roll(points, 1, 0)).max(1).sum())
+    if (len(polygons) + others > MAX_PARTS or sum(p.size for p in polygons) > 2 * MAX_POINTS
+            or sum(outlines) > MAX_OUTLINE or max(outlines) > MAX_LENGTH):
+        raise SampleError(f"polygons beyond what one sample may have: {MAX_PARTS} parts, {MAX_POINTS} points, "
+                          f"outlines of {MAX_LENGTH} pixels each and of {MAX_OUTLINE} together")
 
 
 def _split(segmentation: Any) -> _Parts:
@@ -331,6 +337,13 @@ def _split(segmentation: Any) -> _Parts:
 
 def _is_pair(point: Any) -> bool:
     return isinstance(point, (list, tuple)) and len(point) == 2 and all(isinstance(v, _NUMBERS) for v in point)
+
+
+def points(pairs: Any) -> np.ndarray:
+    """f64[N, 2], N >= 1, of [[x, y], ...]; SampleError where it is none, or a point is not finite or too far."""
+    if not isinstance(pairs, (list, tuple)) or not pairs or not all(map(_is_pair, pairs)):
+        raise SampleError(f"points {brief(repr(pairs), 60)}, where [[x, y], ...] is expected")
+    return _polygon(pairs).reshape(-1, 2)
 
 
 def _polygon(part: Any) -> np.ndarray:

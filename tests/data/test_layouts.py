@@ -179,8 +179,8 @@ def test_reasonseg(tmp_path):
     with pytest.raises(UserError, match="split 'test' of ReasonSeg; looked for test/"):
         open_source(f"reasonseg:{tmp_path}:test")
     for bad, fault in (("{", "malformed JSON"), ({"shapes": []}, "KeyError: 'text'"),
-                       ({"text": "x", "shapes": [square("t", 0, 1e9)]}, "a point beyond"),
-                       ({"text": "x", "shapes": [{"label": "t", "points": [[1, 1]]}]}, "fewer than")):
+                       ({"text": "x", "shapes": [square("t", 0, 1e9)]}, "each below 100000 expected"),
+                       ({"text": "x", "shapes": [{"label": "t", "points": []}]}, r"points \[\], where \[\[x, y\]")):
         text(tmp_path / "val/a.json", bad)
         with pytest.raises(SampleError, match=f"val: a.json: .*{fault}"):
             open_source(f"reasonseg:{tmp_path}")[0]
