@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from argenseg_jax.data import transforms
 from argenseg_jax.errors import SampleError, brief
 
+MAX_PIXELS = 2**28  # of a mask; sources compare it with its image first, whose limit is data.max_pixels
 MAX_COORDINATE = 100_000  # of a point, in pixels
 # Of all annotations of one sample:
 MAX_PARTS = 20_000  # polygons and RLEs
@@ -105,8 +105,8 @@ def _size(size: Any) -> tuple[int, int]:
 
 def check_size(height: int, width: int) -> None:
     """SampleError where no image can have this size."""
-    if not (height > 0 and width > 0 and height * width <= transforms.MAX_PIXELS):
-        raise SampleError(f"an image of {width}x{height} pixels; 1 to {transforms.MAX_PIXELS} are allowed")
+    if not (height > 0 and width > 0 and height * width <= MAX_PIXELS):
+        raise SampleError(f"an image of {width}x{height} pixels; 1 to {MAX_PIXELS} are allowed")
 
 
 def _whole(value: Any) -> bool:

@@ -23,7 +23,7 @@ class Statistics:
 
     Attributes:
       counts: samples, pictures, masks, empty masks, masks in colour (pictures to generate), samples
-        without a picture, without a mask.
+        without a picture, without a mask, dropped polygons (of fewer than 3 points, see data/rle.py).
       classes: samples by what they ask for: the source's own kind or phrase, else the question.
       areas: grey masks by the share of the picture that they fill, in the bins of AREAS.
       widths, heights: pictures by their size.
@@ -46,7 +46,8 @@ class Statistics:
             "samples": 1, "pictures": len(sample.images), "masks": len(sample.masks),
             "empty_masks": shares.count(0.0),
             "colour_masks": len(sample.masks) - len(grey),
-            "without_picture": int(not sample.images), "without_mask": int(not sample.masks)})
+            "without_picture": int(not sample.images), "without_mask": int(not sample.masks),
+            "dropped_polygons": sample.meta.get("dropped_polygons", 0)})
         self.areas.update(_bin(AREAS, share) for share in shares)
         self.widths.update(str(image.shape[1]) for image in sample.images)
         self.heights.update(str(image.shape[0]) for image in sample.images)
@@ -71,7 +72,7 @@ class Statistics:
         """For people and summary.json: counts, the commonest classes, histograms in their order."""
         common = self.classes.most_common(_SHOWN)
         return {**{k: self.counts[k] for k in ("pictures", "masks", "empty_masks", "colour_masks",
-                                               "without_picture", "without_mask")},
+                                               "without_picture", "without_mask", "dropped_polygons")},
                 "classes": dict(common), "distinct_classes": len(self.classes),
                 "mask_area": _ordered(self.areas, AREAS), "question_words": _ordered(self.questions, WORDS),
                 "answer_words": _ordered(self.answers, WORDS),
@@ -85,6 +86,8 @@ def table(summary: Mapping[str, Any], most: int = 12) -> str:
     lines = [f"{summary['pictures']} pictures, {summary['masks']} masks ({summary['empty_masks']} empty, "
              f"{summary['colour_masks']} in colour); {summary['without_picture']} samples without a "
              f"picture, {summary['without_mask']} without a mask"]
+    if summary["dropped_polygons"]:
+        lines.append(f"{summary['dropped_polygons']} polygons of fewer than 3 points were left out")
     if summary["width"]:
         lines.append("picture size: " + ", ".join(
             f"{axis} {r['min']} to {r['max']} (mean {r['mean']:.0f})"
