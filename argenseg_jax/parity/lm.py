@@ -20,14 +20,14 @@ Params = Mapping[str, Any]
 
 
 def compare_lm(record: Recording) -> None:
-    """Every variant (they share the weights), then the split of the fused attention weights."""
+    """Every variant (they may share the weights), then the split of the fused attention weights."""
     params = {}
     for variant, cfg in record.config["variants"].items():
         size = cfg["config"]["vocab_size"]
         lm = DecoderLM(vocab_rows=size, vocab_size=size, **hf_config.llm_cfg(cfg["config"]))
         shapes = jax.eval_shape(functools.partial(lm.init, method=_whole), jax.random.key(0),
                                 jnp.zeros((1, 1), jnp.int32))
-        params = torch_convert.to_jax(record.weights(), {"llm": shapes["params"]},
+        params = torch_convert.to_jax(record.weights(variant), {"llm": shapes["params"]},
                                       source=str(record.folder))["llm"]
         _compare_variant(record, f"{variant}/", lm, params, cfg["config"])
     for m in record.names(r"split/layer(\d+)/(q|k|v|wqkv)"):
@@ -64,9 +64,11 @@ def _compare_variant(record: Recording, name: str, lm: DecoderLM, params: Params
     for side in ("right", "left"):
         if f"{name}{side}_input_ids" not in record:
             continue
-        mask = record.input(f"{name}{side}_attention_mask")
-        logits, hidden = whole(record.input(f"{name}{side}_input_ids"),
-                               record.input(f"{name}{side}_position_ids"), mask)
+        tokens = record.ints(f"{name}{side}_input_ids", 2, below=lm.vocab_size)
+        mask = record.ints(f"{name}{side}_attention_mask", 2, default=np.ones_like(tokens))
+        positions = record.ints(f"{name}{side}_position_ids", 2,
+                                default=np.where(mask, np.cumsum(mask, 1) - 1, 1))
+        logits, hidden = whole(tokens, positions, mask)
         real = mask == 1  # fully masked rows of the reference are garbage
         record.check(f"{name}{side}_logits", logits, where=real)
         record.check(f"{name}{side}_hidden_states", hidden,
@@ -74,13 +76,14 @@ def _compare_variant(record: Recording, name: str, lm: DecoderLM, params: Params
 
     if f"{name}long_input_ids" in record:
         _compare_long(record, name, lm, params, whole, cfg)
-    for found in record.names(rf"{name}gen_(batch|single)_tokens"):
+    for found in record.names(rf"{re.escape(name)}gen_(batch|single)_tokens"):
         # The reference generates from the left padded batch, or from its longest row alone.
-        ids, mask = (record.input(f"{name}left_{x}") for x in ("input_ids", "attention_mask"))
+        ids = record.ints(f"{name}left_input_ids", 2, below=lm.vocab_size)
+        mask = record.ints(f"{name}left_attention_mask", 2, default=np.ones_like(ids))
         if found[1] == "single":
             best = int(mask.sum(1).argmax())
             ids, mask = ids[best:best + 1], mask[best:best + 1]
-        steps = record.input(found[0]).shape[1]
+        steps = record.ints(found[0], 2).shape[1]
         tokens, scores = _generate(lm, params, ids, mask, steps, cfg.get("eos_token_id", 2))
         record.check(found[0], tokens)
         record.check(re.sub("tokens$", "scores", found[0]), scores)
@@ -88,21 +91,26 @@ def _compare_variant(record: Recording, name: str, lm: DecoderLM, params: Params
 
 def _compare_long(record: Recording, name: str, lm: DecoderLM, params: Params, whole, cfg) -> None:
     """One pass, one token a call, blocks; what RoPE does beyond the trained length."""
-    tokens = record.input(f"{name}long_input_ids")
+    tokens = record.ints(f"{name}long_input_ids", 2, below=lm.vocab_size)
     length = tokens.shape[1]
     record.check(f"{name}long_logits_full", whole(tokens)[0])
 
-    prefill = int(record.input(f"{name}kv_prefill_len"))
-    logits, _ = _in_blocks(lm, params, tokens, [prefill] + [1] * (length - prefill))
-    record.check(f"{name}long_logits_kv_step", logits)
-    blocks = [int(n) for n in record.input(f"{name}kv_blocks")]
-    logits, cache = _in_blocks(lm, params, tokens, [prefill, *blocks])
-    record.check(f"{name}long_logits_kv_blocks", logits)
-    for part in "kv":
-        filled = getattr(cache, part)[0, :, :prefill + sum(blocks)]
-        record.check(f"{name}kv_cache_layer0_{part}", jnp.swapaxes(filled, 1, 2))
+    prefill = 0
+    if f"{name}kv_prefill_len" in record:
+        prefill = int(record.ints(f"{name}kv_prefill_len", 0, below=length + 1))
+        logits, _ = _in_blocks(lm, params, tokens, [prefill] * (prefill > 0) + [1] * (length - prefill))
+        record.check(f"{name}long_logits_kv_step", logits)
+    if f"{name}kv_blocks" in record:
+        blocks = record.ints(f"{name}kv_blocks", 1, below=length + 1).tolist()
+        if prefill + sum(blocks) > length:
+            raise record.fault(f"{name}kv_blocks", f"and the prefill are longer than the {length} long_input_ids")
+        logits, cache = _in_blocks(lm, params, tokens, [n for n in (prefill, *blocks) if n])
+        record.check(f"{name}long_logits_kv_blocks", logits)
+        for part in "kv":
+            filled = getattr(cache, part)[0, :, :prefill + sum(blocks)]
+            record.check(f"{name}kv_cache_layer0_{part}", jnp.swapaxes(filled, 1, 2))
 
-    for m in record.names(rf"{name}short_(fresh|after_long)_logits"):
+    for m in record.names(rf"{re.escape(name)}short_(fresh|after_long)_logits"):
         short = tokens[:, :record.input(m[0]).shape[1]]
         got = (whole(short)[0] if m[1] == "fresh" else
                _with_base(lm, params, _whole)(_base_after(lm, length), short)[0])

@@ -1,13 +1,12 @@
 """Recordings of kind G: tokenizers, prompts and labels, tiling, and pixels of images and masks."""
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 import numpy as np
 
-from argenseg_jax import pixels
+from argenseg_jax import files, pixels
 from argenseg_jax.data import prompt, transforms
 from argenseg_jax.data.tokenizer import Tokenizer
 from argenseg_jax.parity.recording import EQUAL, Recording
@@ -16,7 +15,7 @@ from argenseg_jax.vocab import IGNORE, MASK, SPECIAL_TOKENS, visual_token
 
 def compare_preprocessing(record: Recording) -> None:
     """Everything between files on disk and the model's inputs, and masks on the way back."""
-    cases = json.loads((record.folder / "conversations.json").read_text())
+    cases = files.read_json(record.folder / "conversations.json")
     for name in record.config:
         found = re.fullmatch(r"tokens_(\w+)", name)
         if found:
@@ -38,7 +37,7 @@ def _compare_tokenizer(record: Recording, variant: str, cases: dict[str, Any]) -
              "<|im_start|>": tokenizer.im_start}
     record.same(f"ids of {variant}", [{word: ours[word] for word in words}, vocab.size],
                 [words, size])
-    for case in record.config[f"tokenize_{variant}"]:
+    for case in record.config.get(f"tokenize_{variant}", ()):
         parts = [ours.get(part, part) for part in re.split(r"(<\|?\w+\|?>)", case["text"])]
         ids = [tokenizer.bos, *tokenizer.encode(parts)]
         record.same(f"{variant} of {case['text']!r}", [ids, tokenizer.decode(case["ids"])],
@@ -57,7 +56,7 @@ def _compare_tokenizer(record: Recording, variant: str, cases: dict[str, Any]) -
         first = next(iter(cases.values()))
         _check_sample(record, m[0].removesuffix("/input_ids"), *_sample(first, tokenizer),
                       vocab.pad, length=int(m[1]))
-    if f"{variant}/batch_chat/input_ids" in record:
+    if f"{variant}/batch_chat/attention_mask" in record:
         _compare_batch_chat(record, f"{variant}/batch_chat/", tokenizer)
 
 
@@ -107,7 +106,8 @@ def _compare_geometry(record: Recording) -> None:
         found = re.fullmatch(r"target_ratios_max(\d+)", name)
         if found:
             record.compare(name, transforms.target_ratios(int(found[1])), cfg[name], EQUAL)
-    record.same("system_message", prompt.OFFICIAL_SYSTEM, cfg["system_message"])
+    if "system_message" in cfg:
+        record.same("system_message", prompt.OFFICIAL_SYSTEM, cfg["system_message"])
     for case in cfg.get("tiling_cols_rows", ()):
         for most in (m for m in (re.fullmatch(r"max(\d+)", key) for key in case) if m):
             cols, rows = transforms.tile_grid(tuple(case["size"]), 448, int(most[1]))
@@ -128,7 +128,7 @@ def _compare_geometry(record: Recording) -> None:
 def _compare_images(record: Recording) -> None:
     """Tiles, and single images as the vision tower takes them."""
     cfg = record.config.get("tile_pixels")
-    if cfg:
+    if cfg and "tile/tiles_u8" in record:
         tiles = transforms.image_tiles(record.input("tile/input_u8"), cfg["image_size"],
                                        cfg["max_num"], thumbnail=cfg["use_thumbnail"])
         record.check("tile/tiles_u8", tiles)
@@ -162,11 +162,15 @@ def _compare_masks(record: Recording) -> None:
     """Masks for the VQ-VAE, and decoded pictures back at the size of the image."""
     if "mask/input01_u8" in record:
         mask = record.input("mask/input01_u8")
-        plain = transforms.resize_mask(mask, 256)[..., 0]
-        record.check("mask/train_path_512_then_256", plain)
-        record.check("mask/pad_proc_256", transforms.resize_mask(mask, 256, pad=True)[..., 0])
+        side = 256
+        for m in record.names(r"mask/train_path_\d+_then_([1-9]\d*)"):
+            side = int(m[1])
+            record.check(m[0], transforms.resize_mask(mask, side)[..., 0])
+        for m in record.names(r"mask/pad_proc_([1-9]\d*)"):
+            record.check(m[0], transforms.resize_mask(mask, int(m[1]), pad=True)[..., 0])
         for m in record.names(r"mask/train_path_float_row(\d+)"):
-            record.check(m[0], plain[int(m[1])] / 255 * 2 - 1)
+            if int(m[1]) < side:
+                record.check(m[0], transforms.resize_mask(mask, side)[int(m[1]), :, 0] / 255 * 2 - 1)
     for m in record.names(r"eval/(plain|unpad)_(L|bin)_(\d+)x(\d+)"):
         back = transforms.grey_at if m[2] == "L" else transforms.binarize
         record.check(m[0], back(record.input("eval/pred_u8"), (int(m[3]), int(m[4])),

@@ -1,13 +1,14 @@
 """Runs one recording: picks the comparer by its kind, and reports every array."""
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 import jax
 from etils import epath
 
-from argenseg_jax.errors import UserError
+from argenseg_jax.errors import DATA_FAULTS, UserError, brief
 from argenseg_jax.parity import lm, preprocess, vit, vq, whole
 from argenseg_jax.parity.recording import Recording, Row
 
@@ -27,25 +28,26 @@ def verify(folder: epath.PathLike) -> tuple[dict[str, Any], list[Row]]:
     """Compares every output of a recording.
 
     Returns:
-      ({case, ok, arrays, misses, worst, errors, seconds}, the rows): `errors` maps each array to
-      its error, `worst` is the largest share of an allowed error that was used up.
+      ({case, ok, arrays, misses, unused, worst, errors, seconds}, the rows): `errors` maps each array
+      to its error, `worst` is the largest share of an allowed error that was used up, `unused` names
+      the arrays that no comparer knows (they are no misses, but say nothing about the model either).
 
     Raises:
-      UserError: the folder is no recording, or the weights do not fit the sizes in its config.json.
+      UserError: the folder is no recording, its arrays and sizes do not fit each other, or the weights
+        do not fit the sizes in its config.json.
     """
     start = time.monotonic()
     record = Recording(folder)
     case = str(record.config.get("case", ""))
     kind = case.partition("_")[0]
     if kind not in KINDS:
-        raise UserError(f"{record.folder / 'config.json'}: case '{case}' is of no known kind; "
+        raise UserError(f"{record.folder / 'config.json'}: case '{brief(case)}' is of no known kind; "
                         f"there are {', '.join(KINDS)}")
     try:
         with jax.default_matmul_precision("highest"):
             KINDS[kind](record)
-    except KeyError as error:
-        raise UserError(f"{record.folder / 'config.json'} has no key {error}") from error
-    record.finish()
+    except (*DATA_FAULTS, MemoryError) as error:
+        raise UserError(_where(record, error)) from error
     misses = [row.name for row in record.rows if not row.ok]
     used = [row.error / row.tolerance.limit for row in record.rows if row.tolerance.limit > 0]
     return {
@@ -53,12 +55,20 @@ def verify(folder: epath.PathLike) -> tuple[dict[str, Any], list[Row]]:
         "ok": not misses and bool(record.rows),
         "arrays": len(record.rows),
         "misses": misses,
+        "unused": record.unused(),
         "worst": _number(max(used, default=0.0)),
         "errors": {row.name: _number(row.error) for row in record.rows},
         "seconds": round(time.monotonic() - start, 2),
     }, record.rows
 
 
+def _where(record: Recording, error: BaseException) -> str:
+    """What a replay that broke off has to say: how far it came, and what stopped it."""
+    after = f" after array '{record.last}'" if record.last else ""
+    return (f"{record.folder}: config.json and io.npz do not describe a recording of this kind; the replay "
+            f"stopped{after} ({type(error).__name__}: {brief(error)})")
+
+
 def _number(x: float) -> float | None:
-    """Short, and null instead of nan, which JSON lacks."""
-    return float(f"{x:.3g}") if x == x else None
+    """Short, and null instead of nan and infinity, which JSON lacks."""
+    return float(f"{x:.3g}") if math.isfinite(x) else None

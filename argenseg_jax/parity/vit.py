@@ -47,27 +47,29 @@ def _compare_variant(record: Recording, variant: str, cfg) -> None:
         pos = intern_vit.resample_pos_embed(jnp.asarray(vision["pos_embed"]), size // vit.patch)
         return dataclasses.replace(vit, image_size=size), {**vision, "pos_embed": pos}
 
-    for found in record.names(rf"{variant}/pixel_values_(\d+)"):
+    own = re.escape(variant)
+    for found in record.names(rf"{own}/pixel_values_(\d+)"):
         size = int(found[1])
-        pixels = jnp.asarray(nhwc(record.input(found[0])))
+        pixels = jnp.asarray(nhwc(record.floats(found[0], (None, 3, size, size))))
         last, states = _run(vit, vision, pixels)
         name, tail = f"{variant}/", "" if size == native else "_interp"
         record.check(f"{name}embeddings_{size}", states[0])
         record.check(f"{name}last_hidden_{size}{tail and '_interp_on_the_fly'}", last)
         record.check(f"{name}hidden_states_{size}", states)
         record.check(f"{name}pooler_{size}", last[:, 0])
-        for m in record.names(rf"{name}features_{size}{tail}_ps_(v\d)"):
+        for m in record.names(rf"{own}/features_{size}{tail}_ps_(v\d)"):
             record.check(m[0], features(last, m[1]))
-        for m in record.names(rf"{name}pixel_shuffle_{size}_ps_(v\d)"):
+        for m in record.names(rf"{own}/pixel_shuffle_{size}_ps_(v\d)"):
             record.check(m[0], shuffled(last, m[1]))
-        for m in record.names(rf"{name}features_{size}_select_m(\d+)"):
-            record.check(m[0], features(states[-int(m[1])]))
+        for m in record.names(rf"{own}/features_{size}_select_m([1-9]\d*)"):
+            if int(m[1]) <= len(states):
+                record.check(m[0], features(states[-int(m[1])]))
         record.check(f"{name}last_hidden_{size}_after_resize", _run(*resized(size), pixels)[0])
-        for m in record.names(rf"{name}last_hidden_{size}_after_resize_to_(\d+)"):
+        for m in record.names(rf"{own}/last_hidden_{size}_after_resize_to_(\d+)"):
             record.check(m[0], _run(*resized(int(m[1])), pixels)[0])
 
     whole = jnp.asarray(vision["pos_embed"])
-    for m in record.names(rf"{variant}/(pos_embed_on_the_fly|position_embedding_resized)"
+    for m in record.names(rf"{own}/(pos_embed_on_the_fly|position_embedding_resized)"
                           r"_(\d+)_to_(\d+)"):
         pos = intern_vit.resample_pos_embed(whole, int(m[3]) // vit.patch)
         record.check(m[0], pos[None] if re.search("resized", m[1]) else pos[None, 1:])

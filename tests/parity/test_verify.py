@@ -11,6 +11,7 @@ from argenseg_jax.cli import __main__ as cli
 from argenseg_jax.errors import UserError
 from argenseg_jax.parity import recording
 from argenseg_jax.parity.verify import verify
+from tests.parity import recorder
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CASES = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir() and (p / "config.json").exists())
@@ -59,13 +60,63 @@ def test_a_difference_is_a_miss_and_exit_code_1(copy, capsys):
     assert result["ok"] is False and result["misses"] == ["tf/out112"] and result["worst"] > 1
 
 
-def test_integers_must_be_equal_and_unknown_arrays_are_misses(copy):
+def test_integers_must_be_equal_and_unknown_arrays_are_listed(copy):
     def change(arrays):
         arrays["tile/tiles_u8"][0, 0, 0, 0] ^= 1
         arrays["unheard_of"] = np.zeros(3)
 
     result, _ = verify(copy(change))
-    assert result["misses"] == ["tile/tiles_u8", "unheard_of"]
+    assert result["misses"] == ["tile/tiles_u8"] and result["unused"] == ["unheard_of"]
+
+
+def test_groups_may_be_absent(copy):
+    """What is left is compared, and nothing else is asked for."""
+    def change(arrays):
+        for name in list(arrays):
+            if not name.startswith(("noprefix/chat_text/", "eval/pred_u8", "eval/plain_L_150x97")):
+                del arrays[name]
+
+    result, _ = verify(copy(change))
+    assert result["ok"] and not result["unused"]
+    assert {"noprefix/chat_text/input_ids", "eval/plain_L_150x97"} < set(result["errors"])
+
+
+GE_START, GE_END, MASK_CONTEXT, IMG_CONTEXT = (recorder.TEXT + i for i in (10, 11, 12, 2))
+
+
+@pytest.fixture(scope="module")
+def without_images(tmp_path_factory):
+    """Guidance without an image (text to image), rows of different lengths, two masks; such a batch."""
+    made = recorder.Recorder({4: GE_START, GE_END: 5, 5: GE_START}, patch_nums=(1, 2))
+    made.generate("infer_cfg", [[1, 2, 3, 4], [3, 4]], None, calls=3)
+    mask = [GE_START, *[MASK_CONTEXT] * 4, GE_END]
+    made.train([[1, 2, 3, 4, 5, *mask, 6], [1, 2, 3, 4, 5, 6, 3]], None,
+               made.rng.uniform(-1, 1, (1, 3, 2, 2)).astype(np.float32))
+    made.arrays["infer_cfg/made_up"] = np.zeros(2)
+    return made, made.save(tmp_path_factory.mktemp("recording"))
+
+
+def test_a_part_without_images(without_images):
+    made, folder = without_images
+    result, rows = verify(folder)
+    assert result["ok"], recording.table([row for row in rows if not row.ok])
+    assert result["unused"] == ["infer_cfg/made_up"]
+    inputs = {"input_ids", "attention_mask", "position_ids", "labels", "masks", "made_up"}
+    compared = {name for name in made.arrays if name.partition("/")[2] not in inputs}
+    assert compared <= set(result["errors"])
+    assert {f"infer_cfg/mask{j}_{kind} by decode/" for j in (0, 1) for kind in ("codes", "image_u8")} \
+        <= set(result["errors"])
+
+
+def test_masks_that_the_model_does_not_write_are_misses(without_images, tmp_path):
+    """Nothing recorded of a mask is passed over because the replay never came to it."""
+    made, _ = without_images
+    other = recorder.Recorder({4: 6}, patch_nums=(1, 2))  # answers with text alone
+    other.arrays = {name: x for name, x in made.arrays.items() if name.startswith("infer_cfg/")}
+    result, _ = verify(other.save(tmp_path / "other"))
+    assert {f"infer_cfg/mask{j}_{kind}" for j in (0, 1) for kind in ("codes", "code_logit_max", "image_u8")} \
+        <= set(result["misses"])
+    assert not result["ok"] and result["unused"] == ["infer_cfg/made_up"]
 
 
 def test_shapes_and_nan_are_misses(copy):
