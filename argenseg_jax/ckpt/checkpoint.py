@@ -41,6 +41,11 @@ class Checkpoint:
         """The module that the weights belong to; overrides such as dtype='bfloat16'."""
         return variants.build({**self.config["model"], **overrides})
 
+    def step(self) -> int | None:
+        """Number of the step whose weights these are; None of an HF folder, or of weights without one."""
+        name = "" if self.is_hf else orbax_io.find_step(self.path).name
+        return int(name) if name.isdecimal() else None
+
     def load_params(self, optional: Sequence[str] = ()) -> dict[str, Any]:
         """The whole parameter tree as numpy arrays: averaged weights where the run kept some, and
         adapters merged into their kernels.

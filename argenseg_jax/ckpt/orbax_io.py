@@ -215,7 +215,7 @@ def restore_params(path: epath.PathLike, want: Any | None = None, *, ema: bool =
     else:
         check_shapes(step, want)
     flat, found = trees.flatten(want), {}
-    for folder in _param_folders(step, ema=ema):
+    for folder in param_folders(step, ema=ema):
         names = trees.flatten(_saved_shapes(folder))
         found |= trees.flatten(_restore_item(folder, trees.unflatten({n: flat[n] for n in names})))
     return trees.replace(want, found)
@@ -224,12 +224,12 @@ def restore_params(path: epath.PathLike, want: Any | None = None, *, ema: bool =
 def saved_params(step: epath.Path) -> dict[str, Any]:
     """The tree of a step's parameters, anything with .shape and .dtype: the frozen ones and its own."""
     flat = {}
-    for folder in _param_folders(step, ema=False):
+    for folder in param_folders(step, ema=False):
         flat |= trees.flatten(_saved_shapes(folder))
     return trees.unflatten(flat)
 
 
-def _param_folders(step: epath.Path, *, ema: bool) -> list[epath.Path]:
+def param_folders(step: epath.Path, *, ema: bool) -> list[epath.Path]:
     """Where a step's parameters are; what a later folder has as well counts for use."""
     own = [step / item for item in ("params", *(["ema"] if ema else [])) if (step / item).exists()]
     frozen = _frozen_folder(step)
@@ -356,7 +356,7 @@ def open_params(path: epath.PathLike) -> dict[str, StoredLeaf]:
     """{leaf: array} as restore_params gives them, but read when asked for."""
     step = find_step(path)
     leaves = {}
-    for folder in _param_folders(files.absolute(step), ema=True):
+    for folder in param_folders(files.absolute(step), ema=True):
         names, layout = trees.flatten(_saved_shapes(folder)), _read_layout(folder)
         with _readable(folder):
             for name in names:

@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -75,91 +74,123 @@ def run() -> dict[str, Any]:
     begin = time.perf_counter()
     from argenseg_jax import hosts
     from argenseg_jax.ckpt.checkpoint import open_checkpoint
-    from argenseg_jax.decode.predictor import Predictor
     from argenseg_jax.eval import report
 
-    checkpoint = FLAGS.checkpoint or FLAGS.workdir
-    config = open_checkpoint(checkpoint).config
-    settings = {"prompt": "referring", "masks": "first", "metric": "", "data": (), **config.get("eval", {})}
-    names = FLAGS.data or list(settings["data"])
+    checkpoint = open_checkpoint(FLAGS.checkpoint or FLAGS.workdir)
+    settings = {"prompt": "referring", "masks": "first", "metric": "", "data": (),
+                **checkpoint.config.get("eval", {})}
+    names = list(dict.fromkeys(FLAGS.data or settings["data"]))
     if not names:
         common.require("data")
     for key, flag in (("prompt", "config.eval.prompt"), ("masks", "config.eval.masks"), ("metric", "metric")):
         settings[key] = FLAGS[flag].value or settings[key]
-    sources = {name: _open(_plain(name), settings["prompt"]) for name in names}  # mistakes before the work
-    predictor = Predictor.load(checkpoint, FLAGS.dtype)
-    baseline = functools.cache(lambda: _baseline(config))  # reads the training data: only where needed
-    out = FLAGS.out or FLAGS.workdir
-    each = {}
-    for name, source in sources.items():
+    out, each = FLAGS.out or FLAGS.workdir, {}
+    for job in _jobs(names, settings, checkpoint, out):
         start = time.perf_counter()
-        metric = name.removesuffix(_plain(name)).rstrip("@") or settings["metric"]
-        each[name] = _evaluate(name, source, predictor, config, {**settings, "metric": metric}, baseline, out)
-        each[name]["seconds"] = round(time.perf_counter() - start, 2)
+        each[job.name] = _evaluate(job)
+        each[job.name]["seconds"] = round(time.perf_counter() - start, 2)
         if len(names) > 1:
-            common.log(f"{name}: " + json.dumps(each[name]))
-    written = {"report": str(report.write_report(out))} if out and hosts.is_first() else {}
+            common.log(f"{job.name}: " + json.dumps(each[job.name]))
+    written = {}
     if hosts.is_first():
-        print(report.paper_table(report.evaluations(out) if out else each), file=sys.stderr)
+        found = report.evaluations(out) if out else each
+        print(report.paper_table(found), file=sys.stderr)
+        written = {"report": str(report.write_report(out))} if out else {}
     seconds = round(time.perf_counter() - begin, 2)
     if len(names) == 1:
         return {**each[names[0]], **written, "seconds": seconds}
     return {"n": sum(scores["n"] for scores in each.values()), "data": each, **written, "seconds": seconds}
 
 
-def _plain(name: str) -> str:
-    """The name of a data set without the METRIC@ before it."""
-    from argenseg_jax.eval.table import METRICS
+class Job(NamedTuple):
+    """One data set to evaluate.
 
-    metric, _, rest = name.partition("@")
-    return rest if rest and metric in METRICS else name
+    Attributes:
+      name: as it was given.
+      source, evaluator: opened, and known to fit.
+      folder: of the results; None writes none.
+      key: what the answers depend on.
+    """
+
+    name: str
+    source: Any
+    evaluator: Any
+    folder: Any
+    key: Mapping[str, Any]
 
 
-def _open(name: str, prompt: str) -> Any:
+def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, out: str | None) -> list[Job]:
+    """Every data set with its place and its evaluator. The model is loaded when all mistakes are known."""
+    from argenseg_jax import files, hosts
+    from argenseg_jax.ckpt.fingerprint import fingerprint
     from argenseg_jax.data.sources import open_source
+    from argenseg_jax.decode.predictor import Predictor
+    from argenseg_jax.eval import folders
 
-    return open_source(name, prompt=prompt, image_root=FLAGS.image_root)
+    metrics = {name: folders.split(name)[0] or settings["metric"] for name in names}
+    sources = {name: open_source(folders.split(name)[1], prompt=settings["prompt"],
+                                 image_root=FLAGS.image_root) for name in names}
+    places = [None] * len(names)
+    if out:  # the first process decides: others may see folders that it has made by then
+        places = [files.to_path(p) for p in hosts.gather([str(p) for p in folders.choose(out, names)])[0]]
+        for place in places if hosts.is_first() else ():
+            files.check_writable(place)
+    path = FLAGS.checkpoint or FLAGS.workdir
+    predictor = functools.cache(lambda: Predictor.load(path, FLAGS.dtype))
+    baseline = functools.cache(lambda: _baseline(checkpoint.config))  # reads the training data: only where needed
+    weights = {"checkpoint": str(path), "step": checkpoint.step(), "weights": hosts.gather(fingerprint(checkpoint))[0]}
+    config = json.dumps([checkpoint.config.get(k) for k in ("data", "decode")], sort_keys=True, default=str)
+    jobs = []
+    for name, place in zip(names, places):
+        evaluator = _evaluator({**settings, "metric": metrics[name]}, sources[name], checkpoint.config, predictor,
+                               baseline)
+        evaluator.check(sources[name])
+        jobs.append(Job(name, sources[name], evaluator, place, {
+            "data": name, folders.SOURCE: folders.identity(name), **weights, "config": config,
+            "image_root": FLAGS.image_root, "dtype": FLAGS.dtype, "baseline": FLAGS.baseline,
+            "prompt": settings["prompt"], "masks": settings["masks"], "metric": metrics[name]}))
+    predictor()
+    return jobs
 
 
-def _evaluate(name: str, source: Any, predictor: Any, config: Mapping[str, Any],
-              settings: Mapping[str, Any], baseline: Callable[[], Any], out: str | None
-              ) -> dict[str, Any]:
-    """The scores of one data set, and the path of its predictions."""
-    from etils import epath
-
-    from argenseg_jax import hosts
-    from argenseg_jax.ckpt import orbax_io
+def _evaluator(settings: Mapping[str, Any], source: Any, config: Mapping[str, Any],
+               predictor: Callable[[], Any], baseline: Callable[[], Any]) -> Any:
+    """The evaluator of one data set, whose model and baseline are loaded with the first question."""
     from argenseg_jax.eval.evaluator import Evaluator
+
+    metric = settings["metric"] or (source[0].meta.get("metric") if len(source) else "")
+    several = settings["masks"] != "first" or metric == "instances"
+
+    def answer(requests: Sequence[Any], **options: Any) -> Sequence[Any]:
+        return predictor().segment_batch(requests, max_masks=MAX_MASKS if several else 1, **options)
+
+    def constant(question: str) -> Any:
+        return baseline() and baseline()(question)
+
+    return Evaluator(
+        answer, batch=FLAGS.batch, masks=settings["masks"], metric=settings["metric"],
+        baseline=constant if FLAGS.baseline and config.get("data", {}).get("sources") else None,
+        preview_fn=functools.partial(answer, previews=True) if FLAGS.previews else None,
+        previews=FLAGS.previews, pad=config.get("data", {}).get("pad_to_square", False))
+
+
+def _evaluate(job: Job) -> dict[str, Any]:
+    """The scores of one data set, and the path of its predictions."""
+    from argenseg_jax import hosts
     from argenseg_jax.eval.partial import Partial
 
-    first = source[0] if len(source) else None
-    metric = settings["metric"] or (first.meta.get("metric") if first else "")
-    needs = (FLAGS.baseline and first and first.masks and "all_objects_mask" not in first.meta
-             and config.get("data", {}).get("sources"))
-    several = settings["masks"] != "first" or metric == "instances"
-    answer = functools.partial(predictor.segment_batch, max_masks=MAX_MASKS if several else 1)
-    previews = functools.partial(answer, previews=True) if FLAGS.previews else None
-    folder = _folder(out, name) if out else None
-    kept = None
-    if folder:
-        checkpoint = FLAGS.checkpoint or FLAGS.workdir
-        path = epath.Path(_plain(name))
-        key = {"data": name, "samples": len(source), "image_root": FLAGS.image_root,
-               "file": [path.stat().length, path.stat().mtime] if path.is_file() else None,
-               "checkpoint": str(checkpoint), "step": orbax_io.newest_step(checkpoint),
-               "dtype": FLAGS.dtype, "baseline": FLAGS.baseline,
-               **{k: settings[k] for k in ("prompt", "masks", "metric")}}
-        kept = Partial(folder / "partial", key, FLAGS.save_every)
-    result = Evaluator(answer, batch=FLAGS.batch, masks=settings["masks"],
-                       baseline=baseline() if needs else None, preview_fn=previews, previews=FLAGS.previews,
-                       metric=settings["metric"], pad=config.get("data", {}).get("pad_to_square", False),
-                       ).run(source, FLAGS.limit, kept)
-    scores = {"data": name, **result.scores}
-    if not folder or not hosts.is_first():
+    kept = Partial(job.folder / "partial", job.key, FLAGS.save_every) if job.folder else None
+    result = job.evaluator.run(job.source, FLAGS.limit, kept)
+    scores = {**{k: job.key[k] for k in ("data", "checkpoint", "step", "weights")}, **result.scores}
+    if not kept or not hosts.is_first():
         return scores
-    _write(folder, source, result, scores)
+    try:
+        _write(job, result, scores)
+    except UserError:
+        common.log(json.dumps(scores))  # all answers are there; let nobody compute them for these again
+        raise
     kept.remove()
-    return {**scores, "predictions": str(folder / "predictions.jsonl")}
+    return {**scores, "predictions": str(job.folder / "predictions.jsonl")}
 
 
 def _rescore(path: str) -> dict[str, Any]:
@@ -183,27 +214,19 @@ def _baseline(config: Mapping[str, Any]) -> Any:
         return None
 
 
-def _folder(out: str, name: str) -> Any:
-    """OUT/eval/NAME of a file or a named source."""
-    from etils import epath
-
-    plain = _plain(name)
-    if epath.Path(plain).exists():
-        name = name.removesuffix(plain) + epath.Path(plain).stem
-    return epath.Path(out) / "eval" / re.sub(r"[^\w.-]+", "-", name)
-
-
-def _write(folder: Any, source: Any, result: Any, scores: Mapping[str, Any]) -> None:
+def _write(job: Job, result: Any, scores: Mapping[str, Any]) -> None:
     """Writes what one evaluation found."""
     from argenseg_jax import files
-    from argenseg_jax.eval import pictures, report, saved
+    from argenseg_jax.eval import folders, pictures, report, saved
 
-    lines = [record.row() for record in result.records]
-    files.write(folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
-    files.write(folder / "coco_results.json", json.dumps(saved.coco_results(lines)))
-    for row in lines if FLAGS.save_masks else []:
+    folder, rows = job.folder, result.records.spool
+    files.write(folder / "predictions.jsonl", rows.lines())
+    files.write(folder / "coco_results.json", saved.coco_file(rows.values()))
+    for row in rows.values() if FLAGS.save_masks else ():
         if row["prediction"]:
             files.write(folder / "masks" / f"{row['index']}.png",
                         pictures.encode_png(saved.mask_picture(row)))
-    rows = report.save_pictures(folder / "pictures", source, result)
-    files.write(folder / "scores.json", json.dumps({**scores, "pictures": rows}, indent=1))
+    shown = report.save_pictures(folder / "pictures", job.source, result)
+    files.write(folder / "scores.json", json.dumps(
+        {**scores, folders.SOURCE: job.key[folders.SOURCE], "coco_results": saved.coco_ids(rows.values()),
+         "pictures": shown}, indent=1))

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
+import json
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,20 +23,23 @@ from PIL import Image
 
 from argenseg_jax import hosts
 from argenseg_jax.data import transforms
-from argenseg_jax.data.prompt import query_turns
+from argenseg_jax.data.prompt import is_human, query_turns
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources import Source
 from argenseg_jax.decode.predictor import Request, Result
 from argenseg_jax.errors import UserError
-from argenseg_jax.eval import fidelity, ranking, saved
-from argenseg_jax.eval.metrics import Sums, iou
+from argenseg_jax.eval import fidelity, ranking, saved, table
+from argenseg_jax.eval.metrics import iou
 from argenseg_jax.eval.partial import Partial
 from argenseg_jax.eval.rle import encode_rle
-from argenseg_jax.eval.table import METRICS
+from argenseg_jax.eval.spool import Spool
 
 PredictFn = Callable[[Sequence[Request]], Sequence[Result]]
-Baseline = Callable[[str], np.ndarray]  # question -> bool[side, side]
+Baseline = Callable[[str], np.ndarray | None]  # question -> bool[side, side]; None: no baseline
 SCORED = ("first", "union")
+SAMPLE = "sample"  # key of an answer that waits in Partial: the fingerprint of what was asked
+GATHERED = 1000  # rows of a process that the others are told of at a time
+NOT_ANSWERED = Result(masks=[], scores=[], text="", images=[], scales=[])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +82,19 @@ class Record:
                    more={key: value for key, value in row.items() if key not in own})
 
 
+class Records(Sequence[Record]):
+    """The records of an evaluation in the order of their samples, read from a Spool when asked for."""
+
+    def __init__(self, spool: Spool):
+        self.spool, self._indices = spool, list(spool)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, k: int) -> Record:
+        return Record.of(self.spool[self._indices[k]])
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Scores by name (see `Evaluator.run`), the records behind them, and a few answers by scale.
@@ -84,7 +103,7 @@ class Evaluation:
     """
 
     scores: dict[str, Any]
-    records: list[Record]
+    records: Records
     scales: dict[int, np.ndarray]
 
 
@@ -111,8 +130,8 @@ class Evaluator:
             raise UserError(f"eval.masks is '{masks}'; it must be one of {', '.join(SCORED)}")
         self.predict_fn, self.batch, self.masks = predict_fn, batch, masks
         self.baseline, self.preview_fn, self.previews = baseline, preview_fn, previews
-        if metric and metric not in METRICS:
-            raise UserError(f"metric '{metric}' is unknown; there are {', '.join(METRICS)}")
+        if metric:
+            table.find(metric)
         self.metric, self.pad = metric, pad
 
     def run(self, source: Source, limit: int = 0, partial: Partial | None = None) -> Evaluation:
@@ -126,14 +145,13 @@ class Evaluator:
         Args:
           partial: keeps answers as they come, and brings those of an evaluation that was stopped.
         """
-        n = min(len(source), limit) if limit else len(source)
-        if not n:
-            raise UserError("the data to evaluate holds no sample")
-        known = {k: row for k, row in (partial.open() if partial else {}).items() if k < n}
-        todo = [i for i in range(n) if i not in known]
+        n = self.check(source, limit)
+        rows = Spool(n)
+        if partial:
+            self._resume(source, rows, partial)
+        todo = [i for i in range(n) if i not in rows]
         mine = [todo[k] for k in hosts.share(len(todo))]
-        records: list[Record] = []
-        times = []
+        times, drawn, ious = [], 0, 0.0
         bar = tqdm.tqdm(total=len(mine), unit=" samples", file=sys.stderr, dynamic_ncols=True, delay=1,
                         mininterval=0.5 if sys.stderr.isatty() else 30, disable=not hosts.is_first())
         with bar:
@@ -143,28 +161,64 @@ class Evaluator:
                 start = time.perf_counter()
                 results = self.predict_fn(requests)
                 times.append((time.perf_counter() - start, len(batch)))
-                made = [self._record(*each) for each in zip(batch, samples, results, strict=True)]
-                records += made
+                made = [self._row(*each, self.baseline) for each in zip(batch, samples, results, strict=True)]
+                for index, row in zip(batch, made):
+                    rows.add(index, row)
                 if partial:
-                    partial.add([record.row() for record in made])
+                    partial.add([{**row, SAMPLE: _fingerprint(sample)} for row, sample in zip(made, samples)])
                 bar.update(len(batch))
-                drawn = [r.iou for r in records if r.iou is not None]
+                known = [row["iou"] for row in made if row["iou"] is not None]
+                drawn, ious = drawn + len(known), ious + sum(known)
                 if drawn:
-                    bar.set_postfix(gIoU=f"{sum(drawn) / len(drawn):.3f}", refresh=False)
-        timed = times[1:] or times
-        shares = hosts.gather({"records": [vars(record) for record in records],
-                               "seconds": sum(t for t, _ in timed), "timed": sum(k for _, k in timed)})
-        records = [Record(**row) for share in shares for row in share["records"]]
-        records = sorted([*records, *map(Record.of, known.values())], key=lambda record: record.index)
-        seconds, count = (sum(share[key] for share in shares) for key in ("seconds", "timed"))
+                    bar.set_postfix(gIoU=f"{ious / drawn:.3f}", refresh=False)
+        if partial:
+            partial.flush()
+        seconds, count = _exchange(rows, mine, times[1:] or times)
         previews = self.preview_fn and hosts.is_first()
         return Evaluation(
             scores={"baseline_gIoU": None, "baseline_cIoU": None,
-                    **saved.summary([r.row() for r in records], self.metric),
+                    **saved.summary(rows.values(), self.metric),
                     "seconds_per_image": seconds / count if count else None},
-            records=records, scales=self._previews(source, n) if previews else {})
+            records=Records(rows), scales=self._previews(source, n) if previews else {})
 
-    def _record(self, index: int, sample: Sample, result: Result) -> Record:
+    def check(self, source: Source, limit: int = 0) -> int:
+        """How many samples `run` takes; UserError now where the first of them could not be scored later.
+
+        It is scored as if it had been answered by nothing.
+        """
+        n = min(len(source), limit) if limit else len(source)
+        if not n:
+            raise UserError("the data to evaluate holds no sample")
+        sample = source[0]
+        request(sample)
+        self._row(0, sample, NOT_ANSWERED, None)
+        return n
+
+    def _resume(self, source: Source, rows: Spool, partial: Partial) -> None:
+        """Takes over the answers of an evaluation that was stopped, if their samples are as they were."""
+        told = {}
+        for row in partial.open():
+            index = row["index"]
+            if index < rows.count:
+                told[index] = row.pop(SAMPLE, None)
+                rows.discard(index)  # a sample that has changed was answered twice
+                rows.add(index, Record.of(row).row())
+        known = [index for index, fingerprint in told.items() if fingerprint]
+        mine = [known[k] for k in hosts.share(len(known))]
+        with ThreadPoolExecutor() as pool:  # reading a picture leaves Python's lock
+            found = pool.map(lambda index: _fingerprint(source[index]), mine)
+            changed = [index for index, now in zip(mine, found) if now != told[index]]
+        for index in itertools.chain(*hosts.gather(changed)):
+            rows.discard(index)
+
+    def _row(self, index: int, sample: Sample, result: Result, baseline: Baseline | None) -> dict[str, Any]:
+        """The line of predictions.jsonl, of which it is certain that it can be scored."""
+        record = self._record(index, sample, result, baseline)
+        row = record.row()
+        saved.Scorer(self.metric).add(row, _name(sample))
+        return row
+
+    def _record(self, index: int, sample: Sample, result: Result, baseline: Baseline | None) -> Record:
         meta, drawn = sample.meta, [np.asarray(m, bool) for m in result.masks]
         metric = self.metric or meta.get("metric") or "referring"
         truth = self._truth(sample, metric)
@@ -178,7 +232,7 @@ class Evaluator:
             if meta.get("ignore_mask") is not None:
                 ignored = np.asarray(meta["ignore_mask"]) > 0
                 prediction, more["ignore"] = prediction & ~ignored, encode_rle(ignored)
-            constant = self._baseline_mask(sample, truth.shape)
+            constant = _baseline_mask(sample, truth.shape, baseline)
             if constant is not None:
                 more["baseline"] = [int((constant & truth).sum()), int((constant | truth).sum())]
         if metric == "instances":
@@ -234,12 +288,6 @@ class Evaluator:
         ignored = sample.meta.get("ignore_mask")
         return truth if ignored is None else truth & (np.asarray(ignored) == 0)
 
-    def _baseline_mask(self, sample: Sample, shape: tuple[int, ...]) -> np.ndarray | None:
-        own = sample.meta.get("all_objects_mask")
-        if own is not None:
-            return np.asarray(own) > 0
-        return None if self.baseline is None else resize(self.baseline(question(sample)), shape)
-
 
 # ---------------------------------------------------------------------------- requests and records
 
@@ -256,8 +304,16 @@ def request(sample: Sample) -> Request:
 def question(sample: Sample) -> str:
     """The human text before the first answer with a mask, without `<image>`."""
     turns = query_turns(sample.conversations)
-    text = " ".join(t["value"] for t in turns if t["from"] == "human")
+    text = " ".join(t["value"] for t in turns if is_human(t))
     return " ".join(text.replace("<image>", " ").split())
+
+
+def _baseline_mask(sample: Sample, shape: tuple[int, ...], baseline: Baseline | None) -> np.ndarray | None:
+    own = sample.meta.get("all_objects_mask")
+    if own is not None:
+        return np.asarray(own) > 0
+    mask = None if baseline is None else baseline(question(sample))
+    return None if mask is None else resize(mask, shape)
 
 
 def _likeness(images: Sequence[np.ndarray], sample: Sample) -> dict[str, float]:
@@ -280,6 +336,30 @@ def resize(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """bool[h, w] -> bool[H, W], nearest neighbour."""
     picture = Image.fromarray(mask).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
     return np.asarray(picture, bool)
+
+
+def _fingerprint(sample: Sample) -> str:
+    """Of everything that an answer and its scores depend on; another one where a file has changed."""
+    told = {k: sample.meta.get(k) for k in ("kind", "id", "reference", "sents", "metric", "files")}
+    arrays = [*sample.images, *sample.masks, *sample.meta.get("crowds", ()),
+              *(sample.meta[k] for k in ("ignore_mask", "all_objects_mask") if sample.meta.get(k) is not None)]
+    digest = hashlib.blake2b(json.dumps([list(map(dict, sample.conversations)), told], default=str,
+                                        sort_keys=True).encode(), digest_size=8)
+    for array in arrays:
+        digest.update(str(np.shape(array)).encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _exchange(rows: Spool, mine: Sequence[int], times: Sequence[tuple[float, int]]) -> tuple[float, int]:
+    """Gives the rows of every process to all others; (seconds, samples) that were timed, of all."""
+    told = {"seconds": sum(t for t, _ in times), "timed": sum(k for _, k in times)}
+    for start in itertools.count(0, GATHERED):
+        shares = hosts.gather({"rows": [rows[i] for i in mine[start:start + GATHERED]], **told,
+                               "left": max(len(mine) - start - GATHERED, 0)})
+        for row in itertools.chain(*(share["rows"] for share in shares)):
+            rows.add(row["index"], row)
+        if not any(share["left"] for share in shares):
+            return tuple(sum(share[key] for share in shares) for key in told)
 
 
 def _batched(items: Iterable[int], size: int) -> Iterator[list[int]]:

@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from argenseg_jax import files, hosts
+from argenseg_jax.errors import UserError
 from argenseg_jax.eval import saved
 
 
@@ -30,27 +31,44 @@ class Partial:
         self._rows: list[Mapping[str, Any]] = []
         self._since = time.monotonic()
 
-    def open(self) -> dict[int, dict[str, Any]]:
-        """{index: row} of what is there; every process calls it, before any `add`."""
-        found = {path: saved.read_rows(path) for path in sorted(self.folder.glob("*.jsonl"))}
+    def open(self) -> Iterator[dict[str, Any]]:
+        """The rows of what is there; every process calls it, before any `add`.
+
+        Files of another key, and such as something else has damaged, are removed first.
+        """
+        paths = sorted(self.folder.glob("*.jsonl"))
+        strange = [path for path in paths if self._read(path) is None]
         hosts.gather(None)  # all have read the same; nobody has written yet
-        strange = [path for path, (head, *_) in found.items() if head != self.key]
         if hosts.is_first():
             for path in strange:
                 path.unlink()
         hosts.gather(None)
         self._since = time.monotonic()
-        return {row["index"]: row for path, (_, *rows) in found.items() if path not in strange for row in rows}
+        return (row for path in paths if path not in strange for row in self._read(path))
+
+    def _read(self, path: epath.Path) -> list[dict[str, Any]] | None:
+        """The rows of a file; None where it is not of this evaluation."""
+        try:
+            head, *rows = saved.read_rows(path)
+        except UserError:
+            return None
+        whole = all(isinstance(row.get("index"), int) and row["index"] >= 0 for row in rows)
+        return rows if head == self.key and whole else None
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Takes rows; writes all that are not written yet when it is time."""
         self._rows += rows
-        if self._rows and time.monotonic() - self._since >= self.every:
-            # No other file begins with this sample: it is answered once.
-            name = f"{self._rows[0]['index']}.jsonl"
-            lines = "".join(json.dumps(row) + "\n" for row in (self.key, *self._rows))
-            files.write(self.folder / name, lines)
-            self._rows, self._since = [], time.monotonic()
+        if time.monotonic() - self._since >= self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the rows that are not written yet."""
+        if self._rows:
+            path = self.folder / f"{self._rows[0]['index']}.jsonl"
+            if path.exists():  # answers to a sample that has changed since
+                path = path.with_name(f"{path.stem}-{time.time_ns()}.jsonl")
+            files.write(path, (json.dumps(row) + "\n" for row in (self.key, *self._rows)))
+        self._rows, self._since = [], time.monotonic()
 
     def remove(self) -> None:
         """When the evaluation is complete and its result written."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import collections
 import html
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,17 +51,18 @@ def save_pictures(folder: epath.Path, source: Source, result: evaluator.Evaluati
     Returns one dict per answer: group ('best', 'worst', 'random' or 'scales'), file, question,
     answer, iou, and for 'scales' the file `scales` with the mask at each scale, coarse to fine.
     """
-    known = [r for r in result.records if r.truth is not None]  # questions about text have no picture
-    ranked = sorted(known, key=lambda r: (-r.iou, r.index))
+    records = result.records
+    drawn = [(-r.iou, r.index, k) for k, r in enumerate(records) if r.truth is not None]  # not text
+    ranked = [k for *_, k in sorted(drawn)]
     # Empty answers to empty questions are right but show nothing: best means best drawn.
-    drawn = [r for r in ranked if decode_rle(r.truth).any()] or ranked
+    best = list(itertools.islice((k for k in ranked if decode_rle(records[k].truth).any()), each))
     order = np.random.default_rng(seed).permutation(len(ranked))
-    groups = {"random": [ranked[i] for i in order[:each]], "best": drawn[:each],
+    groups = {"random": [ranked[i] for i in order[:each]], "best": best or ranked[:each],
               "worst": ranked[::-1][:each],
-              "scales": [r for r in known if r.index in result.scales]}
+              "scales": [k for *_, index, k in sorted(drawn, key=lambda d: d[2]) if index in result.scales]}
     rows = []
-    for group, records in groups.items():
-        for k, r in enumerate(records):
+    for group, chosen in groups.items():
+        for k, r in enumerate(map(records.__getitem__, chosen)):
             row = {"group": group, "file": f"{group}_{k}.png", "question": r.question,
                    "answer": r.answer, "iou": r.iou}
             truth = decode_rle(r.truth)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import array
 import collections
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -192,6 +193,24 @@ def coco_results(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
             drawn = [{"segmentation": row["prediction"], "score": 1.0}] if row.get("masks") else []
         for one in drawn:
             yield {**ids, "segmentation": one["segmentation"], "score": one["score"]}
+
+
+def coco_file(rows: Iterable[Row]) -> Iterator[str]:
+    """`coco_results` as the parts of one JSON list."""
+    before = "["
+    for one in coco_results(rows):
+        yield before + json.dumps(one)
+        before = ", "
+    yield "]" if before == ", " else "[]"
+
+
+def coco_ids(rows: Iterable[Row]) -> str:
+    """What the ids in COCO's result file are."""
+    lacking = {key for row in rows for key in ("image_id", "category_id") if key not in row}
+    says = {"image_id": "image_id is the index of the sample", "category_id": "category_id is 1"}
+    if not lacking:
+        return "image_id and category_id are those of the data"
+    return " and ".join(says[key] for key in sorted(lacking, reverse=True)) + ": the data names none"
 
 
 def mask_picture(row: Row) -> np.ndarray:
