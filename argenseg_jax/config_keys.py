@@ -8,6 +8,7 @@ table:
   check_model(section, where)      a `model` section (variants.build, config.json of an HF folder)
   fault(key, value)                what is wrong with one value, or None
   parse(key, text), spell(value)   a value <-> its text after --config.KEY=; each undoes the other
+  flattened(settings)              {'optim.lr': value}, checked, of what a sweep or a script sets
   plain(value)                     numpy numbers and arrays -> those of Python
 """
 from __future__ import annotations
@@ -17,7 +18,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -267,8 +268,8 @@ def fault(key: str, value: Any) -> str | None:
     except (TypeError, ValueError, ArithmeticError):  # numbers of strange types
         pass
     if known.rule.startswith("one of"):
-        return f"{key} {_shown(value)} is unknown; there are {known.rule.removeprefix('one of ')}"
-    return f"{key}={_shown(value)}: write {known.rule}"
+        return f"{key} {shown(value)} is unknown; there are {known.rule.removeprefix('one of ')}"
+    return f"{key}={shown(value)}: write {known.rule}"
 
 
 def check(config: Mapping[str, Any], *, saved: str | None = None) -> None:
@@ -286,7 +287,7 @@ def check(config: Mapping[str, Any], *, saved: str | None = None) -> None:
                 continue
             if key in SECTIONS:
                 if not _is_section(value):
-                    raise UserError(f"{key}={_shown(value)}: a section of keys is expected")
+                    raise UserError(f"{key}={shown(value)}: a section of keys is expected")
             elif problem := fault(key, value):
                 raise UserError(problem)
         if not saved:
@@ -305,12 +306,12 @@ def check_model(section: Any, where: str = "model") -> None:
     `where` is what messages name: 'config.json' gives "config.json: llm.width='x': write ...".
     """
     if not _is_section(section):
-        raise UserError(f"{where}={_shown(section)}: a section of keys is expected")
+        raise UserError(f"{where}={shown(section)}: a section of keys is expected")
     try:
         for key, value in _given({"model": section}, "", strict=True):
             if key in SECTIONS:
                 if not _is_section(value):
-                    raise UserError(f"{key}={_shown(value)}: a dict of fields is expected")
+                    raise UserError(f"{key}={shown(value)}: a dict of fields is expected")
             elif problem := fault(key, value):
                 raise UserError(problem)
     except UserError as error:
@@ -322,7 +323,7 @@ def _given(values: Any, prefix: str, strict: bool) -> Iterator[tuple[str, Any]]:
     """(key, value) of the sections and known keys; an unknown one is a UserError where `strict`."""
     if not _is_section(values):
         if not prefix:
-            raise UserError(f"{_shown(values)} is no config: sections of keys are expected")
+            raise UserError(f"{shown(values)} is no config: sections of keys are expected")
         return
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -349,7 +350,7 @@ def unknown(key: str) -> str:
         f"; did you mean {beside.get(near[0], near[0])}?" if near else "")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value within a message: one short line, whatever it is."""
     try:
         return brief(repr(value), 80)
@@ -409,18 +410,26 @@ def assign(config: Any, key: str, value: Any) -> None:
     config[name] = value
 
 
-def flattened(settings: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, Any]]:
-    """[('optim.lr', value), ...] of nested or dotted settings, plain; UserError for a wrong key or value."""
-    found = []
+def lookup(config: Any, key: str) -> Any:
+    """The value of a key that is there."""
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'optim.lr': value} of nested or dotted settings, as `parse` gives them; UserError for a wrong one."""
+    found: dict[str, Any] = {}
     for name, value in settings.items():
         key = f"{prefix}{name}"
         if key in SECTIONS and _is_section(value):
-            found += flattened(value, f"{key}.")
+            found |= flattened(value, f"{key}.")
             continue
         if key not in KEYS:
             raise UserError(unknown(key))
-        value = plain(value)
-        if problem := fault(key, value):
+        if problem := fault(key, value := plain(value)):
             raise UserError(problem)
-        found.append((key, value))
+        if isinstance(value, list):
+            value = tuple(value)
+        found[key] = float(value) if KEYS[key].read is float else value
     return found

@@ -10,7 +10,7 @@ PACKAGE = "argenseg_jax"
 # Higher rooms may import lower ones and themselves.
 RANKS = {"cli": 10, "parity": 9, "train": 8, "eval": 7, "decode": 6, "ckpt": 5, "data": 4, "interop": 4,
          "models": 3, "sharding": 2, "scales": 1, "vocab": 1, "pixels": 1,
-         "trees": 1, "config_keys": 1, "locks": 2, "files": 1, "hosts": 1, "processes": 0, "errors": 0}
+         "trees": 1, "config_keys": 1, "config_files": 2, "locks": 2, "files": 1, "hosts": 1, "processes": 0, "errors": 0}
 NUMPY_ONLY = ("scales", "vocab", "pixels", "trees", "config_keys", "processes", "errors")
 LIGHT = {"jax", "flax", "optax", "numpy", "safetensors", "ml_dtypes"}  # for models/ and decode/
 

@@ -2,21 +2,30 @@
 from __future__ import annotations
 
 import ctypes
+import glob
+import importlib.util
 import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from absl import flags
-from ml_collections import config_flags
 
-from argenseg_jax.errors import UserError
+from argenseg_jax.cli import parsing
+from argenseg_jax.errors import UserError, brief
 
 FLAGS = flags.FLAGS
+MAX_CPU_DEVICES = 1024
+# (device files, packages of which one is needed to use them); jax comes with CPU alone.
+_ACCELERATORS = (
+    (("/dev/nvidia[0-9]*", "/dev/dxg"), ("jax_cuda12_plugin", "jax_cuda13_plugin")),
+    (("/dev/kfd",), ("jax_rocm60_plugin", "jax_rocm7_plugin")),
+    (("/dev/accel[0-9]*", "/dev/vfio/[0-9]*"), ("libtpu",)),
+)
 flags.DEFINE_integer("cpu_devices", 0, "Number of devices that the CPU is split into; 0 takes the "
-                     "product of the config's mesh.", lower_bound=0)
+                     "product of the config's mesh.", lower_bound=0, upper_bound=MAX_CPU_DEVICES)
 flags.DEFINE_bool("distributed", False, "Join the other hosts: the same command runs on each. jax "
                   "finds them on TPU pods and under Slurm, Open MPI and Kubernetes; elsewhere set "
                   "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.")
@@ -24,9 +33,9 @@ flags.DEFINE_bool("debug", False, "Print the traceback of a user error too.")
 
 
 def define_config() -> None:
-    """--config FILE.py[:arg], and --config.a.b=value for each of its keys (it is locked)."""
-    config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/nano.py",
-                                    lock_config=True)
+    """--config FILE.py[:arg], and --config.a.b=value for each key of config_keys.py."""
+    flags.DEFINE_flag(parsing.ConfigFlag("Experiment file, e.g. configs/nano.py; --config.KEY=VALUE changes "
+                                         "a key of it."))
 
 
 def define_workdir(text: str = "Directory of the run.") -> None:
@@ -76,38 +85,6 @@ def write_picture(target: str, number: int, picture: Any) -> str:
     return str(path)
 
 
-def parse_flags(command: str, args: Sequence[str]) -> None:
-    """Reads the command line into FLAGS; whatever is wrong with it becomes one UserError."""
-    for flag, value in zip(args, [*args[1:], ""]):
-        name, _, inline = flag.partition("=")
-        if name.lstrip("-") == "config":
-            _find_config((inline or value).partition(":")[0])
-    sys.argv = [command, *args]  # ml_collections looks for overrides there
-    try:
-        rest = FLAGS(sys.argv)[1:]
-    except (KeyError, AttributeError) as error:  # ml_collections: an override of no key
-        text = re.sub(r"\\n|[\\'\"]", " ", str(error.args[0]))
-        key = text.split()[0]
-        flag = next((a for a in args if re.search(rf"\b{re.escape(key)}\b", a)), key)
-        raise UserError(f"{flag}: no such config key: {text}") from error
-    except (flags.Error, TypeError, ValueError, OSError) as error:
-        cause = error  # an exception inside the config file arrives wrapped, traceback and all
-        while "raceback" in str(cause) and (cause.__cause__ or cause.__context__):
-            cause = cause.__cause__ or cause.__context__
-        raise UserError(str(cause)) from error
-    if rest:
-        raise UserError(f"unexpected argument '{rest[0]}'; flags are written --name=value")
-
-
-def _find_config(path: str) -> None:
-    """Checks that the config file is there, and lets it import its neighbours."""
-    if not os.path.isfile(path):
-        raise UserError(f"--config: there is no file '{path}'")
-    root = os.path.dirname(os.path.dirname(os.path.abspath(path)))
-    if root not in sys.path:
-        sys.path.insert(0, root)
-
-
 def require(*names: str) -> None:
     """Raises a UserError unless each of these flags was given."""
     for name in names:
@@ -115,12 +92,27 @@ def require(*names: str) -> None:
             raise UserError(f"--{name} is missing")
 
 
+def on_cpu() -> bool:
+    """Whether jax will compute on the CPU, told without starting it: by JAX_PLATFORMS, or else by what is here.
+
+    An accelerator is used where its device files are and the package that drives it is installed.
+    """
+    named = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
+    if named:
+        return named.split(",")[0].strip().lower() == "cpu"
+    return not any(any(map(glob.glob, nodes)) and any(map(importlib.util.find_spec, packages))
+                   for nodes, packages in _ACCELERATORS)
+
+
 def keep_memory() -> None:
-    """Tells glibc's malloc to keep freed memory instead of handing it back to the system.
+    """Tells glibc's malloc to keep freed memory instead of handing it back to the system; on the CPU only.
 
     XLA's CPU backend allocates its work space anew at every step; faulting those pages in again takes
-    a quarter of the time of a training step. Harmless where jax runs elsewhere.
+    a quarter of the time of a training step. Where an accelerator computes, there is nothing to gain,
+    and the many threads that read data would share one arena.
     """
+    if not on_cpu():
+        return
     trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # of malloc.h
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -140,11 +132,11 @@ def setup_devices() -> None:
     count = FLAGS.cpu_devices
     if not count and "config" in FLAGS and FLAGS.config is not None:
         count = 1
-        for size in FLAGS.config.get("mesh", {}).values():
+        for size in FLAGS.config.mesh.values():
             count *= max(size, 1)
         if FLAGS.distributed:  # the mesh is that of all processes
             count //= _number("JAX_NUM_PROCESSES") or count
-    if count > 1:
+    if 1 < count <= MAX_CPU_DEVICES:  # beyond, the mesh refuses the devices that there are
         # On a busy machine one device may wait for another longer than the 40 s after which XLA
         # gives the process up.
         if "collective_call_terminate" not in (given := os.environ.get("XLA_FLAGS", "")):
@@ -164,8 +156,8 @@ def setup_devices() -> None:
 def _number(name: str) -> int | None:
     """An environment variable as a number; None where it is not set."""
     text = os.environ.get(name)
-    if text is not None and not text.isdigit():
-        raise UserError(f"{name}='{text}' is no number")
+    if text is not None and not re.fullmatch(r"[0-9]{1,9}", text):
+        raise UserError(f"{name}='{brief(text, 60)}' is no number")
     return None if text is None else int(text)
 
 

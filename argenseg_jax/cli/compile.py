@@ -20,9 +20,8 @@ import sys
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
-from argenseg_jax import processes
+from argenseg_jax import config_keys, processes
 from argenseg_jax.cli import common
 from argenseg_jax.errors import UserError
 
@@ -117,12 +116,17 @@ def _search() -> dict[str, Any]:
 
 def _compile(overrides: list[str]) -> dict[str, Any]:
     """The report of this command with other settings; an error is {'fits': False, 'error': line}."""
-    path = config_flags.get_config_filename(FLAGS["config"])
-    given = [f"--config.{k}={v}" for k, v in config_flags.get_override_values(FLAGS["config"]).items()]
-    args = ["compile", f"--config={path}", *given, *overrides, f"--topology={FLAGS.topology}",
+    config = FLAGS["config"]
+    given = [f"--config.{key}={config_keys.spell(value)}" for key, value in config.overrides.items()]
+    args = ["compile", f"--config={config.spec}", *given, *overrides, f"--topology={FLAGS.topology}",
             f"--slices={FLAGS.slices}", *(f"--xla={option}" for option in FLAGS.xla)]
     done = subprocess.run([sys.executable, "-m", "argenseg_jax", *args], capture_output=True, text=True,
                           env=processes.child_environment())
-    if done.returncode:
-        return {"fits": False, "error": done.stderr.strip().splitlines()[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        if not done.returncode:
+            return json.loads(done.stdout.splitlines()[-1])
+        said = done.stderr.strip().splitlines()[-1]
+    except (ValueError, LookupError):
+        said = (f"the compiler was killed by signal {-done.returncode}; is there enough memory?"
+                if done.returncode < 0 else f"the compiler ended with exit code {done.returncode}, without a word")
+    return {"fits": False, "error": said}

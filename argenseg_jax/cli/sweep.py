@@ -18,7 +18,6 @@ import sys
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from argenseg_jax import processes
 from argenseg_jax.cli import common
@@ -44,11 +43,9 @@ def run() -> dict[str, Any]:
     from argenseg_jax import files
     from argenseg_jax.train import sweep
 
-    path = config_flags.get_config_filename(FLAGS["config"])
-    module = sweep.load_module(path.partition(":")[0])
-    points = sweep.expand(module, FLAGS.config)
-    overrides = config_flags.get_override_values(FLAGS["config"])
-    commands = [sweep.train_args(point, path, overrides, FLAGS.workdir) for point in points]
+    config = FLAGS["config"]
+    points = sweep.expand(config.module, config.value)
+    commands = [sweep.train_args(point, config.spec, config.overrides, FLAGS.workdir) for point in points]
     if FLAGS.launch in ("commands", "slurm", "jobset"):
         return {"points": len(points), "file": _write(commands)}
     failed = 0
@@ -57,7 +54,7 @@ def run() -> dict[str, Any]:
 
         with locks.Lock(files.join(FLAGS.workdir, locks.FILE), FLAGS.workdir, common.log):
             failed = _train(points, commands)
-    listed = module.metrics() if hasattr(module, "metrics") else ("loss",)
+    listed = sweep.listed_metrics(config.module)
     metrics = tuple(dict.fromkeys((FLAGS.metric or listed[0], *listed)))
     return _collect(points, metrics, failed)
 

@@ -5,10 +5,10 @@ point is a run of its own in ROOT/NAME, where NAME spells its settings.
 """
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import html
-import importlib.util
 import json
 import math
 import re
@@ -20,7 +20,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from argenseg_jax import files
+from argenseg_jax import config_files, config_keys, files
 from argenseg_jax.ckpt.orbax_io import newest_step
 from argenseg_jax.errors import UserError
 from argenseg_jax.train.metrics_log import METRICS
@@ -45,34 +45,28 @@ class Point:
     @property
     def name(self) -> str:
         """A folder's name that spells the settings; a digest takes the place of odd characters."""
-        text = ",".join(f"{key}={flag_text(value)}" for key, value in self.settings.items())
+        text = ",".join(f"{key}={config_keys.spell(value)}" for key, value in self.settings.items())
         plain = re.sub(r"[^\w.,=+-]+", "_", text)[:_NAME_LENGTH]
         return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def load_module(path: str) -> ModuleType:
-    """The config file as a module; UserError where it has no `sweep`."""
-    spec = importlib.util.spec_from_file_location("swept_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "sweep"):
-        raise UserError(f"{path} has no sweep(add); it calls add(**{{'optim.lr': 1e-3}}) for each point")
-    return module
-
-
 def expand(module: ModuleType, config: ConfigDict) -> list[Point]:
-    """The points of `sweep`; UserError for an unknown key, a wrong type, no point or one twice."""
+    """The points of the config file's `sweep`; UserError for a wrong key or value, no point or one twice."""
+    if not hasattr(module, "sweep"):
+        raise UserError(f"{module.__file__} has no sweep(add); it calls add(**{{'optim.lr': 1e-3}}) for each point")
     points: list[Point] = []
 
     def add(**settings: Any) -> None:
-        cfg = ConfigDict(config.to_dict()).lock()
+        point = copy.deepcopy(config)
         try:
-            cfg.update_from_flattened_dict(settings)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{module.__file__}: sweep adds {settings}: {error}") from None
-        points.append(Point(dict(settings), cfg.vqvae.steps + cfg.train.steps))
+            plain = config_keys.flattened(settings)
+            config_files.override(point, plain)
+            config_keys.check(point)
+        except UserError as error:
+            raise UserError(f"{module.__file__}: sweep adds {config_keys.shown(settings)}: {error}") from None
+        points.append(Point(plain, point.vqvae.steps + point.train.steps))
 
-    module.sweep(add)
+    config_files.call(module, "sweep", add)
     names = [point.name for point in points]
     if not names:
         raise UserError(f"{module.__file__}: sweep adds no point")
@@ -81,15 +75,19 @@ def expand(module: ModuleType, config: ConfigDict) -> list[Point]:
     return points
 
 
-def flag_text(value: Any) -> str:
-    """A value as it is written behind --config.key=."""
-    return value if isinstance(value, str) else repr(value)
+def listed_metrics(module: ModuleType) -> tuple[str, ...]:
+    """What the config file's metrics() names; loss where there is none."""
+    listed = config_files.call(module, "metrics") if hasattr(module, "metrics") else ("loss",)
+    if not isinstance(listed, (tuple, list)) or not listed or not all(isinstance(name, str) for name in listed):
+        raise UserError(f"{module.__file__}: metrics() returns {config_keys.shown(listed)}; a tuple of names "
+                        "is expected")
+    return tuple(listed)
 
 
 def train_args(point: Point, config: str, overrides: Mapping[str, Any], root: str) -> list[str]:
     """Arguments of the command that trains a point: ['train', '--config=...', ...]."""
     keys = {**overrides, **point.settings}
-    return ["train", f"--config={config}", *(f"--config.{k}={flag_text(v)}" for k, v in keys.items()),
+    return ["train", f"--config={config}", *(f"--config.{k}={config_keys.spell(v)}" for k, v in keys.items()),
             f"--workdir={root.rstrip('/')}/{point.name}"]
 
 
@@ -172,7 +170,7 @@ def table(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], metrics: S
 
     def line(i: int) -> list[str]:
         values = [f"{v:.4g}" if isinstance(v, (int, float)) else "-" for v in map(rows[i].get, metrics)]
-        return ([flag_text(points[i].settings.get(key, "-")) for key in keys]
+        return ([config_keys.spell(points[i].settings.get(key, "-")) for key in keys]
                 + [f"**{v}**" if i == first else v for v in values])
 
     head = [*keys, *metrics]
@@ -199,7 +197,7 @@ def plot(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], metric: str
         marks = "".join(f"<circle cx='{x_of[v]:.1f}' cy='{y_of(y):.1f}' r='4'/>"
                         for v in values for y in groups[v])
         ticks = "".join(f"<text x='{x_of[v]:.1f}' y='{height - 22}' text-anchor='middle'>"
-                        f"{html.escape(flag_text(v))}</text>" for v in values)
+                        f"{html.escape(config_keys.spell(v))}</text>" for v in values)
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in means)
         panels.append(
             f"<g transform='translate({len(panels) * width})'>"

@@ -35,7 +35,7 @@ def error_of(done):
     (["train", "--config=configs/nano.py:colour=1", "--workdir=w"], "unknown config argument 'colour'"),
     (["train", "--config=configs/nano.py", "--config.bad=1", "--workdir=w"], "--config.bad=1: no such config key"),
     (["train", "--config=configs/nano.py", "--config.train.stepz=1", "--workdir=w"],
-     "--config.train.stepz=1: no such config key: stepz Did you mean steps"),
+     "--config.train.stepz=1: no such config key: train.stepz; did you mean train.steps?"),
     (["train", "--config", "configs/nano.py", "--config.train.steps=x", "--workdir=w"], "train.steps=x"),
     (["train", "--wrokdir=w"], "Unknown command line flag 'wrokdir'"),
     (["train", "now"], "unexpected argument 'now'"),

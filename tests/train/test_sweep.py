@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import yaml
 
+from argenseg_jax import config_files
 from argenseg_jax.errors import UserError
 from argenseg_jax.train import sweep
 from configs import common, sweep_example
@@ -25,7 +26,7 @@ def expand(*settings):
 
 
 def test_points_are_named_after_their_settings():
-    points = sweep.expand(sweep.load_module(CONFIG), sweep_example.get_config())
+    points = sweep.expand(config_files.load_module(CONFIG), sweep_example.get_config())
     assert len(points) == 6 and points[1].name == "optim.lr=0.001,seed=1"
     assert points[0].steps == sweep_example.get_config().train.steps
     assert expand({"train.steps": 7})[0].steps == 7
@@ -41,7 +42,7 @@ def test_what_is_wrong_with_a_sweep_is_said(settings, text):
     with pytest.raises(UserError, match=text):
         expand(*settings)
     with pytest.raises(UserError, match="no sweep"):
-        sweep.load_module("configs/nano.py")
+        sweep.expand(config_files.load_module("configs/nano.py"), common.base())
 
 
 def commands():
