@@ -116,7 +116,7 @@ def _whole(value: Any) -> bool:
 
 def _listed(counts: Any) -> np.ndarray:
     """f64[N] of whole numbers."""
-    counts = _numbers(counts, "an RLE whose counts are")
+    counts = _numbers(counts, "the counts of an RLE")
     if not (np.isfinite(counts) & (counts == np.trunc(counts))).all():
         raise SampleError("an RLE whose counts are not whole numbers")
     return counts
@@ -127,13 +127,13 @@ def _numbers(values: Any, what: str) -> np.ndarray:
     if isinstance(values, np.ndarray):
         values = values.tolist()
     if not isinstance(values, (list, tuple)):
-        raise SampleError(f"{what} {brief(repr(values), 60)}, not a list of numbers")
+        raise SampleError(f"{what}: a list of numbers expected, not {brief(repr(values), 60)}")
     if wrong := [t for t in set(map(type, values)) if not issubclass(t, _NUMBERS) or t is bool]:
-        raise SampleError(f"{what} not a list of numbers: it holds {wrong[0].__name__}")
+        raise SampleError(f"{what}: a list of numbers expected, it holds {min(t.__name__ for t in wrong)}")
     try:
         return np.array(values, np.float64)
     except OverflowError:  # a whole number of more than 300 digits
-        raise SampleError(f"{what} numbers beyond 64 bits") from None
+        raise SampleError(f"{what}: a number beyond 64 bits") from None
 
 
 def _expand(counts: str | bytes) -> np.ndarray:
@@ -350,7 +350,7 @@ def _polygon(part: Any) -> np.ndarray:
     """f64[2N] of [x, y, x, y, ...] or pairs [[x, y], ...], checked but for the number of points."""
     if isinstance(part, (list, tuple)) and part and all(map(_is_pair, part)):
         part = [value for point in part for value in point]
-    values = _numbers(part, "a polygon of")
+    values = _numbers(part, "a polygon")
     if values.size % 2:
         raise SampleError(f"a polygon of {values.size} numbers: x and y of every point expected")
     if not (np.abs(values) < MAX_COORDINATE).all():  # nan is not below either

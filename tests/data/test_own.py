@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from argenseg_jax.data.sources import open_source
+from argenseg_jax.data.statistics import Statistics, table
 from argenseg_jax.errors import SampleError, UserError
 
 WIDTH, HEIGHT = 12, 8
@@ -74,3 +75,36 @@ def test_faulty_files_are_named(forms):
     Image.fromarray(MAP + (MAP == 3)).save(forms / "labels/labels/street.png")
     with pytest.raises(SampleError, match="street.png: value 4 has no class name"):
         open_source(f"own:{forms}/labels")[0]
+
+
+def replace_mask(forms, segmentation, **more):
+    path = forms / "polygons/annotations.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0] = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": segmentation, **more}
+    path.write_text(json.dumps(content))
+    return open_source(f"own:{forms}/polygons")
+
+
+@pytest.mark.parametrize("segmentation,fault", [
+    ([], "annotation 1 has no mask"), (None, "annotation 1 has no mask"), ([[1, 2]], "a polygon of 2 numbers"),
+    ([[50, 50, 60, 50, 60, 60]], "annotation 1 is empty"), ([[2, 2, 4, 4, 2, 2]], "annotation 1 is empty"),
+    ({"size": [8, 12], "counts": "0"}, "an RLE of 0 pixels, not 96"),
+    ({"size": [8, 12], "counts": [106, -10]}, "a run of -10 pixels"),
+    ([[-2**63, 5, 20, 5, 20, 20]], "each below 100000")])
+def test_annotations_without_a_mask_are_broken_samples(forms, segmentation, fault):
+    """A box alone would teach that the class is absent."""
+    source = replace_mask(forms, segmentation, bbox=[0, 0, 4, 8])
+    with pytest.raises(SampleError, match=rf"annotations.json: image 1, category 1: .*{fault}"):
+        source[0]
+    assert source[1].masks[0].any()
+
+
+def test_stray_points_are_counted(forms):
+    sample = replace_mask(forms, [[0, 0, 4, 0, 4, 8, 0, 8], [7.0, 7.0]])[0]
+    assert sample.meta["dropped_polygons"] == 1
+    np.testing.assert_array_equal(sample.masks[0], (MAP == 1) * np.uint8(255))
+    statistics = Statistics()
+    statistics.add(sample)
+    summary = statistics.summary()
+    assert summary["dropped_polygons"] == 1
+    assert "1 polygons of fewer than 3 points were left out" in table(summary).splitlines()

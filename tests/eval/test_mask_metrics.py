@@ -60,6 +60,36 @@ def test_instance_ap():
         instances.instance_scores([{**row, "instances": [instance(TEN, score=math.nan)]}])
 
 
+def broken(counts, size=(20, 20)):
+    return {"segmentation": {"size": list(size), "counts": counts}, "score": 0.5}
+
+
+@pytest.mark.parametrize("more,fault", [
+    ({"instances": [broken("nan")]}, "key `instances`: an RLE whose counts end within a number"),
+    ({"truths": [broken("1")]}, "key `truths`: an RLE of 1 pixels, not 400"),
+    ({"truths": [broken([-5, 405])]}, "a run of -5 pixels"), ({"truths": [broken("", (0, 20))]}, "20x0 pixels"),
+    ({"truths": [broken("1", (2**31, 2))]}, "pixels"), ({"truths": [broken("1", (1, 2**63))]}, "of size"),
+    ({"instances": [broken([64], (8, 8))]}, r"a mask of \[8, 8\], where another of the same image has \[20, 20\]"),
+    ({"instances": [{"segmentation": None, "score": 1}]}, "not a COCO run length"),
+    ({"instances": [{"score": 1}]}, "key `instances`: not a list of"), ({"instances": 5}, "a list of objects expected"),
+    ({"truths": [5]}, "a list of objects expected"), ({"truths": [{**instance(TEN), "iscrowd": "x"}]}, "is 0 or 1"),
+    ({"instances": [instance(TEN, score="1")]}, "finite score"), ({"instances": [instance(TEN, score=True)]}, "finite"),
+    ({"image": []}, "key `image`"), ({"kind": {}}, "key `kind`")])
+def test_instances_that_pycocotools_would_die_of(more, fault):
+    row = {"image": "a.jpg", "kind": "cat", "truths": [instance(TEN)], "instances": [instance(TEN, score=0.5)]}
+    with pytest.raises(UserError, match=fault) as caught:
+        instances.instance_scores([row, {**row, **more}])
+    assert "\n" not in str(caught.value)
+
+
+def test_instances_of_other_tools():
+    """Counts as a list, and with runs of no pixels, on which pycocotools' own intersection stops early."""
+    whole = {"size": [20, 20], "counts": [0, 5, 0, 395]}
+    row = {"image": 3, "kind": "cat", "truths": [{"segmentation": whole, "iscrowd": False}],
+           "instances": [{"segmentation": {"size": [20, 20], "counts": [0, 5, 0, 395, 0]}, "score": 0.5}]}
+    assert instances.instance_scores([row])["AP"] == pytest.approx(1)
+
+
 def test_auroc_and_f1():
     levels = np.array([[10, 200, 200, 90]], np.uint8)
     truth = np.array([[False, True, False, True]])
