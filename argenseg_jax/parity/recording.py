@@ -24,6 +24,9 @@ from argenseg_jax.errors import UserError, brief
 from argenseg_jax.interop import hf_folder
 
 _MAX_ARRAYS = 8 * 2**30  # bytes of all arrays of a recording, unpacked
+# Keys of config.json that say how often something is repeated, and how often at most.
+_REPEATS = {"patch_nums": 256, "ch_mult": 64, "num_res_blocks": 64, "num_hidden_layers": 1024,
+            "share_quant_resi": 4096}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +205,11 @@ class _Object(dict):
         super().__init__({key: _Object(value, file, f"{path}{key}.") if isinstance(value, dict) else value
                           for key, value in content.items()})
         self._file, self._path = file, path
+        for key in _REPEATS.keys() & self.keys():
+            values = self[key] if isinstance(self[key], list) else [self[key]]
+            if len(values) > 64 or not all(type(n) is int and 0 <= n <= _REPEATS[key] for n in values):
+                raise UserError(f"{file}: {path}{key}={brief(repr(self[key]), 60)}: whole numbers up to "
+                                f"{_REPEATS[key]} are expected")
 
     def __missing__(self, key: str) -> Any:
         raise UserError(f"{self._file} has no key '{self._path}{key}'")

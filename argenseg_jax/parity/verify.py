@@ -5,6 +5,7 @@ import math
 import time
 from typing import Any
 
+import flax.errors
 import jax
 from etils import epath
 
@@ -22,6 +23,10 @@ KINDS = {
     "F": whole.compare_model,
     "G": preprocess.compare_preprocessing,
 }
+
+
+# What odd sizes and shapes raise on their way through flax, jax and numpy.
+_FAULTS = (*DATA_FAULTS, MemoryError, RuntimeError, AssertionError, flax.errors.FlaxError)
 
 
 def verify(folder: epath.PathLike) -> tuple[dict[str, Any], list[Row]]:
@@ -46,7 +51,10 @@ def verify(folder: epath.PathLike) -> tuple[dict[str, Any], list[Row]]:
     try:
         with jax.default_matmul_precision("highest"):
             KINDS[kind](record)
-    except (*DATA_FAULTS, MemoryError) as error:
+    except UserError as error:
+        named = str(record.folder) in str(error)
+        raise error if named else UserError(f"{record.folder}: {error}") from error
+    except _FAULTS as error:
         raise UserError(_where(record, error)) from error
     misses = [row.name for row in record.rows if not row.ok]
     used = [row.error / row.tolerance.limit for row in record.rows if row.tolerance.limit > 0]
