@@ -93,9 +93,9 @@ def run() -> dict[str, Any]:
             common.log(f"{job.name}: " + json.dumps(each[job.name]))
     written = {}
     if hosts.is_first():
-        found = report.evaluations(out) if out else each
-        print(report.paper_table(found), file=sys.stderr)
         written = {"report": str(report.write_report(out))} if out else {}
+        found = report.evaluations(out, note=lambda text: None) if out else each
+        print(report.paper_table(found), file=sys.stderr)
     seconds = round(time.perf_counter() - begin, 2)
     if len(names) == 1:
         return {**each[names[0]], **written, "seconds": seconds}

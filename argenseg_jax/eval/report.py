@@ -1,7 +1,7 @@
 """One self-contained report.html of a workdir: scores, loss curves, answers.
 
 Reads what the commands left there: `metrics.jsonl`, `config.json`, `eval/<name>/scores.json` with
-the pictures that it lists, and PNGs in `pictures/`. Whatever is absent is left out.
+the pictures that it lists, and PNGs in `pictures/`. Whatever is absent or damaged is left out.
 """
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import base64
 import collections
 import html
 import itertools
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,9 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.data.sources import Source
-from argenseg_jax.eval import evaluator, pictures
+from argenseg_jax.errors import UserError
+from argenseg_jax.eval import evaluator, pictures, results
+from argenseg_jax.eval.results import Say, evaluations, say
 from argenseg_jax.eval.rle import decode_rle
 
 # Columns of the score table: key of scores.json -> heading.
@@ -37,6 +38,7 @@ HEADLINES = {"referring": ("cIoU", "gIoU"), "grefcoco": ("cIoU", "gIoU", "N-acc"
              "boxes": ("Acc@0.5",), "instances": ("AP", "AP50"), "interactive": ("gIoU", "cIoU"),
              "anomaly": ("image_AUROC", "pixel_AUROC", "pixel_F1"), "fidelity": ("PSNR", "SSIM"),
              "pope": ("accuracy", "F1")}
+DECIBELS = {"PSNR"}  # all other scores are shares of 1
 CURVES = ("loss", "text_loss", "gen_loss")  # drawn first; other logged numbers follow
 NOT_CURVES = {"step", "phase", "skipped", "seconds_per_step", "rows_per_second"}
 
@@ -80,48 +82,49 @@ def save_pictures(folder: epath.Path, source: Source, result: evaluator.Evaluati
 # ------------------------------------------------------------------------------------- the report
 
 
-def write_report(workdir: Any, title: str = "ARGenSeg run") -> epath.Path:
-    """Writes `workdir`/report.html, and `workdir`/table.md where there are scores; returns the former."""
-    workdir = epath.Path(workdir)
-    found = evaluations(workdir)
-    metrics = workdir / "metrics.jsonl"
-    logged = [json.loads(line) for line in metrics.read_text().splitlines()] \
-        if metrics.exists() else []
+def write_report(workdir: Any, title: str = "ARGenSeg run", note: Say = say) -> epath.Path:
+    """Writes `workdir`/report.html, and `workdir`/table.md where there are scores; returns the former.
+
+    What is damaged is left out; `note` gets a line about each, and so does the report.
+    """
+    workdir, faults = epath.Path(workdir), []
+
+    def tell(text: str) -> None:
+        faults.append(text)
+        note(text)
+
+    found = evaluations(workdir, tell)
+    logged = results.logged(workdir / "metrics.jsonl", tell)
     loose = sorted(workdir.glob("pictures/*.png"))
-    body = [f"<header><h1>{html.escape(title)}</h1><p>{_summary(workdir, logged)}</p></header>"]
+    body = [f"<header><h1>{html.escape(title)}</h1><p>{_summary(results.config(workdir, tell), logged)}</p></header>"]
     if found:
         body += ["<section><h2>Scores</h2>", _table(found), _legend(found), "</section>"]
-        files.write(workdir / "table.md", paper_table(found) + "\n")
+        files.write(workdir / "table.md", _printable(paper_table(found) + "\n"))
     if logged:
         body += ["<section><h2>Training</h2><div class=charts>", *_charts(logged),
                  "</div></section>"]
     for name, scores in found.items():
-        body += _answers(workdir / "eval" / name / "pictures", name, scores.get("pictures", []))
+        body += _answers(workdir / "eval" / name / "pictures", name, scores.get("pictures", []), tell)
     if loose:
         body += ["<section><h2>Pictures</h2><div class=rows>",
-                 *(f"<figure>{_img(p)}<figcaption>{html.escape(p.stem)}</figcaption></figure>"
+                 *(f"<figure>{_img(p, tell)}<figcaption>{html.escape(p.stem)}</figcaption></figure>"
                    for p in loose), "</div></section>"]
+    body += [f"<p class=note>{html.escape(fault)}</p>" for fault in faults]
     page = (f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{html.escape(title)}"
             "</title><meta name=viewport content='width=device-width, initial-scale=1'>"
             f"<style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n")
-    files.write(workdir / "report.html", page)
+    files.write(workdir / "report.html", _printable(page))
     return workdir / "report.html"
-
-
-def evaluations(workdir: Any) -> dict[str, dict[str, Any]]:
-    """{name: scores} of all evaluations of a workdir, by name."""
-    return {p.parent.name: files.read_json(p)
-            for p in sorted(epath.Path(workdir).glob("eval/*/scores.json"))}
 
 
 def paper_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown in the form of the paper's tables: data sets and their scores across, in per cent.
 
-    Scores beyond 1 (PSNR in dB) are printed as they are; what could not be computed is a dash.
+    Decibels (PSNR) are printed as they are; what could not be computed is a dash.
     """
     columns = [(name, key, scores.get(key)) for name, scores in found.items()
                for key in HEADLINES.get(scores.get("metric", "referring"), ("accuracy",))]
-    values = ["–" if v is None else f"{v:.1f}" if v > 1 else f"{100 * v:.1f}" for _, _, v in columns]
+    values = ["–" if v is None else f"{v if key in DECIBELS else 100 * v:.1f}" for _, key, v in columns]
     before = ["", *[name for name, _, _ in columns]]
     names = ["", *(name if name != last else "" for last, name in zip(before, before[1:]))]
     rows = [names, ["---", *["---:"] * len(columns)], ["score", *[key for _, key, _ in columns]],
@@ -129,15 +132,14 @@ def paper_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _summary(workdir: epath.Path, logged: Sequence[Mapping[str, Any]]) -> str:
+def _summary(config: Mapping[str, Mapping[str, Any]], logged: Sequence[Mapping[str, Any]]) -> str:
     """One line about the run: model, data, steps."""
     facts = []
-    if (workdir / "config.json").exists():
-        config = files.read_json(workdir / "config.json")
+    if config:
         facts.append(f"model {config.get('model', {}).get('variant', '?')}")
-        if sources := config.get("data", {}).get("sources"):
+        if isinstance(sources := config.get("data", {}).get("sources"), list) and sources:
             facts.append("trained on " + ", ".join(map(str, sources)))
-    if steps := [row["step"] for row in logged if "step" in row]:
+    if steps := [row["step"] for row in logged]:
         facts.append(f"{max(steps):,} steps")
     return html.escape(" · ".join(facts))
 
@@ -258,7 +260,8 @@ def curve_svg(name: str, points: Sequence[tuple[float, float]]) -> str:
 # -------------------------------------------------------------------------------------- answers
 
 
-def _answers(folder: epath.Path, name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _answers(folder: epath.Path, name: str, rows: Sequence[Mapping[str, Any]], note: Say
+             ) -> list[str]:
     """The sections of one evaluation's pictures."""
     out = []
     for group, heading in (("random", "drawn at random"), ("best", "best"), ("worst", "worst"),
@@ -271,18 +274,27 @@ def _answers(folder: epath.Path, name: str, rows: Sequence[Mapping[str, Any]]) -
         out += [f"<section><h2>{html.escape(name)} <small>{heading}</small></h2>"
                 f"<p class=note>image | truth | answer{more}</p><div class='rows{wide}'>"]
         for r in chosen:
-            scales = _img(folder / r["scales"]) if "scales" in r else ""
+            scales = _img(folder / r["scales"], note) if "scales" in r else ""
             out.append(f"<figure title='{html.escape(r['answer'], quote=True)}'>"
-                       f"{_img(folder / r['file'])}{scales}<figcaption>"
+                       f"{_img(folder / r['file'], note)}{scales}<figcaption>"
                        f"<span class=iou>{r['iou']:.2f}</span> {html.escape(r['question'])}"
                        "</figcaption></figure>")
         out.append("</div></section>")
     return out
 
 
-def _img(path: epath.Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+def _img(path: epath.Path, note: Say) -> str:
+    try:
+        data = base64.b64encode(files.read_bytes(path)).decode("ascii")
+    except UserError as fault:
+        note(f"left out: {fault}")
+        return ""
     return f"<img alt='{html.escape(path.stem, quote=True)}' src='data:image/png;base64,{data}'>"
+
+
+def _printable(text: str) -> bytes:
+    """UTF-8; half a character, as a damaged file may hold, becomes `?`."""
+    return text.encode("utf-8", "replace")
 
 
 STYLE = """
