@@ -156,22 +156,25 @@ def read_lines(path: epath.PathLike, error: type[UserError] = UserError) -> Iter
                             f"{encoding.removesuffix('-sig').upper()} text; save the file as UTF-8") from None
 
 
-def read_json(path: epath.PathLike, limit: int = MAX_JSON, error: type[UserError] = UserError) -> Any:
+def read_json(path: epath.PathLike, limit: int = MAX_JSON, error: type[UserError] = UserError,
+              **options: bool) -> Any:
     """The parsed file; `error` if it is not there or `parse_json` refuses it."""
-    return parse_json(read_bytes(path, limit, error), str(path), error)
+    return parse_json(read_bytes(path, limit, error), str(path), error, **options)
 
 
 def parse_json(content: bytes | str, where: str, error: type[UserError] = UserError, *,
-               unique: bool = False) -> Any:
+               unique: bool = False, large: bool = False) -> Any:
     """Parsed JSON of any Unicode encoding; `error` names `where`.
 
     Refused is what no data needs and later code stumbles over: NaN and Infinity, whole numbers
     beyond 64 bits, nesting deeper than MAX_DEPTH; with `unique` also a key that an object has twice.
+    With `large` whole numbers of up to 40 digits pass: transformers writes 10**30 for "no limit".
     """
     text = decode_text(content, where, error) if isinstance(content, bytes) else content.lstrip("\ufeff")
     one_byte = isinstance(content, bytes) and b"\0" not in content[:4]  # otherwise UTF-16 or UTF-32
     raw = content if one_byte else text.encode("utf-8", "surrogatepass")
-    hooks = {"parse_int": _whole_number, "parse_float": _finite_number} if _LARGE_NUMBER.search(raw) else {}
+    hooks = {"parse_int": _long_number if large else _whole_number,
+             "parse_float": _finite_number} if _LARGE_NUMBER.search(raw) else {}
     if unique:
         hooks["object_pairs_hook"] = _unique
     try:
@@ -210,6 +213,12 @@ def _refuse_constant(name: str) -> None:
 def _whole_number(text: str) -> int:
     if len(text) > 20 or not -2**63 <= int(text) < 2**64:
         raise ValueError(f"the whole number {text[:30]}... is beyond 64 bits")
+    return int(text)
+
+
+def _long_number(text: str) -> int:
+    if len(text) > 40:
+        raise ValueError(f"the whole number {text[:30]}... has {len(text)} digits")
     return int(text)
 
 

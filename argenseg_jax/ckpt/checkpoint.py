@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from argenseg_jax import files, trees
+from argenseg_jax import config_keys, files, trees
 from argenseg_jax.ckpt import orbax_io
 from argenseg_jax.data.shapes import corpus
 from argenseg_jax.data.tokenizer import VOCABULARIES, Tokenizer, nano_tokenizer
@@ -62,6 +63,14 @@ class Checkpoint:
         self.check_shapes()
         return self.adapters().merged(orbax_io.restore_params(self.path))
 
+    def load_part(self, part: str) -> dict[str, Any]:
+        """One part ('vqvae') of what `load_params` returns, which takes the memory of this part alone."""
+        if self.is_hf:
+            return hf_folder.load_part(self.path, self.model(), part)
+        self.check_shapes()
+        leaves = self.adapters().merged_lazily(orbax_io.open_params(self.path, part))
+        return trees.unflatten({name: leaf[...] for name, leaf in leaves.items()})[part]
+
     def check_shapes(self) -> None:
         """UserError that lists what a step's arrays, adapters aside, have unlike the model."""
         step = orbax_io.find_step(self.path)
@@ -86,20 +95,45 @@ class Checkpoint:
         return hf_folder.tokenizer_files(self._tokenizer_folder())
 
     def _tokenizer_folder(self) -> epath.Path:
-        folders = [f / TOKENIZER for f in (self.path, *list(self.path.parents)[:2])]
-        return next((f for f in folders if f.is_dir()), self.path)
+        """An HF folder itself; of a step the one in its workdir. Folders further up belong to others."""
+        if self.is_hf:
+            return self.path
+        folder = orbax_io.find_run(self.path) / TOKENIZER
+        return folder if folder.is_dir() else self.path
 
 
 def open_checkpoint(path: str) -> Checkpoint:
-    """Finds out what `path` is by its content; UserError if it is no checkpoint."""
-    root = epath.Path(NANO if path == "nano" else path)
+    """Finds out what `path` is by its content.
+
+    Raises:
+      UserError: no checkpoint, or a config.json of which a value that is read here means nothing.
+    """
+    root = files.to_path(NANO if path == "nano" else path)
     if not root.exists():
         raise UserError(f"{root}: no such checkpoint")
     if root.is_dir() and hf_folder.is_hf(root):
         run = root / RUN_CONFIG
         config = files.read_json(run) if run.exists() else {}
-        return Checkpoint(root, True, {**config, "model": hf_folder.model_cfg(root)})
-    return Checkpoint(root, False, orbax_io.find_config(str(root)))
+        config_keys.check(config, saved=str(run))
+        return Checkpoint(root, True, {**config, "model": hf_folder.model_cfg(root, functools.partial(_ids, root))})
+    file = orbax_io.find_run(root) / orbax_io.CONFIG
+    config = files.read_json(file)
+    config_keys.check(config, saved=str(file))
+    if "model" not in config:
+        raise UserError(f"{file} has no section `model`")
+    try:
+        variants.resolve(config["model"])
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return Checkpoint(root, False, config)
+
+
+def _ids(folder: epath.Path, num_codes: int) -> dict[str, int] | None:
+    """The ids that the tokenizer of a folder knows."""
+    if not any((folder / name).exists() for name in VOCABULARIES):
+        return None
+    vocab = Tokenizer.load(folder, num_codes).vocab
+    return {"base": vocab.base, "eos": vocab.eos, "pad": vocab.pad}
 
 
 def tokenizer_for(model: ARGenSeg, source: Checkpoint | None) -> Tokenizer:

@@ -187,9 +187,16 @@ def _newest(folder: epath.Path) -> int | None:
 
 def find_config(path: epath.PathLike) -> dict[str, Any]:
     """The resolved configuration saved beside a checkpoint, as a nested dict."""
-    for folder in [epath.Path(path), *list(find_step(path).parents)[:2]]:
+    return files.read_json(find_run(path) / CONFIG)
+
+
+def find_run(path: epath.PathLike) -> epath.Path:
+    """The folder of a checkpoint's config.json: the workdir of a step, or the copied step itself."""
+    path, step = epath.Path(path), find_step(path)
+    above = list(step.parents)[:2] if step.parent.name == DIRECTORY else [step.parent] if step.name.isdigit() else []
+    for folder in (path, step, *above):
         if (folder / CONFIG).exists():
-            return files.read_json(folder / CONFIG)
+            return folder
     raise UserError(f"{path}: there is no {CONFIG} beside the checkpoint")
 
 
@@ -352,14 +359,14 @@ class StoredLeaf:
         return layer
 
 
-def open_params(path: epath.PathLike) -> dict[str, StoredLeaf]:
-    """{leaf: array} as restore_params gives them, but read when asked for."""
+def open_params(path: epath.PathLike, part: str = "") -> dict[str, StoredLeaf]:
+    """{leaf: array} as restore_params gives them, but read when asked for; of one part ('vqvae') alone."""
     step = find_step(path)
     leaves = {}
     for folder in param_folders(files.absolute(step), ema=True):
         names, layout = trees.flatten(_saved_shapes(folder)), _read_layout(folder)
         with _readable(folder):
-            for name in names:
+            for name in (n for n in names if not part or n.startswith(f"{part}/")):
                 leaves[name] = StoredLeaf(tensorstore.open(_spec(folder, layout, name)).result())
     return leaves
 

@@ -78,7 +78,7 @@ def _copy_tokenizer(source: checkpoint.Checkpoint, folder: epath.Path) -> None:
     source.tokenizer().save(folder)
     for file in source.tokenizer_files():
         if not (folder / file.name).exists():
-            (folder / file.name).write_bytes(file.read_bytes())
+            (folder / file.name).write_bytes(files.read_bytes(file))
 
 
 def to_hf(source: checkpoint.Checkpoint, target: epath.PathLike, *, layout: str = "official",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -16,12 +17,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from argenseg_jax import files
 from argenseg_jax import vocab as vocab_lib
-from argenseg_jax.errors import UserError
+from argenseg_jax.errors import UserError, brief, located
 
 Part = str | int  # a text to be encoded, or the id of a control token
 # Harmless markup that may be written in a text: it neither opens nor closes anything by itself.
 MARKUP = tuple(t for t in vocab_lib.SPECIAL_TOKENS if re.fullmatch(r"</?(quad|ref|box|mask)>", t))
 VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json")  # a folder has one, by preference
+_MAX_IDS = 2**24
 _CODE_WORD = r"<visual token \d{6}>"
 _QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -140,8 +142,10 @@ class Tokenizer:
         ids = [backend.id(word) for word in words[2:]]
         if ids != list(range(ids[0], ids[0] + len(ids))):
             order = " ".join(vocab_lib.SPECIAL_TOKENS)
+            place = next(i for i, found in enumerate(ids) if found != ids[0] + i)
             raise UserError("the tokenizer's special tokens and codes are not consecutive in the "
-                            f"official order {order} <visual token ...>")
+                            f"official order {order} <visual token ...>: {words[2 + place]} has the id {ids[place]}, "
+                            f"not {ids[0] + place}")
         eos = backend.id(vocab_lib.IM_END)
         self.vocab = vocab_lib.Vocab(base=ids[0], num_codes=num_codes, eos=eos,
                                      pad=eos if backend.pad is None else backend.pad)
@@ -156,7 +160,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path, num_codes: int | None = None) -> Tokenizer:
         """Reads a HF folder, `tokenizer.model` or `tokenizer.json`; num_codes as in __init__."""
-        path = epath.Path(path)
+        path = files.to_path(path)
         folder = path if path.is_dir() else path.parent
         if path.is_dir():
             found = [name for name in VOCABULARIES if (folder / name).exists()]
@@ -168,10 +172,11 @@ class Tokenizer:
         try:
             return cls(_open(path, folder), num_codes)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-        except Exception as error:  # the two libraries raise bare Exception and RuntimeError
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(f"{path}: not a tokenizer ({reason})") from error
+            raise UserError(str(error) if str(folder) in str(error) else f"{path}: {error}") from error
+        except BaseException as error:  # the libraries raise bare Exception, RuntimeError and Rust's panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"{path}: not a tokenizer ({type(error).__name__}: {brief(error, 120)})") from error
 
     def save(self, folder) -> None:
         """Writes the files that `load` reads, each in one step."""
@@ -232,29 +237,48 @@ class Tokenizer:
 
 def _open(path: epath.Path, folder: epath.Path) -> _SentencePiece | _Fast:
     """Picks the library by the file's name; `folder` holds the lists of added words, if any."""
-    def read(name):
+    def read(name: str) -> dict[str, Any]:
         file = folder / name
-        return json.loads(file.read_text()) if file.exists() else {}
+        content = files.read_json(file, large=True) if file.exists() else {}
+        if not isinstance(content, dict):
+            raise UserError(f"{file} is no object of fields")
+        return content
+
+    def ids(name: str) -> dict[str, int]:
+        return _checked_ids(read(name), folder / name)
 
     config = read("tokenizer_config.json")
     if path.name == "vocab.json":
-        merges = (folder / "merges.txt").read_text()
-        return _qwen(read("vocab.json"), merges, read("added_tokens.json"), config)
+        return _qwen(ids("vocab.json"), files.read_text(folder / "merges.txt"), ids("added_tokens.json"), config)
     if path.suffix == ".json":
         slow = all((folder / name).exists() for name in ("vocab.json", "merges.txt"))
-        return _Fast(tokenizers.Tokenizer.from_str(path.read_text()), config, slow)
-    listed = config.get("added_tokens_decoder", {})
-    added = {word["content"]: int(i) for i, word in listed.items()} | read("added_tokens.json")
-    proto = path.read_bytes()
+        return _Fast(tokenizers.Tokenizer.from_str(files.read_text(path)), config, slow)
+    listed = config.get("added_tokens_decoder") or {}
+    with located(str(folder / "tokenizer_config.json"), "list of added words", UserError):
+        added = {word["content"]: int(i) for i, word in listed.items()}
+    added = _checked_ids(added, folder / "tokenizer_config.json") | ids("added_tokens.json")
+    proto = files.read_bytes(path)
     plain = sentencepiece.SentencePieceProcessor(model_proto=proto)
     own = (plain.unk_id(), plain.bos_id(), plain.eos_id())
     ends = {plain.id_to_piece(i) for i in own if i >= 0}
     return _SentencePiece(proto, {w: i for w, i in added.items() if w not in ends}, config)
 
 
+def _checked_ids(words: dict[str, Any], file: epath.Path) -> dict[str, int]:
+    """{word: id}, as it is; UserError where it is something else."""
+    for word, i in words.items():
+        if not isinstance(word, str) or type(i) is not int or not 0 <= i < _MAX_IDS:
+            raise UserError(f"{file}: {brief(repr(word), 60)} has the id {brief(repr(i), 60)}; whole numbers below "
+                            f"{_MAX_IDS} are expected")
+    return words
+
+
 def _qwen(words: dict[str, int], merges: str, added: dict[str, int], config: dict) -> _Fast:
     """The slow Qwen2 files (vocab.json, merges.txt, added_tokens.json) as one fast tokenizer."""
-    pairs = [tuple(line.split(" ")) for line in merges.splitlines() if line and line[0] != "#"]
+    lines = merges.splitlines()
+    pairs = [tuple(line.split(" ")) for line in lines[lines[:1] != [] and lines[0].startswith("#version:"):] if line]
+    if wrong := next((pair for pair in pairs if len(pair) != 2), None):
+        raise UserError(f"merges.txt: {brief(repr(' '.join(wrong)), 60)} is no pair of pieces")
     model = tokenizers.Tokenizer(models.BPE(vocab=words, merges=pairs))
     model.normalizer = normalizers.NFC()
     model.pre_tokenizer = pre_tokenizers.Sequence([
@@ -274,7 +298,7 @@ def _with_added(config: dict, added: dict[str, int]) -> dict:
     """A tokenizer_config.json that lists the added words as well."""
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     listed = {str(i): {"content": word, **flags, "special": True} for word, i in added.items()}
-    return {**config, "added_tokens_decoder": {**listed, **config.get("added_tokens_decoder", {})}}
+    return {**config, "added_tokens_decoder": {**listed, **(config.get("added_tokens_decoder") or {})}}
 
 
 def _json(value) -> bytes:

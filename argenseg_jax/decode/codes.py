@@ -46,7 +46,7 @@ class MaskCoder:
         model, config = opened.model(), opened.config
         dtype = dtype or config.get("train", {}).get("dtype", DTYPE)
         pad = bool(config.get("data", {}).get("pad_to_square", False))
-        return cls(checkpoint, dtype, pad, fingerprint(opened.load_params()["vqvae"]), model.mask_size,
+        return cls(checkpoint, dtype, pad, fingerprint(opened.load_part("vqvae")), model.mask_size,
                    model.scales.num_codes)
 
     def identity(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def fingerprint(params: Mapping[str, Any]) -> str:
 def _tokenizer(checkpoint: str, dtype: str, vqvae: str) -> Callable[[np.ndarray], jax.Array]:
     """u8[B, 1, R, R, 3] -> i32[B, 1, N], loaded once a process."""
     opened = open_checkpoint(checkpoint)
-    params = jax.tree.map(lambda x: np.asarray(x, np.float32), opened.load_params()["vqvae"])
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), opened.load_part("vqvae"))
     if fingerprint(params) != vqvae:
         raise UserError(f"{checkpoint} has changed while its codes were being written")
     run = jax.jit(nn.apply(lambda model, masks: model.tokenize(masks), opened.model(dtype=dtype)))

@@ -35,6 +35,7 @@ _LLM = {"hidden_size": "width", "num_hidden_layers": "depth", "num_attention_hea
 _LLM_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")  # have no default
 _OUR_NAME = re.compile(r"\bmodel\.([a-z0-9_]+(?:\.[a-z0-9_]+)?)")  # in messages about a `model` section
 _MAX_ID = 2**24  # of a vocabulary
+Ids = Callable[[int, bool], Mapping[str, int] | None]
 _NOT_SIZES = ("parent", "name", "dtype", "remat", "unroll", "vocab_rows", "vocab_size")
 # Released vocabularies by the id of <img>: (id of <|im_end|>, padding id). Their checkpoints from
 # before the visual tokens hold the first nine special tokens only.
@@ -42,14 +43,13 @@ _KNOWN_VOCABS = {92544: (92542, 2), 151665: (151645, 151643)}
 _SPECIALS_BEFORE = SPECIAL_TOKENS.index("<mask>")
 
 
-def model_cfg_from_hf(config: Mapping[str, Any], ids: Callable[[int], Mapping[str, int] | None] | None = None
-                      ) -> dict[str, Any]:
+def model_cfg_from_hf(config: Mapping[str, Any], ids: Ids | None = None) -> dict[str, Any]:
     """config.json -> the `model` section, every size spelled out (models/variants.build takes it).
 
     Args:
       config: the parsed file.
-      ids: number of codes -> {base, eos, pad} as the tokenizer beside the file knows them, or None; asked
-        where config.json does not tell: its vocabulary may be padded.
+      ids: (number of codes, whether config.json leaves them open) -> {base, eos, pad} as the tokenizer
+        beside the file knows them, or None; asked where the vocabulary is of no released model.
 
     Raises:
       UserError: 'config.json: ' and the field that is missing, of another type, out of its range, or
@@ -96,8 +96,7 @@ def _section(config: Any, name: str, where: str = "") -> Mapping[str, Any]:
     return config[name]
 
 
-def _from_hf(config: Mapping[str, Any], ids: Callable[[int], Mapping[str, int] | None] | None = None
-             ) -> dict[str, Any]:
+def _from_hf(config: Mapping[str, Any], ids: Ids | None = None) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise UserError("config.json is no object of fields")
     own = _section(config, OWN) if OWN in config else {}
@@ -211,7 +210,7 @@ def llm_family(config: Mapping[str, Any]) -> str:
 
 
 def _vocab(llm: Mapping[str, Any], num_codes: int, image_token: int | None,
-           ids: Callable[[int], Mapping[str, int] | None] | None, own_base: int | None) -> Mapping[str, int]:
+           ids: Ids | None, own_base: int | None) -> Mapping[str, int]:
     """Ids: those of a released model by the size of its vocabulary; else as the tokenizer knows them.
 
     Without a tokenizer the vocabulary is taken to end with the special tokens and the codes.
@@ -227,7 +226,7 @@ def _vocab(llm: Mapping[str, Any], num_codes: int, image_token: int | None,
     if base in _KNOWN_VOCABS:
         eos, pad = _KNOWN_VOCABS[base]
         return {"base": base, "eos": eos, "pad": pad}
-    if own_base is None and ids and (known := ids(num_codes)):
+    if own_base is None and ids and (known := ids(num_codes, image_token is None)):
         if image_token is not None and known["base"] != base:
             raise UserError(f"config.json: image_token_id={image_token}, but the tokenizer beside it has "
                             f"{IMG_CONTEXT} at {known['base'] + SPECIAL_TOKENS.index(IMG_CONTEXT)}")

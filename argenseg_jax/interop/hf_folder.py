@@ -22,6 +22,7 @@ from argenseg_jax.interop import torch as torch_convert
 from argenseg_jax.interop.tensor_files import Lazy, Tensors
 from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import init_params
+from argenseg_jax.vocab import MASK
 
 SHARD_BYTES = 4 << 30
 # What the keys of ARGenSeg's own parts start with; a released InternVL has none of them.
@@ -67,17 +68,26 @@ def model_cfg(path: epath.PathLike, ids: Callable[[int], Mapping[str, int] | Non
 
     Args:
       path: the folder.
-      ids: see hf_config.model_cfg_from_hf.
+      ids: number of codes -> {base, eos, pad} as the folder's tokenizer knows them, or None.
     """
     config = read_config(path)
+
+    def asked(num_codes: int, needed: bool) -> Mapping[str, int] | None:
+        known = ids(num_codes) if ids else None
+        if known is None and needed and not any(key.startswith(OWN_PARTS) for key in open_tensors(path)):
+            raise UserError("config.json: vocab_size is of no released model, and may be padded: the tokenizer's "
+                            "files have to be beside it to tell the ids")
+        return known
+
     try:
-        cfg = hf_config.model_cfg_from_hf(config, ids)
+        cfg = hf_config.model_cfg_from_hf(config, asked)
     except UserError as error:
         raise UserError(str(error).replace("config.json", str(epath.Path(path) / "config.json"), 1)) from None
     if cfg["llm"].get("tied"):
         # "Tied" is what transformers wrote by default, whatever the model was; the file knows.
         tensors = open_tensors(path)
-        head, embedding = (torch_convert.find_key(tensors, leaf) for leaf in (torch_convert.HEAD, torch_convert.EMBEDDING))
+        head = torch_convert.find_key(tensors, torch_convert.HEAD)
+        embedding = torch_convert.find_key(tensors, torch_convert.EMBEDDING)
         cfg["llm"]["tied"] = not (head and embedding) or torch_convert.same(
             tensors.lazy(head), tensors.lazy(embedding))
     return cfg
@@ -162,7 +172,7 @@ def param_shapes(model: Any) -> dict[str, Any]:
 
 
 def load_params(path: epath.PathLike, model_or_shapes: Any, *, optional: Sequence[str] = (),
-                dtype: Any = None, words: Callable[[], int] | None = None) -> dict[str, Any]:
+                dtype: Any = None) -> dict[str, Any]:
     """Parameters (numpy arrays) from a folder or weight file; see interop/torch.to_jax.
 
     Args:
@@ -170,16 +180,14 @@ def load_params(path: epath.PathLike, model_or_shapes: Any, *, optional: Sequenc
       model_or_shapes: an ARGenSeg, or a tree of shapes (of the whole or of some parts).
       optional: regexes of leaves that may be absent.
       dtype: of the result; None takes each leaf's own.
-      words: () -> the number of words of the folder's tokenizer.
     """
     abstract = isinstance(model_or_shapes, Mapping)
     shapes = model_or_shapes if abstract else param_shapes(model_or_shapes)
-    vocab_size = None if abstract else model_or_shapes.vocab.size
+    vocab = {} if abstract else _words(model_or_shapes)
     tensors = open_tensors(path)
     if not abstract and not optional:
         _check_whole(tensors, path)
-    return torch_convert.to_jax(tensors, shapes, vocab_size=vocab_size, words=words, optional=optional,
-                                dtype=dtype, source=str(path))
+    return torch_convert.to_jax(tensors, shapes, **vocab, optional=optional, dtype=dtype, source=str(path))
 
 
 def load_part(path: epath.PathLike, model: Any, part: str) -> dict[str, Any]:
@@ -200,8 +208,13 @@ def _check_whole(tensors: Tensors, path: epath.PathLike) -> None:
                         "completes it with VAR's (--vqvae=vae_ch160v4096z32.pth)")
 
 
-def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None = None, *,
-                words: Callable[[], int] | None = None) -> torch_convert.Import:
+def _words(model: Any) -> dict[str, int]:
+    """Arguments of interop/torch: how many words the model has, and had as InternVL was released."""
+    return {"vocab_size": model.vocab.size, "old_words": model.vocab.id(MASK)}
+
+
+def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None = None
+                ) -> torch_convert.Import:
     """How a folder or weight file fills a model; nothing is read yet.
 
     Args:
@@ -210,15 +223,14 @@ def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None =
       vqvae: file of the VQ-VAE, for an InternVL folder as released. The three tables that ARGenSeg
         adds are not filled then: they start as zeros, and the rows of new tokens as the mean of the
         old ones, as in the reference.
-      words: () -> the number of words of the folder's tokenizer.
     """
-    shapes, size = dict(param_shapes(model)), model.vocab.size
+    shapes, vocab = dict(param_shapes(model)), _words(model)
     tensors = open_tensors(path)
     if vqvae is None:
         _check_whole(tensors, path)
-        return torch_convert.Import(tensors, shapes, vocab_size=size, words=words, source=str(path))
+        return torch_convert.Import(tensors, shapes, **vocab, source=str(path))
     own = {"vqvae": shapes.pop("vqvae")}
-    return (torch_convert.Import(tensors, shapes, vocab_size=size, words=words, optional=("visual/.*",),
+    return (torch_convert.Import(tensors, shapes, **vocab, optional=("visual/.*",),
                                  source=str(path))
             + torch_convert.Import(open_tensors(vqvae), own, source=str(vqvae)))
 
@@ -257,7 +269,7 @@ def save_folder(path: epath.PathLike, params: Mapping[str, Any], model_cfg: Mapp
             (folder / file).write_text(text)
         for file in tokenizer_files:
             file = epath.Path(file)
-            (folder / file.name).write_bytes(file.read_bytes())
+            (folder / file.name).write_bytes(files.read_bytes(file))
     return total
 
 

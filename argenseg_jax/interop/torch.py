@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -41,12 +41,12 @@ class Import:
     """
 
     def __init__(self, tensors: Mapping[str, np.ndarray], shapes: Params, *,
-                 vocab_size: int | None = None, words: Callable[[], int] | None = None,
+                 vocab_size: int | None = None, old_words: int | None = None,
                  optional: Sequence[str] = (), source: str = "the checkpoint"):
         """Gives every tensor its place; arguments and errors as for to_jax. No leaf is read."""
         want = trees.flatten(shapes)
         jobs, faults = _assign(tensors, want, optional)
-        rows = _Rows(vocab_size, words, complete=any(job.paths[0].startswith("visual/") for job in jobs))
+        rows = _Rows(vocab_size, old_words, complete=any(job.paths[0].startswith("visual/") for job in jobs))
         self.dtypes: dict[str, np.dtype] = {}
         self.total = 0
         steps = []
@@ -114,7 +114,7 @@ def same(a: Lazy, b: Lazy) -> bool:
 
 
 def to_jax(tensors: Mapping[str, np.ndarray], shapes: Params, *, vocab_size: int | None = None,
-           words: Callable[[], int] | None = None, optional: Sequence[str] = (), dtype: Any = None,
+           old_words: int | None = None, optional: Sequence[str] = (), dtype: Any = None,
            source: str = "the checkpoint") -> dict[str, Any]:
     """State dict -> parameter tree.
 
@@ -123,9 +123,9 @@ def to_jax(tensors: Mapping[str, np.ndarray], shapes: Params, *, vocab_size: int
         VQ-VAE, the language model) may lack the prefix of the whole model.
       shapes: tree of anything with .shape and .dtype (jax.eval_shape of the model's init).
       vocab_size: the model's true vocabulary. A smaller one in the file (a checkpoint from before
-        the visual tokens were added) grows by rows that are the mean of its true rows. None: the file's.
-      words: () -> how many words the file's own tokenizer has; asked where the file's rows are not the
-        model's. Further rows of the file are padding: they are left out. None: all of its rows are true.
+        the visual tokens were added) grows by rows that are the mean of its own. None: the file's.
+      old_words: how many words there were before the visual tokens. What a file has beyond them, or, if
+        it has visual tokens, beyond vocab_size, is padding, which is left out. None: no file is padded.
       optional: regexes of leaves that may be absent from the file; they are left out of the result.
       dtype: of the result; None takes each leaf's own.
       source: the file, for messages.
@@ -138,7 +138,8 @@ def to_jax(tensors: Mapping[str, np.ndarray], shapes: Params, *, vocab_size: int
         every tensor of a wrong shape.
     """
     want = trees.flatten(shapes)
-    plan = Import(tensors, shapes, vocab_size=vocab_size, words=words, optional=optional, source=source)
+    plan = Import(tensors, shapes, vocab_size=vocab_size, old_words=old_words,
+                  optional=optional, source=source)
     flat: dict[str, np.ndarray] = {}
     for path, layer, array in plan.slices():
         if path not in flat:
@@ -382,24 +383,21 @@ class _Rows:
     """Which rows of a vocabulary in the file are taken, and how many there shall be; see to_jax.
 
     Attributes:
-      complete: whether the file is of an ARGenSeg, whose words are all there.
+      complete: whether the file is of a model with visual tokens.
     """
 
     vocab_size: int | None
-    words: Callable[[], int] | None
+    old_words: int | None
     complete: bool
 
     def of(self, stored: int) -> tuple[int, int]:
         """(true rows among the stored ones, rows of the model); ValueError where they do not fit."""
-        size = self.vocab_size
-        if size is None or self.complete and stored == size:
-            return stored, stored if size is None else size
-        true = stored if self.words is None else min(stored, self.words(), size)
-        if true > size:
-            raise ValueError(f"a vocabulary of {stored} rows in the file, {size} in the model, and no tokenizer "
-                             "beside it that says which are padding")
-        if true < 1:
-            raise ValueError("a vocabulary without rows in the file")
+        size = stored if self.vocab_size is None else self.vocab_size
+        true = stored
+        if self.old_words is not None:
+            true = min(stored, size if self.complete else self.old_words)
+        if not 1 <= true <= size:
+            raise ValueError(f"a vocabulary of {stored} rows in the file, {size} in the model")
         return true, size
 
 
