@@ -161,6 +161,14 @@ def wholes(low: int, high: int) -> Key:
     return several(lambda v: _is_int(v) and low <= v <= high, f"whole numbers from {low} to {high}", least=1)
 
 
+def window() -> Key:
+    """Two finite numbers in rising order, or ()."""
+    number = real(-1e30, 1e30).good
+    return Key("() or (low, high) with low below high, such as (0, 4095)", _read_tuple,
+               lambda v: isinstance(v, (tuple, list)) and (
+                   not v or len(v) == 2 and all(map(number, v)) and v[0] < v[1]))
+
+
 def _is_group(value: Any) -> bool:
     return (isinstance(value, (tuple, list)) and len(value) == 2 and _is_regex(value[0])
             and real(0, 1e6).good(value[1]))
@@ -224,7 +232,8 @@ KEYS: dict[str, Key] = {
         "workers": whole(0, 1024, "the training process"), "threads": whole(0, 1024), "root": text(),
         "pack": whole(0, 65536, "one sample a row"), "max_tiles": whole(1, 1024),
         "sample_tiles": whole(0, 1024, "max_tiles"), "max_masks": whole(0, 4096),
-        "pad_to_square": flag(), "augment": flag(), "recolour": real(0, 1), "prompt_drop": real(0, 1),
+        "pad_to_square": flag(), "window": window(), "max_pixels": whole(0, 2**31 - 1, "64 Mi"),
+        "augment": flag(), "recolour": real(0, 1), "prompt_drop": real(0, 1),
         "codes": flag(), "max_broken": real(0, 1)}),
     **_named("optim", _optimizer()),
     **_named("mesh", {axis: whole(1, 65536, rest=True) for axis in ("dcn_data", "data", "fsdp", "tensor")}),

@@ -85,7 +85,7 @@ def _reading(path: epath.Path, error: type[UserError]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as fault:  # ValueError: a null byte in the name
-        raise error(f"{path} cannot be read ({reason(fault)})") from None
+        raise error(f"{path}: cannot be read ({reason(fault)})") from None
     except UserError:
         raise
     except ImportError as fault:
@@ -93,7 +93,7 @@ def _reading(path: epath.Path, error: type[UserError]) -> Iterator[None]:
     except Exception as fault:  # a bucket's client has exceptions of its own
         if not is_remote(path):
             raise
-        raise error(f"{path} cannot be read ({type(fault).__name__}: {brief(fault)})") from None
+        raise error(f"{path}: cannot be read ({type(fault).__name__}: {brief(fault)})") from None
 
 
 def check_regular(path: epath.PathLike, limit: int | None = None,
@@ -105,8 +105,9 @@ def check_regular(path: epath.PathLike, limit: int | None = None,
     else:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
-            raise error(f"{path} is {kind}, not a regular file")
+            kind = "Is a directory" if stat.S_ISDIR(status.st_mode) else (
+                "a device, pipe or socket, not a regular file")
+            raise error(f"{path}: cannot be read ({kind})")
         size = status.st_size
     if limit is not None and size > limit:
         raise error(f"{path} has {size} bytes; at most {limit} are read")

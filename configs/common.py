@@ -85,6 +85,8 @@ def base() -> ConfigDict:
             "sample_tiles": 0,  # most tiles of one sample; 0 = max_tiles
             "max_masks": 1,     # M, masks per row
             "pad_to_square": False,  # keep the aspect ratio of images and masks, and pad them
+            "window": (),       # (low, high) of images of more than 8 bits -> 0..255; () = by their values
+            "max_pixels": 0,    # most pixels of an image file; 0 = 64 Mi
             "augment": False,   # disturb photographs: data/augment.py
             "recolour": 0.0,    # share of samples in other colours, where the text names none
             "prompt_drop": 0.0,  # share of text-to-image prompts that ask for nothing (guidance)

@@ -33,7 +33,8 @@ NUMBERS = sorted(key for key, known in config_keys.KEYS.items() if "number" in k
 # Every other number has a least value above 0.
 ZERO = {
     "seed", "vqvae.steps", "data.max_labels", "data.workers", "data.threads", "data.pack",
-    "data.sample_tiles", "data.max_masks", "data.recolour", "data.prompt_drop", "data.max_broken",
+    "data.sample_tiles", "data.max_masks", "data.max_pixels", "data.recolour", "data.prompt_drop",
+    "data.max_broken",
     "train.steps", "train.microbatch", "train.keep", "train.sample_every", "train.max_skipped",
     "train.lora.rank", "train.lora.alpha", "train.loss.soft_targets", "train.loss.scale_power",
     "train.loss.foreground", "train.loss.text", "train.loss.corrupt", "train.loss.chunk",

@@ -18,6 +18,7 @@ from argenseg_jax.cli import common
 common.define_workdir("Run whose newest checkpoint is used.")
 common.define_checkpoint()
 common.define_answering()
+common.define_reading()
 FLAGS = flags.FLAGS
 flags.DEFINE_string("image", None, "Picture file that the conversation is about.")
 flags.DEFINE_multi_string("prompt", [], "A turn; may be given several times.")
@@ -27,10 +28,12 @@ flags.DEFINE_string("out", "chat", "Directory of the masks.")
 def run() -> dict[str, Any]:
     """Returns {turns, answers, files}."""
     import argenseg_jax
+    from argenseg_jax.ckpt.checkpoint import open_checkpoint
     from argenseg_jax.decode.predictor import pixels
 
-    image = pixels(FLAGS.image)
-    predictor = argenseg_jax.load(FLAGS.checkpoint or FLAGS.workdir or "nano", FLAGS.dtype)
+    checkpoint = FLAGS.checkpoint or FLAGS.workdir or "nano"
+    image = pixels(FLAGS.image, common.reading(open_checkpoint(checkpoint).config))  # before the weights are loaded
+    predictor = argenseg_jax.load(checkpoint, FLAGS.dtype)
     history, answers, written = [], [], []
     for number, text in enumerate(FLAGS.prompt or _typed()):
         result, history = predictor.chat(text, image, history, **common.answering())

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from absl import flags
@@ -69,6 +70,29 @@ def answering() -> dict[str, Any]:
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
     return {"max_masks": FLAGS.max_masks, "guidance": FLAGS.guidance, "sampling": sampling,
             "code_sampling": sampling}
+
+
+def define_reading() -> None:
+    """Defines --window and --max_pixels."""
+    flags.DEFINE_string("window", None, "LOW,HIGH: values of images of more than 8 bits that become 0..255; default: "
+                      "data.window of the saved config, or by the values of the data.")
+    flags.DEFINE_integer("max_pixels", 0, "Most pixels of an image; 0 = data.max_pixels of the saved config, or 64 Mi.",
+                         lower_bound=0)
+
+
+def reading(config: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """How images are read (data/reader.Reading): by the flags, and else by the saved config of a run."""
+    from argenseg_jax import config_keys
+    from argenseg_jax.data.reader import Reading
+
+    saved = Reading.of(config.get("data", {}))
+    window = saved.window
+    if FLAGS.window is not None:
+        try:
+            window = tuple(config_keys.parse("data.window", FLAGS.window))
+        except UserError as error:
+            raise UserError(f"--window: {error}") from None
+    return saved._replace(window=window, max_pixels=FLAGS.max_pixels or saved.max_pixels)
 
 
 def write_picture(target: str, number: int, picture: Any) -> str:

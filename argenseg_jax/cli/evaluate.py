@@ -39,6 +39,7 @@ flags.DEFINE_multi_string("data", None, "File or named source to evaluate on; de
 flags.DEFINE_string("image_root", "", "Directory that file names in --data start from; default: "
                     "the directory of --data.")
 flags.DEFINE_alias("image-root", "image_root")
+common.define_reading()
 flags.DEFINE_string("out", None, "Directory of the results; default: --workdir.")
 flags.DEFINE_integer("limit", 0, "Score only the first so many samples; 0 = all.", lower_bound=0)
 flags.DEFINE_integer("batch", 16, "Samples per call of the model.", lower_bound=1)
@@ -123,13 +124,15 @@ def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, ou
     """Every data set with its place and its evaluator. The model is loaded when all mistakes are known."""
     from argenseg_jax import files, hosts
     from argenseg_jax.ckpt.fingerprint import fingerprint
+    from argenseg_jax.data.reader import FEW
     from argenseg_jax.data.sources import open_source
     from argenseg_jax.decode.predictor import Predictor
     from argenseg_jax.eval import folders
 
     metrics = {name: folders.split(name)[0] or settings["metric"] for name in names}
+    reading = common.reading(checkpoint.config)._replace(max_images=FEW, max_masks=FEW)
     sources = {name: open_source(folders.split(name)[1], prompt=settings["prompt"],
-                                 image_root=FLAGS.image_root) for name in names}
+                                 image_root=FLAGS.image_root, reading=reading) for name in names}
     places = [None] * len(names)
     if out:  # the first process decides: others may see folders that it has made by then
         places = [files.to_path(p) for p in hosts.gather([str(p) for p in folders.choose(out, names)])[0]]
@@ -147,7 +150,7 @@ def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, ou
         evaluator.check(sources[name])
         jobs.append(Job(name, sources[name], evaluator, place, {
             "data": name, folders.SOURCE: folders.identity(name), **weights, "config": config,
-            "image_root": FLAGS.image_root, "dtype": FLAGS.dtype, "baseline": FLAGS.baseline,
+            "window": FLAGS.window, "image_root": FLAGS.image_root, "dtype": FLAGS.dtype, "baseline": FLAGS.baseline,
             "prompt": settings["prompt"], "masks": settings["masks"], "metric": metrics[name]}))
     predictor()
     return jobs
@@ -207,7 +210,8 @@ def _baseline(config: Mapping[str, Any]) -> Any:
     from argenseg_jax.eval import evaluator
 
     try:
-        parts = sources.open_mixture(config["data"]["sources"], config["data"].get("root", ""))
+        parts = sources.open_mixture(config["data"]["sources"], config["data"].get("root", ""),
+                                     reading=common.reading(config))
         return evaluator.constant_baseline([part.source for part in parts])
     except UserError as error:
         common.log(f"no baseline: {error}")

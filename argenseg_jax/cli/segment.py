@@ -18,6 +18,7 @@ from argenseg_jax.errors import UserError
 common.define_workdir("Run whose newest checkpoint is used.")
 common.define_checkpoint()
 common.define_answering()
+common.define_reading()
 FLAGS = flags.FLAGS
 flags.DEFINE_string("image", None, "Picture file; needless with --raw.")
 flags.DEFINE_string("prompt", None, "What to segment, or to draw, in words.")
@@ -39,11 +40,13 @@ def run() -> dict[str, Any]:
         raise UserError(f"--overlay={FLAGS.overlay} needs --image")
 
     import argenseg_jax
+    from argenseg_jax.ckpt.checkpoint import open_checkpoint
     from argenseg_jax.decode.predictor import pixels
     from argenseg_jax.eval import pictures
 
-    image = pixels(FLAGS.image)
-    predictor = argenseg_jax.load(FLAGS.checkpoint or FLAGS.workdir or "nano", FLAGS.dtype)
+    checkpoint = FLAGS.checkpoint or FLAGS.workdir or "nano"
+    image = pixels(FLAGS.image, common.reading(open_checkpoint(checkpoint).config))  # before the weights are loaded
+    predictor = argenseg_jax.load(checkpoint, FLAGS.dtype)
     begin = time.perf_counter()
     result = predictor.segment(image, FLAGS.prompt, previews=bool(FLAGS.scales), **common.answering())
     seconds = time.perf_counter() - begin

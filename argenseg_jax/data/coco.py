@@ -14,6 +14,7 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.data import layout, psalm, rle, transforms
+from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import UserError
 
@@ -52,10 +53,11 @@ class CocoSource(layout.Indexed[Objects]):
       family: a key of LAYOUTS.
       split: such as val2017.
       image_root: folder that file names start from; by default looked for in the usual places.
+      reading: see data/reader.py.
     """
 
     def __init__(self, folder: epath.Path, family: str = "coco", split: str = "",
-                 image_root: epath.PathLike = ""):
+                 image_root: epath.PathLike = "", reading: Reading = Reading()):
         split = split or SPLITS[family]
         annotations, places = ([p.format(split=split) for p in part] for part in LAYOUTS[family])
         path = layout.find(folder, f"annotations of {family}", *annotations)
@@ -75,27 +77,27 @@ class CocoSource(layout.Indexed[Objects]):
                    if not all(self._anns[k].get("iscrowd") for k in anns)]
         self._root = epath.Path(image_root) if image_root else layout.find(
             folder, f"pictures of {family}", *places)
-        super().__init__(str(path), entries)
+        super().__init__(str(path), entries, reading)
 
     def from_(self, entry: Objects) -> str:
         return f"image {entry.image_id}, category {entry.category_id}"
 
     def made(self, entry: Objects) -> Sample:
         info, name = self._images[entry.image_id], self._names[entry.category_id]
-        image = transforms.read_image(self._root / info["file_name"])
         height, width = int(info["height"]), int(info["width"])
+        path = self._root / info["file_name"]
+        image = self.reader.image(path)
+        transforms.check_shape(image, (height, width), "(height, width of the entry)", path)
         anns = [self._anns[k] for k in entry.anns]
         single = [a for a in anns if not a.get("iscrowd")]
         meta = {"files": [info["file_name"]], "kind": name, "sents": [name]}
         if self.family != "coco":
             drawn = rle.objects(single, height, width)
-            transforms.check_sizes(image, [drawn.mask], ["(height, width of the entry)"])
             return Sample(layout.turns(psalm.question([name], "semantic")), (image,), (drawn.mask,),
                           {**meta, **drawn.meta(), "metric": "semantic"})
         each = rle.each(single, height, width)
         crowds = [rle.union([a["segmentation"]], height, width).mask for a in anns
                   if a.get("iscrowd") and not rle.is_empty(a.get("segmentation"))]
-        transforms.check_sizes(image, [each[0].mask], ["(height, width of the entry)"])
         meta |= rle.Drawn(each[0].mask, sum(one.dropped for one in each)).meta()
         return Sample(
             layout.turns(f"<image>\n Please segment every {name} in this image, one by one.",

@@ -5,6 +5,7 @@ prompts, and `point-drawn` and `box-drawn`, are drawn into the picture in one co
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from argenseg_jax.data import layout
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError, UserError
 
+Change = Callable[[Sample, np.random.Generator], Sample]
 INK = (255, 0, 0)
 GRID = 1000
 QUESTIONS = {
@@ -48,21 +50,31 @@ class InteractiveSource:
     def __getitem__(self, index: int) -> Sample:
         return self._made(self.inner[index], np.random.default_rng(index), central=True)
 
-    def draw(self, index: int, rng: np.random.Generator) -> Sample:
-        """The sample with its prompt chosen by rng."""
+    def draw(self, index: int, rng: np.random.Generator, change: Change | None = None) -> Sample:
+        """The sample with its prompt chosen by rng.
+
+        Args:
+          index: of the inner source.
+          rng: decides.
+          change: (sample, rng) -> sample, such as augmentation: comes before the prompt is made, which
+            then fits; left out where it would leave no object.
+        """
         inner = self.inner
         sample = inner.draw(index, rng) if hasattr(inner, "draw") else inner[index]
+        if change:
+            changed = change(sample, rng)
+            sample = changed if any((m >= 128).any() for m in changed.masks) else sample
         return self._made(sample, rng, central=False)
 
     def _made(self, sample: Sample, rng: np.random.Generator, central: bool) -> Sample:
         where = sample.meta.get("line") or sample.meta.get("id")
-        masks = [m for m in sample.masks if m.ndim == 2 and m.any()]
+        masks = [m for m in sample.masks if m.ndim == 2 and (m >= 128).any()]
         if len(sample.images) != 1 or not masks:
             raise SampleError(f"{where}: an interactive prompt needs one image and a mask that is "
                               "not empty")
         mask = masks[0 if central else rng.integers(len(masks))]
         inside = mask >= 128
-        if not inside.any() or inside.shape != sample.images[0].shape[:2]:
+        if inside.shape != sample.images[0].shape[:2]:
             raise SampleError(f"{where}: the mask is no grey mask at the size of its image")
         image, text = prompted(sample.images[0], inside, self.prompt, rng, central)
         meta = {k: v for k, v in sample.meta.items() if k != "sents"}

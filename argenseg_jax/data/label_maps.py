@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from argenseg_jax.data import layout, psalm, transforms
+from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError, UserError
 
@@ -41,9 +42,11 @@ class LabelMapSource(layout.Indexed[tuple]):
       family: a key of LAYOUTS.
       split: such as validation.
       asked: one of ASKED.
+      reading: see data/reader.py.
     """
 
-    def __init__(self, folder: epath.Path, family: str, split: str = "", asked: str = ""):
+    def __init__(self, folder: epath.Path, family: str, split: str = "", asked: str = "",
+                 reading: Reading = Reading()):
         check_asked(asked, f"{family}:{folder}:{split}")
         split = split or SPLITS[family]
         images, maps, names, first, self._none = LAYOUTS[family]
@@ -52,7 +55,7 @@ class LabelMapSource(layout.Indexed[tuple]):
         root = layout.find(folder, f"pictures of {family}", *(p.format(split=split) for p in images))
         self.names = read_names(layout.find(folder, f"class names of {family}", *names), first)
         paths = layout.pictures(root)
-        super().__init__(str(root), [(p, None) for p in paths])
+        super().__init__(str(root), [(p, None) for p in paths], reading)
         if asked:
             self.entries = [(p, v) for p in paths
                             for v in (self.names if asked == "every" else self._shown(p))]
@@ -69,8 +72,8 @@ class LabelMapSource(layout.Indexed[tuple]):
 
     def _class_of(self, entry: tuple, rng: np.random.Generator) -> Sample:
         path, value = entry
-        image, labels = transforms.read_image(path), self._labels(path)
-        transforms.check_sizes(image, [labels], [f"{path.stem}.png"])
+        image, labels = self.reader.image(path), self._labels(path)
+        transforms.check_sizes(image, [labels], [f"{path.stem}.png"], [path, self._maps / f"{path.stem}.png"])
         if value is None:
             shown = self._classes(labels, path)
             value = shown[rng.integers(len(shown))]
@@ -82,8 +85,8 @@ class LabelMapSource(layout.Indexed[tuple]):
 
 
     def _labels(self, path: epath.Path) -> np.ndarray:
-        """The map u8[H, W] of a picture."""
-        labels = transforms.read_raw_mask(self._maps / f"{path.stem}.png")
+        """The map of a picture: whole numbers [H, W]."""
+        labels = self.reader.ids(self._maps / f"{path.stem}.png")
         if labels.ndim != 2:
             raise SampleError(f"{path.stem}.png is coloured; a label map has one channel")
         return labels

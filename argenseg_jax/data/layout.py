@@ -8,25 +8,27 @@ from typing import Any, Generic, TypeVar
 from etils import epath
 
 from argenseg_jax.data.psalm import ANSWER
+from argenseg_jax.data.reader import Reader, Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError, UserError, located
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 Entry = TypeVar("Entry")
 
 
 class Indexed(Generic[Entry]):
     """Random access to samples that are made from entries of an index, faults named by entry.
 
-    A source fills `entries` and says how a sample is `made` and where an entry comes `from_`.
+    A source fills `entries` and says how a sample is `made` and where an entry comes `from_`. It reads
+    images and masks by its `reader`.
     """
 
     what = "sample"  # what an entry should be, for messages
 
-    def __init__(self, name: str, entries: Sequence[Entry]):
+    def __init__(self, name: str, entries: Sequence[Entry], reading: Reading = Reading()):
         if not len(entries):
             raise UserError(f"{name}: no samples")
-        self.name, self.entries = name, entries
+        self.name, self.entries, self.reader = name, entries, Reader(reading, self)
 
     def __len__(self) -> int:
         return len(self.entries)

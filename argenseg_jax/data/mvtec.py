@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from argenseg_jax.data import layout, transforms
+from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError, UserError
 
@@ -33,7 +34,8 @@ class AnomalySource(layout.Indexed[Part]):
       category: only this one, such as bottle.
     """
 
-    def __init__(self, folder: epath.Path, split: str = "test", category: str = ""):
+    def __init__(self, folder: epath.Path, split: str = "test", category: str = "",
+                 reading: Reading = Reading()):
         roots = [folder / category] if category else (
             [folder] if (folder / split).is_dir() else layout.subfolders(folder))
         entries = [Part(root, kind.name, picture) for root in roots if (root / split).is_dir()
@@ -41,19 +43,19 @@ class AnomalySource(layout.Indexed[Part]):
         if not entries:
             looked = f"{category or 'CATEGORY'}/{split}/good/*.png"
             raise UserError(f"{folder}: no pictures of anomaly detection; looked for {looked}")
-        super().__init__(str(folder), entries)
+        super().__init__(str(folder), entries, reading)
 
     def from_(self, entry: Part) -> str:
         return str(entry.path)
 
     def made(self, entry: Part) -> Sample:
-        image = transforms.read_image(entry.path)
+        image = self.reader.image(entry.path)
         if entry.defect == "good":
             mask = np.zeros(image.shape[:2], np.uint8)
         else:
             path = entry.category / "ground_truth" / entry.defect / f"{entry.path.stem}_mask.png"
-            mask = transforms.read_mask(path)
-            transforms.check_sizes(image, [mask], [path.name])
+            mask = self.reader.mask(path)
+            transforms.check_sizes(image, [mask], [path.name], [entry.path, path])
             if not mask.any():
                 raise SampleError(f"{path.name} shows no defect")
         name = layout.spoken(entry.category.name)

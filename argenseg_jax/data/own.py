@@ -15,6 +15,7 @@ from etils import epath
 from argenseg_jax.data import layout, psalm, transforms
 from argenseg_jax.data.coco import CocoSource
 from argenseg_jax.data.label_maps import LabelMapSource
+from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import UserError
 
@@ -30,7 +31,7 @@ class Masked(NamedTuple):
 class MaskFolders(layout.Indexed[Masked]):
     """One sample per mask file of masks/CLASS/; black ones too: they teach that a class is absent."""
 
-    def __init__(self, folder: epath.Path):
+    def __init__(self, folder: epath.Path, reading: Reading = Reading()):
         pictures = {p.stem: p for p in layout.pictures(_images(folder))}
         entries = []
         for kind in layout.subfolders(folder / "masks"):
@@ -40,24 +41,24 @@ class MaskFolders(layout.Indexed[Masked]):
                 entries.append(Masked(pictures[mask.stem], layout.spoken(kind.name), mask))
         if not entries:
             raise UserError(f"{folder}: no masks; looked for masks/CLASS/*.png")
-        super().__init__(str(folder), sorted(entries))
+        super().__init__(str(folder), sorted(entries), reading)
 
     def from_(self, entry: Masked) -> str:
         return str(entry.mask)
 
     def made(self, entry: Masked) -> Sample:
-        image, mask = transforms.read_image(entry.picture), transforms.read_mask(entry.mask)
-        transforms.check_sizes(image, [mask], [entry.mask.name])
+        image, mask = self.reader.image(entry.picture), self.reader.mask(entry.mask)
+        transforms.check_sizes(image, [mask], [entry.mask.name], [entry.picture, entry.mask])
         return Sample(layout.turns(psalm.question([entry.name], "semantic")), (image,), (mask,),
                       {"files": [entry.picture.name], "kind": entry.name, "sents": [entry.name],
                        "metric": "semantic"})
 
 
-def open_own(folder: epath.Path) -> layout.Indexed:
+def open_own(folder: epath.Path, reading: Reading = Reading()) -> layout.Indexed:
     """The source of whichever form the folder has; UserError where it is none of them, or several."""
-    forms = {"annotations.json": lambda: CocoSource(folder, "own"),
-             "labels": lambda: LabelMapSource(folder, "own", asked="shown"),
-             "masks": lambda: MaskFolders(folder)}
+    forms = {"annotations.json": lambda: CocoSource(folder, "own", reading=reading),
+             "labels": lambda: LabelMapSource(folder, "own", asked="shown", reading=reading),
+             "masks": lambda: MaskFolders(folder, reading)}
     found = [name for name in forms if (folder / name).exists()]
     if len(found) != 1:
         raise UserError(f"{folder}: {'no' if not found else 'several'} annotations; looked for one of "

@@ -14,6 +14,7 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.data import label_maps, layout, psalm, transforms
+from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError, UserError
 
@@ -50,10 +51,11 @@ class PanopticSource(layout.Indexed[tuple]):
       split: such as val2017.
       asked: one of label_maps.ASKED.
       image_root: folder of the pictures; by default looked for in the usual places.
+      reading: see data/reader.py.
     """
 
     def __init__(self, folder: epath.Path, split: str = "val2017", asked: str = "",
-                 image_root: epath.PathLike = ""):
+                 image_root: epath.PathLike = "", reading: Reading = Reading()):
         label_maps.check_asked(asked, f"panoptic:{folder}:{split}")
         name = f"panoptic_{split}"
         path = layout.find(folder, "panoptic annotations", f"annotations/{name}.json", f"{name}.json")
@@ -69,7 +71,7 @@ class PanopticSource(layout.Indexed[tuple]):
             raise UserError(f"{path}: an entry without {error}") from None
         self._root = epath.Path(image_root) if image_root else layout.find(
             folder, "pictures of COCO", split, f"images/{split}", f"../{split}")
-        super().__init__(str(path), [(*f, c) for f in found for c in self._asked(asked, f[-1])])
+        super().__init__(str(path), [(*f, c) for f in found for c in self._asked(asked, f[-1])], reading)
 
     def _asked(self, asked: str, segments: Sequence[Mapping[str, Any]]) -> list[int | None]:
         shown = sorted({s["category_id"] for s in segments if not s.get("iscrowd")})
@@ -87,9 +89,9 @@ class PanopticSource(layout.Indexed[tuple]):
 
     def _class_of(self, entry: tuple, rng: np.random.Generator) -> Sample:
         picture, file, segments, category = entry
-        image = transforms.read_image(self._root / picture)
-        ids = as_ids(transforms.read_raw_mask(self._maps / file))
-        transforms.check_sizes(image, [ids], [file])
+        image = self.reader.image(self._root / picture)
+        ids = as_ids(self.reader.ids(self._maps / file))
+        transforms.check_sizes(image, [ids], [file], [self._root / picture, self._maps / file])
         single = [{**s, "name": self.names[s["category_id"]]} for s in segments if not s.get("iscrowd")]
         if category is None:
             mask, name = draw_class(ids, single, rng)

@@ -13,8 +13,9 @@ import grain.python as grain
 import numpy as np
 
 from argenseg_jax.data import packing, prompt, sources, transforms
-from argenseg_jax.data.augment import Augment, recolour
+from argenseg_jax.data.augment import Augment, recolour, recompress
 from argenseg_jax.data.batches import Batch, BatchIterator, Broken
+from argenseg_jax.data.reader import FEW, Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.tokenizer import Tokenizer
 from argenseg_jax.errors import SampleError, UserError, brief
@@ -65,7 +66,10 @@ class DataConfig:
       sample_tiles: most tiles of one sample; 0 = max_tiles.
       max_masks: M, masks of a row.
       pad_to_square: keep the aspect ratio of images and masks, and pad them.
-      augment: disturb photographs (data/augment.py).
+      window: (low, high), the values of images of more than 8 bits that become 0..255; () = found once
+        per data set (data/reader.py).
+      max_pixels: most pixels of an image file; 0 = 64 Mi.
+      augment: change photographs (data/augment.py).
       recolour: share of the samples that get other colours, where the text names none.
       prompt_drop: share of text-to-image prompts replaced by the unconditional one.
       codes: rows hold the codes that `prepare --codes` kept, in place of masks.
@@ -85,6 +89,8 @@ class DataConfig:
     sample_tiles: int = 0
     max_masks: int = 1
     pad_to_square: bool = False
+    window: tuple[float, float] | tuple[()] = ()
+    max_pixels: int = 0
     augment: bool = False
     recolour: float = 0.0
     prompt_drop: float = 0.0
@@ -100,6 +106,11 @@ class DataConfig:
         if unknown:
             raise UserError(f"config: unknown key data.{unknown[0]}")
         return cls(**dict(config.items()))
+
+    def reading(self) -> Reading:
+        """How the files of the sources are read."""
+        return Reading.of(dataclasses.asdict(self), max_images=max(self.max_tiles, FEW),
+                          max_masks=max(self.max_masks, FEW))
 
 
 # ---------------------------------------------------------------------------------- one sample
@@ -130,7 +141,7 @@ class Encoder:
     def piece(self, sample: Sample, rng: np.random.Generator) -> packing.Piece:
         """A sample of the LM task as it goes into a row; SampleError where it does not fit into one."""
         name, config, turns = _name(sample), self.config, sample.conversations
-        sample = self._disturbed(sample, rng)
+        prompt.check_turns(turns, name)  # recolour reads the texts
         if config.recolour and rng.random() < config.recolour:
             sample = recolour(sample, rng)
         if config.prompt_drop and sample.masks and not sample.images:
@@ -159,31 +170,25 @@ class Encoder:
         """One row of the VQ-VAE task: one of the sample's masks."""
         if not sample.masks:
             raise SampleError(f"{_name(sample)}: no mask to train the VQ-VAE on")
-        masks = self._masks(self._disturbed(sample, rng))
+        masks = self._masks(sample)
         return {"masks": masks[rng.integers(len(masks))]}
 
-    def _disturbed(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        prompt.check_turns(sample.conversations, _name(sample))  # what disturbs reads the texts
-        disturb = self.config.augment or sample.meta.get("augment")
-        if disturb and self.config.codes:
-            raise SampleError(f"{_name(sample)}: codes that were kept are of masks as they are; switch "
-                              "data.augment (and data_augment of the meta JSON) or data.codes off")
-        return self.augment(sample, rng) if disturb else sample
+    def change(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """The sample as data.augment, and `data_augment` of its meta JSON, change it; for sources.draw."""
+        prompt.check_turns(sample.conversations, _name(sample))  # what changes images reads the texts
+        if self.config.augment:
+            if self.config.codes:
+                raise SampleError(f"{_name(sample)}: codes that were kept are of masks as they are; switch "
+                                  "data.augment or data.codes off")
+            sample = self.augment(sample, rng)
+        return recompress(sample, rng) if sample.meta.get("augment") else sample
 
     def _tiles(self, sample: Sample, name: str) -> tuple[np.ndarray, list[int]]:
         """(tiles u8[p, S, S, 3]; tiles per image)."""
-        side, key = self.geometry.image_size, "sample_tiles" if self.config.sample_tiles else "max_tiles"
-        room = min(getattr(self.config, key), self.config.max_tiles)
-        if len(sample.images) > room:
-            raise SampleError(f"{name}: {len(sample.images)} images, data.{key} is {room}")
-        share = room // max(len(sample.images), 1)
-        # The thumbnail takes one place, and a grid of one tile has none.
-        most = max(min(share - 1, sample.meta.get("max_tiles", share)), 1)
-        cut = [transforms.image_tiles(i, side, most, pad=self.config.pad_to_square)
-               for i in sample.images]
-        tiles = [tile for of_image in cut for tile in of_image]
-        return (np.asarray(tiles, np.uint8).reshape(-1, side, side, 3),
-                [len(of_image) for of_image in cut])
+        config = self.config
+        tiling = transforms.Tiling(self.geometry.image_size, config.max_tiles, config.sample_tiles,
+                                   config.pad_to_square)
+        return tiling(sample.images, sample.meta.get("max_tiles", 0), name)
 
     def _written(self, sample: Sample, name: str) -> Sequence[np.ndarray]:
         """The masks u8[R, R, 3] of a row, or their codes i32[N] where data.codes asks for them."""
@@ -195,8 +200,8 @@ class Encoder:
         return () if sample.codes is None else sample.codes
 
     def _masks(self, sample: Sample) -> list[np.ndarray]:
-        return [transforms.resize_mask(m, self.geometry.mask_size, pad=self.config.pad_to_square)
-                for m in sample.masks]
+        return [transforms.resize_target(m, self.geometry.mask_size, pad=self.config.pad_to_square)
+                for m in transforms.targets(sample)]
 
 
 def _name(sample: Sample) -> str:
@@ -239,9 +244,9 @@ def train_iterator(config: Mapping[str, Any] | DataConfig, tokenizer: Tokenizer 
         encode, rows = encoder.piece, encoder.packing
     else:
         encode, rows = encoder.mask_row, packing.Packing({}, lambda piece: {}, lambda pieces: pieces[0])
-    parts = sources.open_mixture(config.sources, config.root)
+    parts = sources.open_mixture(config.sources, config.root, reading=config.reading())
     seeds = np.random.SeedSequence(seed).generate_state(len(parts))
-    mixed = [_stream(part, encode, int(s)) for part, s in zip(parts, seeds)]
+    mixed = [_stream(part, encoder.change, encode, int(s)) for part, s in zip(parts, seeds)]
     order = (mixed[0] if len(mixed) == 1 else
              grain.MapDataset.mix(mixed, weights=[part.weight for part in parts]))
     return BatchIterator(order, rows, batch_size, range(batch_size) if places is None else places,
@@ -259,12 +264,12 @@ def batch_shapes(config: Mapping[str, Any] | DataConfig, geometry: Geometry, row
             "masks": ((rows, config.max_masks, *mask), dtype)}
 
 
-def _stream(part: sources.Part, encode, seed: int) -> grain.MapDataset:
+def _stream(part: sources.Part, change: sources.Change, encode, seed: int) -> grain.MapDataset:
     """An endless shuffled stream of pieces (or Broken) of one source."""
     def load(index: int, rng: np.random.Generator) -> packing.Piece | Broken:
         where = f"{sources.name_of(part.source)}: sample {index}"
         try:
-            sample = sources.draw(part.source, index, rng)
+            sample = sources.draw(part.source, index, rng, change)
             where = _name(sample)
             return encode(sample, rng)
         except SampleError as error:

@@ -34,6 +34,7 @@ from PIL import Image
 from argenseg_jax import files, locks, processes
 from argenseg_jax.data import prompt, records, sources, tfds_folder, transforms
 from argenseg_jax.data.prepared import FORMAT, MANIFEST, PLAN, SHARDS, SUMMARY, checksum
+from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.statistics import Statistics
 from argenseg_jax.errors import SampleError, UserError
@@ -69,6 +70,7 @@ class Job:
         this side reads the same tiles, to the bit. 0 = as they are.
       shard_samples: samples of a shard, broken ones counted.
       coder: keeps the codes of the masks (before any resize) in the records.
+      window, max_pixels: as of data/reader.Reading.
     """
 
     sources: tuple[str, ...]
@@ -80,11 +82,15 @@ class Job:
     resize: int = 0
     shard_samples: int = 1000
     coder: Coder | None = None
+    window: tuple[float, float] | tuple[()] = ()
+    max_pixels: int = 0
 
     def identity(self) -> dict[str, Any]:
         """All that the bytes of the shards depend on, but for the samples themselves."""
         asked = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                 if f.name not in ("out", "coder")}
+                 if f.name not in ("out", "coder", "window", "max_pixels")}
+        asked |= {"window": list(self.window)} if self.window else {}
+        asked |= {"max_pixels": self.max_pixels} if self.max_pixels else {}
         return {**asked, "sources": list(self.sources), "format": FORMAT,
                 "codes": self.coder and self.coder.identity()}
 
@@ -94,7 +100,8 @@ class _Items:
 
     def __init__(self, job: Job):
         self.job = job
-        self.parts = sources.open_mixture(job.sources, job.root, job.prompt, job.image_root)
+        self.parts = sources.open_mixture(job.sources, job.root, job.prompt, job.image_root,
+                                          Reading(job.window, job.max_pixels))
         self.counts = []
         for part in self.parts:
             if part.length >= sources.ENDLESS:
@@ -142,6 +149,9 @@ def prepare(job: Job, *, workers: int = 1, runner: str = "", beam_options: Seque
     """
     _items.cache_clear()  # the files may have changed since this process last looked
     out, items = files.to_path(job.out), _items(job)
+    if not job.window and (found := sources.window(items.parts)):
+        job = dataclasses.replace(job, window=found)  # for all workers, and for training on the result
+        items = _items(job)
     plan = {**job.identity(), "samples": len(items)}
     total = -(-len(items) // job.shard_samples)
     with locks.Lock(out / locks.FILE, f"--out: {out}"):
@@ -211,7 +221,7 @@ class _Done:
 def _coded(coder: Coder | None, read: Sequence[tuple[int, int, Sample]]
            ) -> Iterator[tuple[int, int, Sample]]:
     """The samples with the codes of their masks, made in one go."""
-    masks = [mask for *_, sample in read for mask in sample.masks]
+    masks = [mask for *_, sample in read for mask in transforms.targets(sample)]
     codes = coder(masks) if coder and masks else np.zeros((0, coder.num_codes if coder else 0), np.int32)
     for at, part, sample in read:
         mine, codes = np.split(codes, [len(sample.masks)])
@@ -219,14 +229,19 @@ def _coded(coder: Coder | None, read: Sequence[tuple[int, int, Sample]]
 
 
 def resized(sample: Sample, side: int) -> Sample:
-    """The sample at side x side: pictures as `transforms.image_tiles` does it, masks by area."""
+    """The sample at side x side: images as `transforms.image_tiles` does it, masks by area.
+
+    Masks of 0 and 255 stay so; soft edges stay grey.
+    """
     def picture(image: np.ndarray) -> np.ndarray:
         return transforms.resize(image, (side, side))
 
     def mask(image: np.ndarray) -> np.ndarray:
-        if image.ndim == 3:
+        if image.ndim == 3 or sample.generated:
             return picture(image)
-        return ((transforms.resize(image, (side, side), Image.Resampling.BOX) >= 128) * 255).astype(np.uint8)
+        small = transforms.resize(image, (side, side), Image.Resampling.BOX)
+        hard = ((image == 0) | (image == 255)).all()
+        return ((small >= 128) * 255).astype(np.uint8) if hard else small
 
     def entry(value: Any) -> Any:
         if isinstance(value, np.ndarray):

@@ -58,6 +58,12 @@ class PreparedSource:
         """What the kept codes depend on (decode/codes.py); None where none were kept."""
         return self.manifest["codes"]
 
+    @property
+    def window(self) -> tuple[float, float] | None:
+        """The window of levels by which images were made; None where none was needed."""
+        window = self.manifest.get("window")
+        return tuple(window) if window else None
+
     def spans(self) -> Iterator[tuple[Span, float]]:
         """(samples, weight) of each part of the mixture that was prepared."""
         first = 0

@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from argenseg_jax.data import rle, transforms
+from argenseg_jax.data.reader import Reader, Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError, UserError
 
@@ -39,13 +40,13 @@ class PsalmSource:
     """Random access to the entries of a PSALM file; the mask is the union of an entry's anns."""
 
     def __init__(self, path: epath.Path, content: Sequence[Mapping[str, Any]], image_root,
-                 prompt: str = "referring"):
+                 prompt: str = "referring", reading: Reading = Reading()):
         """Wraps the parsed file; image_root is the directory that file names start from."""
         if not isinstance(content, list):
             raise UserError(f"{path}: a PSALM file is a list of {{image_info, instruction, anns}}")
         question([], prompt)
         self.path, self.root, self.prompt = path, epath.Path(image_root), prompt
-        self._entries = content
+        self._entries, self.reader = content, Reader(reading, self)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -57,9 +58,11 @@ class PsalmSource:
         try:
             entry = self._entries[index]
             info, sents = entry["image_info"], [i["sent"] for i in entry["instruction"]]
-            drawn = rle.union([a["segmentation"] for a in entry["anns"]], int(info["height"]), int(info["width"]))
-            image = transforms.read_image(self.root / info["file_name"])
-            transforms.check_sizes(image, [drawn.mask], ["(height, width of image_info)"])
+            height, width = int(info["height"]), int(info["width"])
+            path = self.root / info["file_name"]
+            image = self.reader.image(path)
+            transforms.check_shape(image, (height, width), "(height, width of image_info)", path)
+            drawn = rle.union([a["segmentation"] for a in entry["anns"]], height, width)
         except SampleError as error:
             raise SampleError(f"{where}: {error}") from None
         except (LookupError, TypeError, ValueError, AttributeError) as error:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from argenseg_jax.data import drawing, layout, psalm, rle, transforms
+from argenseg_jax.data import drawing, layout, psalm, rle
+from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError, UserError
 
@@ -21,7 +22,8 @@ IGNORED = 255
 class ReasonSegSource(layout.Indexed[epath.Path]):
     """One sample per picture; `meta['ignore_mask']` u8[H, W] marks what no score may count."""
 
-    def __init__(self, folder: epath.Path, split: str = "val", prompt: str = ""):
+    def __init__(self, folder: epath.Path, split: str = "val", prompt: str = "",
+                 reading: Reading = Reading()):
         """folder: ReasonSeg; split: train, val, test; prompt: default by the kind of text."""
         if prompt:
             psalm.question([], prompt)
@@ -30,14 +32,14 @@ class ReasonSegSource(layout.Indexed[epath.Path]):
         entries = [p for p in layout.pictures(path) if p.with_suffix(".json").exists()]
         if not entries:
             raise UserError(f"{path}: no picture beside its .json; looked for *.jpg with *.json")
-        super().__init__(str(path), entries)
+        super().__init__(str(path), entries, reading)
 
     def from_(self, entry: epath.Path) -> str:
         return entry.with_suffix(".json").name
 
     def made(self, entry: epath.Path) -> Sample:
         record = _read(entry.with_suffix(".json"))
-        image = transforms.read_image(entry)
+        image = self.reader.image(entry)
         labels = draw_shapes(record["shapes"], *image.shape[:2])
         texts = [record["text"]] if isinstance(record["text"], str) else list(record["text"])
         sentence = bool(record.get("is_sentence", True))

@@ -13,6 +13,7 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.data import layout, plain_pickle, psalm, rle, transforms
+from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import UserError
 
@@ -38,10 +39,12 @@ class ReferSource(layout.Indexed[Expression]):
       split_by: unc, umd, google; needed where the folder holds several refs files.
       image_root: folder of the pictures; by default looked for in the usual places.
       prompt: see psalm.question.
+      reading: see data/reader.py.
     """
 
     def __init__(self, folder: epath.Path, split: str = "val", split_by: str = "",
-                 image_root: epath.PathLike = "", prompt: str = "referring"):
+                 image_root: epath.PathLike = "", prompt: str = "referring",
+                 reading: Reading = Reading()):
         psalm.question([], prompt)
         self.prompt, self.split = prompt, split
         path = _refs_file(folder, split_by)
@@ -66,16 +69,18 @@ class ReferSource(layout.Indexed[Expression]):
                             f"{', '.join(sorted({str(r['split']) for r in refs}))}")
         self._root = epath.Path(image_root) if image_root else layout.find(
             folder, "pictures", *_IMAGES)
-        super().__init__(str(path), entries)
+        super().__init__(str(path), entries, reading)
 
     def from_(self, entry: Expression) -> str:
         return f"ref {entry.ref_id}"
 
     def made(self, entry: Expression) -> Sample:
         info = self._images[entry.image_id]
-        drawn = rle.objects([self._anns[k] for k in entry.anns], int(info["height"]), int(info["width"]))
-        image = transforms.read_image(self._root / info["file_name"])
-        transforms.check_sizes(image, [drawn.mask], ["(height, width in instances.json)"])
+        height, width = int(info["height"]), int(info["width"])
+        path = self._root / info["file_name"]
+        image = self.reader.image(path)
+        transforms.check_shape(image, (height, width), "(height, width in instances.json)", path)
+        drawn = rle.objects([self._anns[k] for k in entry.anns], height, width)
         return Sample(layout.turns(psalm.question([entry.sent], self.prompt)), (image,), (drawn.mask,),
                       {"files": [info["file_name"]], "sents": [entry.sent],
                        "metric": "grefcoco" if self._general else "referring", **drawn.meta()})

@@ -8,6 +8,14 @@ from typing import Any
 import numpy as np
 
 
+def is_generated(images: Sequence[np.ndarray], meta: Mapping[str, Any]) -> bool:
+    """Whether a sample's targets are images to be generated, which pass unchanged, and no masks.
+
+    So it is where no image goes in (text-to-image), or the metric says so.
+    """
+    return not len(images) or meta.get("metric") == "fidelity"
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """A conversation with its pictures, decoded but not yet resized.
@@ -26,3 +34,8 @@ class Sample:
     masks: Sequence[np.ndarray] = ()
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     codes: np.ndarray | None = None
+
+    @property
+    def generated(self) -> bool:
+        """Whether the masks are images to be generated."""
+        return is_generated(self.images, self.meta)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -35,14 +36,15 @@ from etils import epath
 
 from argenseg_jax.data import layout, panoptic, shapes, transforms
 from argenseg_jax.data.coco import CocoSource
-from argenseg_jax.data.interactive import InteractiveSource
+from argenseg_jax.data.interactive import Change, InteractiveSource
 from argenseg_jax.data.label_maps import LabelMapSource
 from argenseg_jax.data.mvtec import AnomalySource
 from argenseg_jax.data.own import open_own
 from argenseg_jax.data.psalm import PsalmSource
 from argenseg_jax.data.reasonseg import ReasonSegSource
 from argenseg_jax.data.refer import ReferSource
-from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.reader import Reader, Reading, Window
+from argenseg_jax.data.sample import Sample, is_generated
 from argenseg_jax.data.shapes_tasks import TaskSource
 from argenseg_jax.data.text_to_image import PairSource
 from argenseg_jax.errors import SampleError, UserError
@@ -68,25 +70,28 @@ class Part(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What `open_source` passes on to a family: the prompt and the directory of the pictures."""
+    """What `open_source` passes on to a family: prompt, directory of the pictures, how they are read."""
 
     prompt: str
     image_root: str
+    reading: Reading
 
 
 # Families of published layouts: name -> (opens (folder, words after it, options), most words).
 # A family adds one line here and one file.
 FAMILIES: dict[str, tuple[Callable[[epath.Path, list[str], Options], Source], int]] = {
-    "refer": (lambda f, w, o: ReferSource(f, *w, image_root=o.image_root, prompt=o.prompt), 2),
-    "reasonseg": (lambda f, w, o: ReasonSegSource(f, *w), 1),
-    "mvtec": (lambda f, w, o: AnomalySource(f, *w), 2),
-    "t2i": (lambda f, w, o: PairSource(f, *w), 1),
-    **{name: (lambda f, w, o, name=name: CocoSource(f, name, *w, image_root=o.image_root), 1)
+    "refer": (lambda f, w, o: ReferSource(f, *w, image_root=o.image_root, prompt=o.prompt, reading=o.reading), 2),
+    "reasonseg": (lambda f, w, o: ReasonSegSource(f, *w, reading=o.reading), 1),
+    "mvtec": (lambda f, w, o: AnomalySource(f, *w, reading=o.reading), 2),
+    "t2i": (lambda f, w, o: PairSource(f, *w, reading=o.reading), 1),
+    **{name: (lambda f, w, o, name=name: CocoSource(f, name, *w, image_root=o.image_root,
+                                                         reading=o.reading), 1)
        for name in ("coco", "paco", "pascalpart")},
-    **{name: (lambda f, w, o, name=name: LabelMapSource(f, name, *w), 2)
+    **{name: (lambda f, w, o, name=name: LabelMapSource(f, name, *w, reading=o.reading), 2)
        for name in ("ade20k", "cocostuff")},
-    "panoptic": (lambda f, w, o: panoptic.PanopticSource(f, *w, image_root=o.image_root), 2),
-    "own": (lambda f, w, o: open_own(f), 0),
+    "panoptic": (lambda f, w, o: panoptic.PanopticSource(f, *w, image_root=o.image_root,
+                                                               reading=o.reading), 2),
+    "own": (lambda f, w, o: open_own(f, o.reading), 0),
 }
 
 
@@ -103,9 +108,39 @@ def _open_family(kind: str, rest: str, root: str, options: Options) -> Source:
     return opens(path, words, options)
 
 
-def draw(source: Source, index: int, rng: np.random.Generator) -> Sample:
-    """source[index], with the source's own chances (if it has any) decided by rng."""
-    return source.draw(index, rng) if hasattr(source, "draw") else source[index]
+def draw(source: Source, index: int, rng: np.random.Generator, change: Change | None = None) -> Sample:
+    """source[index], with the source's own chances (if it has any) decided by rng, and then changed.
+
+    Args:
+      source: of any kind.
+      index: 0..len(source) - 1.
+      rng: decides.
+      change: (sample, rng) -> sample, as augmentation; comes before a prompt is made of the sample.
+    """
+    if isinstance(source, InteractiveSource):
+        return source.draw(index, rng, change)
+    sample = source.draw(index, rng) if hasattr(source, "draw") else source[index]
+    return change(sample, rng) if change else sample
+
+
+def window(parts: Sequence[Part]) -> Window | tuple[()]:
+    """The window of levels (data/reader.py) that all data sets with images of more than 8 bits share.
+
+    () where there are none, or where they differ: then it is found for each data set alone.
+    """
+    found = {_window(part.source) for part in parts} - {None}
+    if len(found) > 1:
+        print(f"the data sets have {len(found)} different windows of levels: each is read by its own; what is asked "
+              "later needs data.window", file=sys.stderr)
+    return found.pop() if len(found) == 1 else ()
+
+
+def _window(source: Source) -> Window | None:
+    inner = getattr(source, "inner", source)  # of an interactive one
+    inner = getattr(inner, "source", inner)  # of a part of a prepared one
+    if isinstance(reader := getattr(inner, "reader", None), Reader):
+        return reader.settle()
+    return getattr(inner, "window", None)  # of a prepared one
 
 
 def name_of(source: Source) -> str:
@@ -114,14 +149,14 @@ def name_of(source: Source) -> str:
 
 
 def open_mixture(names: Sequence[str], root: str = "", prompt: str = "referring",
-                 image_root: str = "") -> list[Part]:
+                 image_root: str = "", reading: Reading = Reading()) -> list[Part]:
     """Opens the sources of a training run.
 
     Args:
       names: names as above, each optionally with a trailing `*W`: W < 1 takes the first part of the
         samples, W > 1 repeats them (`repeat_time` of the official meta JSON).
       root: directory that relative paths start from.
-      prompt, image_root: as of `open_source`.
+      prompt, image_root, reading: as of `open_source`.
 
     Raises:
       UserError: no source, an unknown one, an empty one, or an endless one in a mixture.
@@ -130,7 +165,7 @@ def open_mixture(names: Sequence[str], root: str = "", prompt: str = "referring"
     for name in [names] if isinstance(names, str) else names:
         found = re.fullmatch(r"(.+)\*(\d+(?:\.\d+)?)", name)
         plain, repeat = (found[1], float(found[2])) if found else (name, 1.0)
-        source = open_source(plain, root, prompt, image_root)
+        source = open_source(plain, root, prompt, image_root, reading)
         if isinstance(source, MetaSource):
             parts += [Part(p.source, p.length, p.weight * repeat) for p in source.parts]
         elif hasattr(source, "spans"):  # prepared from a mixture, perhaps
@@ -146,7 +181,7 @@ def open_mixture(names: Sequence[str], root: str = "", prompt: str = "referring"
 
 
 def open_source(name: str, root: str = "", prompt: str = "referring",
-                image_root: str = "") -> Source:
+                image_root: str = "", reading: Reading = Reading()) -> Source:
     """Opens one source for reading in order.
 
     Args:
@@ -154,6 +189,7 @@ def open_source(name: str, root: str = "", prompt: str = "referring",
       root: directory that relative paths in `name` start from.
       prompt: of PSALM files: a name in psalm.PROMPTS or a text with `{sent}`.
       image_root: directory of the pictures; by default that of the annotation file.
+      reading: how images and masks are read (data/reader.py).
     """
     kind, _, rest = name.partition(":")
     if kind in ("shapes", "nano"):
@@ -162,9 +198,9 @@ def open_source(name: str, root: str = "", prompt: str = "referring",
         return _open_task(name, kind.removeprefix("shapes-"), rest.split(":"))
     if kind == "interactive":
         prompted, _, inner = rest.partition(":")
-        return InteractiveSource(open_source(inner, root, prompt, image_root), prompted)
+        return InteractiveSource(open_source(inner, root, prompt, image_root, reading), prompted)
     if kind in FAMILIES:
-        return _open_family(kind, rest, root, Options(prompt, str(image_root)))
+        return _open_family(kind, rest, root, Options(prompt, str(image_root), reading))
     if kind not in ("jsonl", "meta", "psalm", "tfds", "prepared"):
         kind, rest = "", name
     path = epath.Path(root) / rest
@@ -174,14 +210,14 @@ def open_source(name: str, root: str = "", prompt: str = "referring",
         raise UserError(f"{path}: no such source (known: shapes:LEVEL:SPLIT, X.jsonl, X.json, "
                         f"{', '.join(f'{k}:FOLDER' for k in FAMILIES)})")
     if kind == "jsonl" or (not kind and path.suffix != ".json"):
-        return JsonlSource(path, image_root or path.parent)
+        return JsonlSource(path, image_root or path.parent, reading=reading)
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: malformed JSON ({error})") from None
     if kind == "meta" or (not kind and isinstance(content, dict)):
-        return MetaSource(path, content)
-    return PsalmSource(path, content, image_root or path.parent, prompt)
+        return MetaSource(path, content, reading)
+    return PsalmSource(path, content, image_root or path.parent, prompt, reading)
 
 
 def _open_shapes(name: str) -> shapes.ShapesSource:
@@ -232,11 +268,13 @@ class JsonlSource:
       path: the annotation file.
       image_root: directory that `image` and `mask` start from.
       extra: entries for every sample's meta (max_tiles, augment).
+      reading: see data/reader.py.
     """
 
-    def __init__(self, path, image_root, extra: Mapping[str, Any] | None = None):
+    def __init__(self, path, image_root, extra: Mapping[str, Any] | None = None,
+                 reading: Reading = Reading()):
         self.path, self.root = epath.Path(path), epath.Path(image_root)
-        self.extra = dict(extra or {})
+        self.extra, self.reader = dict(extra or {}), Reader(reading, self)
         self._offsets, self._lines = _index_lines(self.path)
 
     def __len__(self) -> int:
@@ -278,20 +316,22 @@ class JsonlSource:
         files = _listed(record.get("image"))
         if record.get("video"):
             files, turns = layout.frames(self.root, record["video"], turns)
-        images = tuple(transforms.read_image(self.root / p) for p in files)
-        paths = _listed(record.get("mask"))
+        pictures, paths = [self.root / p for p in files], _listed(record.get("mask"))
+        images, targets = self.reader.images(pictures), [self.root / p for p in paths]
         meta = {"source": str(self.path), "line": where, "id": record.get("id"),
                 "kind": record.get("kind"), "files": files, "reference": record.get("reference"),
                 "metric": record.get("metric"), **self.extra}
         if record.get("seg_info"):
-            ids = transforms.read_raw_mask(self.root / paths[0])
+            ids = self.reader.ids(targets[0])
             mask, name = panoptic.draw_class(ids, record["seg_info"], rng)
             masks, turns = (mask,), panoptic.fill(turns, name)
             meta["kind"] = name
+        elif is_generated(images, meta):
+            masks = self.reader.targets(targets)
         else:
-            masks = tuple(transforms.read_mask(self.root / p) for p in paths)
+            masks = self.reader.masks(targets)
         if len(images) == 1:
-            transforms.check_sizes(images[0], masks, paths)
+            transforms.check_sizes(images[0], masks, paths, [*pictures, *targets])
         return Sample(conversations=turns, images=images, masks=masks, meta=meta)
 
 
@@ -302,7 +342,8 @@ class MetaSource:
     after the other; `parts` is for training.
     """
 
-    def __init__(self, path: epath.Path, content: Mapping[str, Mapping[str, Any]]):
+    def __init__(self, path: epath.Path, content: Mapping[str, Mapping[str, Any]],
+                 reading: Reading = Reading()):
         self.parts: list[Part] = []
         if not isinstance(content, dict):
             raise UserError(f"{path}: a meta JSON is an object {{name: {{root, annotation, ...}}}}")
@@ -319,8 +360,8 @@ class MetaSource:
             if entry.get("max_dynamic_patch"):
                 extra["max_tiles"] = int(entry["max_dynamic_patch"])
             if entry.get("data_augment"):
-                extra["augment"] = True
-            source = JsonlSource(annotation, root, extra)
+                extra["augment"] = True  # data_augment: JPEG re-compression, see augment.recompress
+            source = JsonlSource(annotation, root, extra, reading)
             self.parts.append(_part(source, length or len(source), repeat, where))
         self._ends = np.cumsum([part.length for part in self.parts])
 

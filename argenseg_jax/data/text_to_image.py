@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from etils import epath
 
-from argenseg_jax.data import layout, transforms
+from argenseg_jax.data import layout
+from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError, UserError
 
@@ -24,7 +25,7 @@ class PairSource(layout.Indexed[tuple]):
       split: a folder below it, such as train; '' = the folder itself.
     """
 
-    def __init__(self, folder: epath.Path, split: str = ""):
+    def __init__(self, folder: epath.Path, split: str = "", reading: Reading = Reading()):
         root = folder / split if split else folder
         if not root.is_dir():
             raise UserError(f"{root}: no such folder of text-to-image pairs")
@@ -39,7 +40,7 @@ class PairSource(layout.Indexed[tuple]):
         if not entries:
             raise UserError(f"{root}: no text-to-image pairs; looked for X.jpg beside X.txt, "
                             "and for CLASS/*.jpg")
-        super().__init__(str(root), entries)
+        super().__init__(str(root), entries, reading)
 
     def from_(self, entry: tuple) -> str:
         return str(entry[0])
@@ -50,7 +51,7 @@ class PairSource(layout.Indexed[tuple]):
         text = " ".join(text.split()).rstrip(".")
         if not text:
             raise SampleError(f"{path.with_suffix('.txt').name} is empty")
-        return Sample(layout.turns(QUESTION.format(text), ANSWER), (), (transforms.read_image(path),),
+        return Sample(layout.turns(QUESTION.format(text), ANSWER), (), (self.reader.image(path),),
                       {"files": [path.name], "kind": name, "sents": [text], "metric": "fidelity"})
 
 

@@ -1,79 +1,29 @@
-"""Pictures and masks: reading with guards, tiling, resizing, and the way back to a boolean mask.
+"""Images and masks as arrays: tiling, resizing, and the way back to a boolean mask.
 
 Pillow does every resize, as in the reference, so pixels are equal to the official ones.
 """
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import Image
 
+from argenseg_jax.data.images import MAX_PIXELS, orientations, stretch
+from argenseg_jax.data.reader import read_ids as read_raw_mask
+from argenseg_jax.data.reader import read_image, read_mask
+from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError
 from argenseg_jax.pixels import IMAGENET_MEAN
 
-MAX_PIXELS = 64 * 2**20  # a larger picture is taken for a decompression bomb
+__all__ = ["MAX_PIXELS", "read_image", "read_mask", "read_raw_mask", "stretch"]  # of images and reader, found here too
 FOREGROUND = 128  # grey level from which a pixel of a predicted mask counts: L / 255 > 0.5
 MASK_STEP = 512  # the reference resizes masks to this side first
 
 Size = tuple[int, int]  # (width, height), Pillow's order
-
-
-# ---------------------------------------------------------------------------------- reading
-
-
-def read_image(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """u8[H, W, 3] of a picture file, turned upright; SampleError names what cannot be read."""
-    return np.array(_open(path, max_pixels).convert("RGB"))
-
-
-def read_mask(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """u8[H, W] (u8[H, W, 3] where the channels differ) of a mask file, with `stretch` applied."""
-    return stretch(read_raw_mask(path, max_pixels))
-
-
-def read_raw_mask(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """As read_mask, but with the values in the file (class numbers, panoptic ids)."""
-    picture = _open(path, max_pixels)
-    if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture)
-        if values.max() > 255 or values.min() < 0:
-            raise SampleError(f"{path}: mask values {values.min()}..{values.max()}, "
-                              "0..255 expected")
-        return values.astype(np.uint8)
-    if picture.mode in ("1", "L"):
-        return np.array(picture.convert("L"))
-    values = np.array(picture.convert("RGB"))
-    return values[..., 0].copy() if (values == values[..., :1]).all() else values
-
-
-def stretch(mask: np.ndarray) -> np.ndarray:
-    """A mask of small values (0 and 1, class numbers; all < 127) -> 0 and 255; others stay."""
-    return np.where(mask > 0, 255, 0).astype(np.uint8) if mask.max() < 127 else mask
-
-
-def _open(path, max_pixels: int) -> Image.Image:
-    try:
-        content = epath.Path(path).read_bytes()
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise SampleError(f"{path}: cannot be read ({reason})") from None
-    return _decode(content, str(path), max_pixels)
-
-
-def _decode(content: bytes, name: str, max_pixels: int) -> Image.Image:
-    try:
-        picture = Image.open(io.BytesIO(content))
-        width, height = picture.size  # from the header: nothing is unpacked yet
-        if width * height > max_pixels:
-            raise SampleError(f"{name}: {width}x{height} pixels, only {max_pixels} are allowed")
-        return ImageOps.exif_transpose(picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise SampleError(f"{name}: not a readable picture ({reason})") from None
 
 
 # ---------------------------------------------------------------------------------- images
@@ -117,6 +67,43 @@ def image_tiles(image: np.ndarray, side: int, max_tiles: int = 1, thumbnail: boo
     if thumbnail and len(tiles) > 1:
         tiles.append(resize(image, (side, side)))
     return np.stack(tiles)
+
+
+class Tiling(NamedTuple):
+    """How the images of a sample become tiles, in training and in use.
+
+    Attributes:
+      side: S, the side of a tile.
+      max_tiles: data.max_tiles, tiles of a row.
+      sample_tiles: data.sample_tiles, most tiles of a sample; 0 = max_tiles.
+      pad: data.pad_to_square.
+    """
+
+    side: int
+    max_tiles: int = 1
+    sample_tiles: int = 0
+    pad: bool = False
+
+    def __call__(self, images: Sequence[np.ndarray], own: int = 0, name: str = "sample"
+                 ) -> tuple[np.ndarray, list[int]]:
+        """(tiles u8[p, S, S, 3] of all images, thumbnails included; tiles of each image).
+
+        Args:
+          images: u8[H, W, 3] each.
+          own: most tiles of an image's grid that the data set allows (`max_dynamic_patch`); 0 = any.
+          name: names the sample in the SampleError where there are more images than tiles.
+        """
+        key = "sample_tiles" if self.sample_tiles else "max_tiles"
+        room = min(self.sample_tiles or self.max_tiles, self.max_tiles)
+        if len(images) > room:
+            raise SampleError(f"{name}: {len(images)} images, data.{key} is {room}")
+        share = room // max(len(images), 1)
+        # The thumbnail is one tile more, and a grid of one tile has none.
+        most = max(min(share - 1, own or share), 1)
+        cut = [image_tiles(image, self.side, most, pad=self.pad) for image in images]
+        tiles = [tile for of_image in cut for tile in of_image]
+        return (np.asarray(tiles, np.uint8).reshape(-1, self.side, self.side, 3),
+                [len(of_image) for of_image in cut])
 
 
 @functools.lru_cache
@@ -166,16 +153,20 @@ def pad_box(size: Size, side: int) -> tuple[int, int, int, int]:
 
 
 def resize_mask(mask: np.ndarray, side: int, pad: bool = False) -> np.ndarray:
-    """Mask or picture u8[H, W(, 3)] -> what the VQ-VAE reads, u8[R, R, 3].
+    """Mask u8[H, W(, 3)] of 0 and 255 (or 0 and 1, see `stretch`) -> as `resize_target`."""
+    return resize_target(stretch(mask), side, pad)
+
+
+def resize_target(mask: np.ndarray, side: int, pad: bool = False) -> np.ndarray:
+    """Grey levels of a mask, or an image to be generated, u8[H, W(, 3)] -> what the VQ-VAE reads, u8[R, R, 3].
 
     The official sides (256, 512) take the reference's two bicubic steps, over 512; other sides one.
 
     Args:
-      mask: 0 and 255 (or 0 and 1, see `stretch`), or colours.
+      mask: see above; its levels stay as they are.
       side: R.
       pad: keeps the aspect ratio and pads with black, in one step (`pad2square`).
     """
-    mask = stretch(mask)
     height, width = mask.shape[:2]
     if pad:
         x, y, w, h = pad_box((width, height), side)
@@ -189,12 +180,31 @@ def resize_mask(mask: np.ndarray, side: int, pad: bool = False) -> np.ndarray:
     return mask if mask.ndim == 3 else np.repeat(mask[..., None], 3, axis=-1)
 
 
-def check_sizes(image: np.ndarray, masks: Sequence[np.ndarray], names: Sequence[str]) -> None:
-    """SampleError where a mask has another size than its image."""
+def check_sizes(image: np.ndarray, masks: Sequence[np.ndarray], names: Sequence[str],
+                paths: Sequence[epath.PathLike] = ()) -> None:
+    """SampleError where a mask has another size than its image.
+
+    Args:
+      image, masks: as read.
+      names: what the message calls each mask.
+      paths: the files of image and masks: the message names those that EXIF turns.
+    """
     for mask, name in zip(masks, names):
-        if mask.shape[:2] != image.shape[:2]:
-            (h, w), (mh, mw) = image.shape[:2], mask.shape[:2]
-            raise SampleError(f"mask {name} is {mw}x{mh}, its image {w}x{h}")
+        check_shape(image, mask.shape[:2], name, *paths)
+
+
+def check_shape(image: np.ndarray, shape: tuple[int, ...], name: str, *paths: epath.PathLike) -> None:
+    """SampleError where the shape (H, W) of a mask is not its image's; see `check_sizes`."""
+    if tuple(shape) != image.shape[:2]:
+        (h, w), (mh, mw) = image.shape[:2], shape
+        turned = orientations(*paths)
+        raise SampleError(f"mask {name} is {mw}x{mh}, its image {w}x{h} pixels" + (
+            f" ({turned}: masks belong to the upright image)" if turned else ""))
+
+
+def targets(sample: Sample) -> list[np.ndarray]:
+    """What the VQ-VAE learns of a sample, u8[H, W(, 3)] each: grey levels of masks, other images unchanged."""
+    return list(sample.masks) if sample.generated else [stretch(mask) for mask in sample.masks]
 
 
 def grey_at(pred: np.ndarray, size: Size, pad: bool = False) -> np.ndarray:

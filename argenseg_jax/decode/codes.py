@@ -54,9 +54,9 @@ class MaskCoder:
         return identity(self.vqvae, self.dtype, self.pad, self.mask_size, self.num_codes)
 
     def __call__(self, masks: Sequence[np.ndarray]) -> np.ndarray:
-        """u8[H, W] or u8[H, W, 3] each -> i32[K, N]."""
+        """u8[H, W] (0..255) or u8[H, W, 3] each, see transforms.targets -> i32[K, N]."""
         tokenize = _tokenizer(self.checkpoint, self.dtype, self.vqvae)
-        squares = [transforms.resize_mask(m, self.mask_size, pad=self.pad) for m in masks]
+        squares = [transforms.resize_target(m, self.mask_size, pad=self.pad) for m in masks]
         codes = np.zeros((len(squares), self.num_codes), np.int32)
         for begin in range(0, len(squares), BATCH):
             some = squares[begin:begin + BATCH]

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from argenseg_jax.ckpt.checkpoint import open_checkpoint
 from argenseg_jax.data import prompt, transforms
+from argenseg_jax.data.reader import Reader, Reading
 from argenseg_jax.data.tokenizer import Tokenizer
 from argenseg_jax.decode.choice import Sampling
 from argenseg_jax.decode.engine import GREEDY, Engine, Generated
@@ -33,14 +33,17 @@ class Request:
     """One question.
 
     Attributes:
-      image: u8[H, W, 3], a PIL image or a file; None for a question without a picture.
+      image: u8[H, W, 3], a PIL image or a file (see `pixels`); None for a question without a picture.
       conversations: the text of a single question, or [{'from', 'value'}] that end with one.
       name: names it in messages, such as file and line; by default its number.
+      max_tiles: most tiles of the image's grid, where its data set says so (`max_dynamic_patch`); 0 = as
+        the run's config.
     """
 
     image: Any
     conversations: str | Sequence[Mapping[str, str]]
     name: str = ""
+    max_tiles: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,10 @@ class Predictor:
         self.model, self.tokenizer = model, tokenizer
         self.engine = Engine(model, params, int8=int8)
         self.system, self.image_last = data.get("system"), data.get("image_last", False)
-        self.pad, self.max_tiles = data.get("pad_to_square", False), data.get("max_tiles", 1)
+        self.pad = data.get("pad_to_square", False)
+        self.tiling = transforms.Tiling(model.image_size, data.get("max_tiles", 1), data.get("sample_tiles", 0),
+                                        self.pad)
+        self.reading = Reading.of(data)
         self.max_text = config.get("decode", {}).get("max_text_tokens", 64)
 
     @classmethod
@@ -124,7 +130,7 @@ class Predictor:
         """
         if not requests:
             return []
-        requests = [dataclasses.replace(r, image=pixels(r.image), name=r.name or f"request {i}")
+        requests = [dataclasses.replace(r, image=pixels(r.image, self.reading), name=r.name or f"request {i}")
                     for i, r in enumerate(requests)]
         rows = [self._encode(request) for request in requests]
         size = 1 << (len(rows) - 1).bit_length()  # padded to a power of two by repeating row 0
@@ -148,15 +154,11 @@ class Predictor:
 
     def _encode(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         """(prompt ids int32[T], tiles u8[P, S, S, 3])."""
-        side = self.model.image_size
-        tiles = np.zeros((0, side, side, 3), np.uint8)
-        if request.image is not None:
-            tiles = np.stack(transforms.image_tiles(request.image, side, max(self.max_tiles - 1, 1),
-                                                    pad=self.pad))
+        images = [] if request.image is None else [request.image]
+        tiles, per_image = self.tiling(images, request.max_tiles, request.name)
         tokens = prompt.encode_query(
-            request.conversations, self.tokenizer, [len(tiles)] if len(tiles) else [],
-            image_tokens=self.model.image_tokens, system=self.system, image_last=self.image_last,
-            name=request.name)
+            request.conversations, self.tokenizer, per_image, image_tokens=self.model.image_tokens,
+            system=self.system, image_last=self.image_last, name=request.name)
         return tokens, tiles
 
     def _result(self, request: Request, out: Generated, row: int) -> Result:
@@ -173,14 +175,19 @@ class Predictor:
                       images, scales, floats)
 
 
-def pixels(image: Any) -> np.ndarray | None:
-    """u8[H, W, 3] of whatever people call a picture: an array, a PIL image, a file's path."""
-    if image is None:
-        return None
-    if isinstance(image, (str, os.PathLike)):
-        return transforms.read_image(image)
-    array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise UserError(f"a picture is u8[H, W, 3], a PIL image or a file, not {array.dtype}"
-                        f"{list(array.shape)}")
-    return array
+def pixels(image: Any, reading: Reading = Reading()) -> np.ndarray | None:
+    """u8[H, W, 3] of whatever people call an image; None of None.
+
+    A file and a PIL image are turned upright by their EXIF orientation. More than 8 bits become 8 by the
+    window of the reading, or by the image's own values (data/reader.py).
+
+    Args:
+      image: a file's path, a PIL image of any mode, or an array: u8[H, W, 3], or as
+        data/reader.array_levels takes it.
+      reading: of the run; `Predictor.reading`.
+
+    Raises:
+      SampleError: a file that cannot be read or is too large.
+      UserError: no image.
+    """
+    return None if image is None else Reader(reading).image(image)

@@ -298,7 +298,8 @@ def request(sample: Sample) -> Request:
         raise UserError(f"{_name(sample)}: {len(sample.images)} images; evaluation takes samples "
                         "with one or none")
     image = sample.images[0] if sample.images else None
-    return Request(image, query_turns(sample.conversations, _name(sample)), _name(sample))
+    return Request(image, query_turns(sample.conversations, _name(sample)), _name(sample),
+                   sample.meta.get("max_tiles", 0))
 
 
 def question(sample: Sample) -> str:
@@ -321,7 +322,7 @@ def _likeness(images: Sequence[np.ndarray], sample: Sample) -> dict[str, float]:
     if not sample.masks:
         raise UserError(f"{_name(sample)}: no picture to compare with")
     side = images[0].shape[0] if len(images) else sample.masks[0].shape[0]
-    true = transforms.resize_mask(sample.masks[0], side)
+    true = transforms.resize_target(sample.masks[0], side)
     drawn = images[0] if len(images) else np.zeros_like(true)
     return {"psnr": fidelity.psnr(drawn, true), "ssim": fidelity.ssim(drawn, true)}
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +35,8 @@ def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | No
     """
     # Spelled out, so that the saved config means the same when a variant has changed.
     cfg = {**cfg, "model": variants.resolve(cfg["model"])}
+    parts = open_data(cfg)
+    cfg["data"] = {**cfg["data"], "window": cfg["data"].get("window") or sources.window(parts)}
     model = build_model(cfg)
     source = checkpoint.open_checkpoint(cfg["init_from"]) if cfg["init_from"] else None
     tokenizer = checkpoint.tokenizer_for(model, source)
@@ -47,9 +49,15 @@ def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | No
     if cfg["data"].get("codes") and (source is None or cfg["vqvae"]["steps"]):
         raise UserError("data.codes=true: kept codes belong to a fixed VQ-VAE: set init_from to the "
                         "checkpoint that wrote them, and vqvae.steps=0")
-    return loop.run(cfg, workdir, phases(cfg, model, tokenizer), init_fn(model, adapters(cfg)),
+    return loop.run(cfg, workdir, phases(cfg, model, tokenizer, parts), init_fn(model, adapters(cfg)),
                     load=source and load,
                     beside={checkpoint.TOKENIZER: tokenizer.save}, profile=profile)
+
+
+def open_data(cfg: Mapping[str, Any]) -> list[sources.Part]:
+    """The data sets of the section `data`; UserError where one cannot be opened."""
+    data = pipeline.DataConfig.of(cfg["data"])
+    return sources.open_mixture(data.sources, data.root, reading=data.reading())
 
 
 def build_model(cfg: Mapping[str, Any]) -> ARGenSeg:
@@ -97,7 +105,7 @@ def check_codes(cfg: Mapping[str, Any], model: ARGenSeg, vqvae: Params | None) -
         raise UserError(f"init_from={cfg['init_from']} has no VQ-VAE, whose codes data.codes asks for")
     mine = codes.identity(codes.fingerprint(vqvae), cfg["train"]["dtype"], data["pad_to_square"],
                           model.mask_size, model.scales.num_codes)
-    for part in sources.open_mixture(data["sources"], data["root"]):
+    for part in open_data(cfg):
         kept = getattr(part.source, "codes", None)
         if differs := sorted(k for k in mine if kept and kept.get(k) != mine[k]):
             shown = "; ".join(f"{k}: {kept.get(k)!r}, here {mine[k]!r}" for k in differs)
@@ -143,15 +151,13 @@ def lm_flops(cfg: Mapping[str, Any], model: ARGenSeg, shapes: Params,
     return {**parts, "vqvae": 0.0} if data.get("codes") else parts
 
 
-def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer | None) -> list[Phase]:
+def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer | None,
+           parts: Sequence[sources.Part] = ()) -> list[Phase]:
     """First the VQ-VAE (vqvae.steps > 0), then the language model (train.steps > 0).
 
-    Without a tokenizer no data is opened: such phases can be compiled, not run.
+    Without a tokenizer no data is read: such phases can be compiled, not run. `parts`: of `open_data`;
+    the first is shown during training.
     """
-    parts = None
-    if tokenizer:
-        parts = sources.open_mixture(cfg["data"]["sources"], cfg["data"]["root"])  # or a UserError now
-
     def batches(task: str, rows: int, seed: int) -> Callable[[Mesh], BatchIterator] | None:
         return tokenizer and (lambda mesh: pipeline.train_iterator(
             cfg["data"], tokenizer, geometry(model), seed=seed, batch_size=rows,
