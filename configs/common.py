@@ -69,7 +69,7 @@ def base() -> ConfigDict:
         "vqvae": {              # first phase: the mask tokenizer; 0 steps = take it from init_from
             "steps": 0,         # of this phase
             "batch": 32,        # masks per step, over all devices
-            **optimizer(lr=3e-3, weight_decay=0.0, warmup=50),
+            **optimizer(lr=3e-3, weight_decay=0.0, warmup=50.0),
         },
         "data": {
             "sources": (),      # names, `name*weight`, or paths; see data/sources.py
@@ -107,10 +107,10 @@ def base() -> ConfigDict:
             "remat": "full",    # none | full | dots: what the backward pass computes again
             "dtype": "bfloat16",  # of the computation; parameters stay float32
             "grad_dtype": "",   # in which gradients of layers are summed over devices; '' = dtype
-            "checkpoint_every": 1000,  # steps
-            "keep": 2,          # checkpoints kept, the newest ones
+            "checkpoint_every": 1000,  # steps, at least 1; the end of a phase is saved too
+            "keep": 2,          # checkpoints kept, the newest ones; 0 = all
             "keep_best": "",    # min:NAME or max:NAME of a logged number: its best one is kept too
-            "log_every": 50,    # steps per line of metrics.jsonl
+            "log_every": 50,    # steps per line of metrics.jsonl, at least 1
             "sample_every": 0,  # steps per picture in samples/; 0 = none
             "max_skipped": 0,   # so many steps that are not finite end the run; 0 = any number
             "lora": {           # low-rank adapters of frozen kernels; see models/lora.py

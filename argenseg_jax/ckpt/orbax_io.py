@@ -43,7 +43,7 @@ class Checkpointer:
 
         Args:
           workdir: W, local or gs://.
-          keep: so many of the newest steps are kept; None = all.
+          keep: so many of the newest steps are kept; None or 0 = all.
           best: 'min:NAME' or 'max:NAME' keeps, besides, the step with the best saved number.
           read_only: nothing is created, saved or cleaned up.
         """
@@ -51,7 +51,7 @@ class Checkpointer:
         if best and not found:
             raise UserError(f"train.keep_best='{best}': write min:NAME or max:NAME, such as min:loss")
         mode, self.best = found.groups() if found else ("max", None)
-        policies = [ocp.checkpoint_managers.LatestN(keep)]
+        policies = [ocp.checkpoint_managers.LatestN(keep or None)]
         value = (lambda numbers: numbers[self.best]) if best else None
         if best:
             policies.append(ocp.checkpoint_managers.BestN(

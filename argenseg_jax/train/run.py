@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from argenseg_jax import sharding, trees
+from argenseg_jax import config_keys, sharding, trees
 from argenseg_jax.ckpt import checkpoint
 from argenseg_jax.data import pipeline, sources
 from argenseg_jax.data.batches import BatchIterator
@@ -33,6 +33,8 @@ def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | No
 
     `profile`: the first and last step of a trace in WORKDIR/profile.
     """
+    cfg = config_keys.plain(cfg)
+    config_keys.check(cfg)
     # Spelled out, so that the saved config means the same when a variant has changed.
     cfg = {**cfg, "model": variants.resolve(cfg["model"])}
     parts = open_data(cfg)

@@ -69,6 +69,14 @@ def test_the_newest_are_kept(tmp_path):
     same(orbax_io.restore_params(str(tmp_path)), params(3))
 
 
+@pytest.mark.parametrize("keep", [0, None])
+def test_all_are_kept_without_a_limit(tmp_path, keep):
+    for step in (1, 2, 3):
+        save(tmp_path, step, seed=step, keep=keep)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
+    same(orbax_io.restore_params(str(tmp_path)), params(3))
+
+
 @pytest.mark.parametrize("best, kept", [("min:loss", 2), ("max:loss", 4), ("", 6)])
 def test_the_best_is_kept_too(tmp_path, best, kept):
     for step, loss in enumerate((3.0, 1.0, 2.0, 4.0, None, 3.0), 1):
