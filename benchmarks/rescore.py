@@ -19,7 +19,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import numpy as np  # noqa: E402  (after the path)
+import numpy as np
 
 SIZE = (480, 640)
 SHAPES = 400  # different masks; rows pair them up
@@ -55,16 +55,16 @@ def write(path: pathlib.Path, rows: int, seed: int = 0) -> None:
                        f'"baseline": [{inner}, {inner + more}]}}\n')
 
 
-def measure(path: pathlib.Path) -> tuple[float, float, int]:
-    """(seconds, CPU seconds, peak RSS in bytes) of `evaluate --rescore`."""
+def measure(path: pathlib.Path) -> tuple[float, float, int, dict]:
+    """(seconds, CPU seconds, peak RSS in bytes, scores) of `evaluate --rescore`."""
     start = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "argenseg_jax", "evaluate", "--rescore", str(path)],
                              stdout=subprocess.PIPE)
-    child.stdout.read()
+    said = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise SystemExit(f"--rescore {path} failed")
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, json.loads(said)
 
 
 def main(counts: list[int]) -> None:
@@ -74,7 +74,7 @@ def main(counts: list[int]) -> None:
         for rows in counts:
             path = pathlib.Path(folder) / "predictions.jsonl"
             write(path, rows)
-            seconds, cpu, peak = measure(path)
+            seconds, cpu, peak, _ = measure(path)
             print(f"| {rows:7,} | {path.stat().st_size / 1e6:6.1f} | {1000 * seconds / rows:8.3f} | "
                   f"{1000 * cpu / rows:8.3f} | {peak / 2**20:8.0f} |", flush=True)
 

@@ -32,11 +32,11 @@ class Partial:
         self._since = time.monotonic()
 
     def open(self) -> Iterator[dict[str, Any]]:
-        """The rows of what is there; every process calls it, before any `add`.
+        """The rows of what is there, older ones first; every process calls it, before any `add`.
 
         Files of another key, and such as something else has damaged, are removed first.
         """
-        paths = sorted(self.folder.glob("*.jsonl"))
+        paths = sorted(self.folder.glob("*.jsonl"), key=lambda path: (path.stat().mtime, path.name))
         strange = [path for path in paths if self._read(path) is None]
         hosts.gather(None)  # all have read the same; nobody has written yet
         if hosts.is_first():
@@ -65,8 +65,8 @@ class Partial:
         """Writes the rows that are not written yet."""
         if self._rows:
             path = self.folder / f"{self._rows[0]['index']}.jsonl"
-            if path.exists():  # answers to a sample that has changed since
-                path = path.with_name(f"{path.stem}-{time.time_ns()}.jsonl")
+            if path.exists():  # a sample that has changed since; this one is read after it
+                path = path.with_name(f"{path.stem}~{time.time_ns()}.jsonl")
             files.write(path, (json.dumps(row) + "\n" for row in (self.key, *self._rows)))
         self._rows, self._since = [], time.monotonic()
 

@@ -14,6 +14,7 @@ from argenseg_jax.eval import evaluator
 from argenseg_jax.eval.evaluator import Evaluator, constant_baseline
 from argenseg_jax.eval.metrics import iou
 from argenseg_jax.eval.rle import decode_rle, encode_rle
+from argenseg_jax.eval.spool import Spool
 
 SIDE = 8
 
@@ -140,6 +141,58 @@ def test_faulty_samples_are_named():
                                  images=(np.zeros((4, 4, 3), np.uint8),))])
     with pytest.raises(UserError, match="no sample"):
         run([])
+
+
+@pytest.mark.parametrize("bad, metric, says", [
+    (dict(metric="pope"), "", "f.jsonl:1: metric 'pope' needs the key `reference`"),
+    (dict(), "vqav2", "f.jsonl:1: metric 'vqav2' needs the key `reference`"),
+    (dict(), "semantic", "f.jsonl:1: metric 'semantic' needs the key `kind`"),
+    (dict(), "instances", "f.jsonl:1: metric 'instances' needs the key `image`"),
+    (dict(metric="pope", reference="maybe"), "", "f.jsonl:1: key `reference`: 'yes' or 'no' expected"),
+    (dict(reference="two"), "vqav2", "f.jsonl:1: key `reference`: a list of texts"),
+    (dict(metric="spelling"), "", "metric 'spelling' is unknown"),
+])
+def test_a_metric_that_does_not_fit_is_found_before_the_model_answers(bad, metric, says):
+    asked = []
+    with pytest.raises(UserError, match=says):
+        Evaluator(asked.append, metric=metric).run([sample(0, LEFT, line="f.jsonl:1", **bad)])
+    assert not asked
+
+
+def test_a_later_sample_without_a_key_is_found_when_it_is_answered():
+    source = [sample(0, LEFT, kind="a", line="f.jsonl:1"), sample(1, LEFT, line="f.jsonl:2"),
+              sample(2, LEFT, kind="a", line="f.jsonl:3")]
+    asked = []
+
+    def predict(requests):
+        asked.append(requests)
+        return answers({v: [LEFT] for v in range(3)})(requests)
+
+    with pytest.raises(UserError, match="f.jsonl:2: metric 'semantic' needs the key `kind`"):
+        Evaluator(predict, batch=1, metric="semantic").run(source)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("role", ["human", "user"])
+def test_turns_of_the_user_by_either_name(role):
+    """The question, and with it the constant answer of the class."""
+    def named(value, mask, text):
+        one = sample(value, mask, text=text)
+        return dataclasses.replace(one, conversations=[{**one.conversations[0], "from": role}, one.conversations[1]])
+
+    train = [named(0, LEFT, "Segment the sky."), named(0, RIGHT, "Segment the road.")]
+    got = Evaluator(answers({0: [LEFT]}), baseline=constant_baseline([train], side=SIDE)).run(train)
+    assert [r.question for r in got.records] == ["Segment the sky.", "Segment the road."]
+    assert got.scores["baseline_gIoU"] == 1.0
+
+
+def test_records_of_many_samples_wait_on_disk(monkeypatch):
+    monkeypatch.setattr(evaluator, "GATHERED", 2)
+    source = [sample(v, LEFT, id=f"{v}" * 1000) for v in range(9)]
+    monkeypatch.setattr(evaluator, "Spool", lambda count: Spool(count, memory=1000))
+    got = Evaluator(answers({v: [LEFT] for v in range(9)}), batch=4).run(source)
+    assert [r.id for r in got.records] == [f"{v}" * 1000 for v in range(9)] and got.scores["gIoU"] == 1.0
+    assert [json.loads(line)["index"] for line in got.records.spool.lines()] == list(range(9))
 
 
 @pytest.mark.parametrize("processes", [2, 3, 7])

@@ -90,6 +90,22 @@ def test_other_processes_take_over_what_was_done(tmp_path, monkeypatch):
     assert not folder.exists()
 
 
+def test_answers_to_samples_that_have_changed_are_not_used(tmp_path):
+    """A file of the data was replaced while the evaluation was stopped: its sample is asked again, twice over."""
+    source = [ShapesSource("full", "test", 8)[i] for i in range(8)]
+    whole = Evaluator(Counting(), batch=2).run(source, partial=Partial(tmp_path / "p", {}, 0))
+    for changed in (source[4], source[3]):
+        source[5] = changed
+        predict = Counting()
+        got = Evaluator(predict, batch=2).run(source, partial=Partial(tmp_path / "p", {}, 0))
+        assert predict.asked == 1 and len(got.records) == 8
+        assert got.records[5].question == Evaluator(Counting()).run([changed]).records[0].question
+        assert [r.row() for r in got.records][:5] == [r.row() for r in whole.records][:5]
+    longer = [*source, *source[:2]]
+    Evaluator(predict := Counting(), batch=2).run(longer, partial=Partial(tmp_path / "p", {}, 0))
+    assert predict.asked == 2  # data that grew: what was there counts
+
+
 @pytest.mark.parametrize("every, files", [(0, 2), (3600, 0)])
 def test_answers_are_written_when_it_is_time(tmp_path, every, files):
     partial = Partial(tmp_path / "p", {}, every)

@@ -14,6 +14,7 @@ from argenseg_jax.eval import saved
 from argenseg_jax.eval.evaluator import Evaluator
 from argenseg_jax.eval.rle import decode_rle, encode_rle
 from argenseg_jax.eval.saved import coco_results, read_rows, summary
+from benchmarks import rescore
 
 SIDE = 10
 
@@ -128,3 +129,17 @@ def test_faulty_files_are_named(tmp_path):
     with pytest.raises(UserError, match="not a COCO run length"):
         decode_rle({"size": [2, 2]})
     assert saved.mask_picture(json.loads(good)).sum() == 255 * SIDE
+
+
+def test_rescoring_many_rows_takes_little_memory(tmp_path):
+    """20,000 rows of 640x480 in a process of its own: all masks at once would be 12 GB."""
+    sizes = {}
+    for rows in (500, 20_000):
+        path = tmp_path / f"{rows}.jsonl"
+        rescore.write(path, rows)
+        _, _, sizes[rows], scores = rescore.measure(path)
+        assert scores["n"] == rows and sum(scores["breakdown"]["histogram"]) == rows
+    assert sizes[20_000] - sizes[500] < 30 * 2**20 and sizes[20_000] < 2**30
+    one = {"prediction": rescore.masks(3)[1], "truth": rescore.masks(3)[2]}
+    pixels = [decode_rle(one[key]) for key in ("prediction", "truth")]
+    assert summary([one])["cIoU"] == (pixels[0] & pixels[1]).sum() / (pixels[0] | pixels[1]).sum()
