@@ -16,7 +16,7 @@ from argenseg_jax.errors import SampleError, brief
 MAX_PIXELS = 2**28  # of a mask; sources compare it with its image first, whose limit is data.max_pixels
 MAX_COORDINATE = 100_000  # of a point, in pixels
 # Of all annotations of one sample:
-MAX_PARTS = 20_000  # polygons and RLEs
+MAX_PARTS = 50_000  # polygons and RLEs
 MAX_POINTS = 1_000_000
 MAX_OUTLINE = 2**25  # pixels of outline, inside of the image or not: pycocotools walks every one
 MAX_LENGTH = 2**22  # pixels of a single outline: pycocotools holds more than 100 bytes of each
@@ -88,7 +88,9 @@ def read_runs(rle: Any, size: Sequence[int] | None) -> tuple[np.ndarray, int, in
     pixels = height * width
     if (runs < 0).any():
         raise SampleError(f"an RLE with a run of {runs.min():.15g} pixels")
-    if (total := runs.sum()) != pixels:
+    with np.errstate(over="ignore"):
+        total = runs.sum()
+    if total != pixels:
         raise SampleError(f"an RLE of {total:.15g} pixels, not {pixels} = {height}*{width}")
     return runs.astype(np.int64), height, width
 
@@ -307,15 +309,17 @@ def _checked(segmentations: Iterable[Any]) -> list[_Parts]:
 
 def check_amounts(polygons: Sequence[np.ndarray], others: int = 0) -> None:
     """SampleError where the polygons of one sample, f64[2N] each, beside other parts, are too many to draw."""
-    outlines = [0.0]
-    if len(polygons) + others <= MAX_PARTS:
-        for polygon in polygons:
-            points = polygon.reshape(-1, 2)
-            outlines.append(np.abs(points - np.roll(points, 1, 0)).max(1).sum())
-    if (len(polygons) + others > MAX_PARTS or sum(p.size for p in polygons) > 2 * MAX_POINTS
-            or sum(outlines) > MAX_OUTLINE or max(outlines) > MAX_LENGTH):
-        raise SampleError(f"polygons beyond what one sample may have: {MAX_PARTS} parts, {MAX_POINTS} points, "
-                          f"outlines of {MAX_LENGTH} pixels each and of {MAX_OUTLINE} together")
+    parts, points = len(polygons) + others, sum(p.size for p in polygons) // 2
+    if parts > MAX_PARTS or points > MAX_POINTS:
+        raise SampleError(f"{parts} polygons and RLEs of {points} points in one sample; at most {MAX_PARTS} of "
+                          f"{MAX_POINTS} points are drawn")
+    lengths = [0.0]
+    for polygon in polygons:
+        corners = polygon.reshape(-1, 2)
+        lengths.append(np.abs(corners - np.roll(corners, 1, 0)).max(1).sum())
+    if max(lengths) > MAX_LENGTH or sum(lengths) > MAX_OUTLINE:
+        raise SampleError(f"polygons whose outlines are {sum(lengths):.0f} pixels long, one of them {max(lengths):.0f}; "
+                          f"at most {MAX_OUTLINE} and {MAX_LENGTH} are drawn")
 
 
 def _split(segmentation: Any) -> _Parts:

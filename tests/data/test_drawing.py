@@ -97,7 +97,7 @@ def test_order_and_labels_as_in_lisa():
     ([], "points "), (None, "points None"), ([[1, 2, 3]], "points "), ([1, 2, 3, 4], "points "), ([["1", "2"]], "points "),
     ([[float("nan"), 1]], "each below"), ([[1e300, 1]], "each below"), ([[-2**63, 1]], "each below"),
     ([[10**400, 1]], "beyond 64 bits"), ([[True, 1]], "it holds bool"),
-    ([[0, 0], [99_999, 99_999]] * 25, "outlines of")])
+    ([[0, 0], [99_999, 99_999]] * 25, "outlines are")])
 def test_faulty_shapes(points, fault):
     with pytest.raises(SampleError, match=fault) as caught:
         draw_shapes([{"label": "target", "points": points}], 8, 8)
