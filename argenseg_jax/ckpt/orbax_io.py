@@ -1,8 +1,9 @@
-"""Checkpoints through Orbax: whole training states to go on from, or parameters alone to use.
+"""Checkpoints through Orbax: whole training states to resume from, or parameters alone to use.
 
-Layout: W/checkpoints/STEP/{params, ema, train, meta}. A step counts only when it is complete, so a
-kill at any time leaves the last whole one: on a disk it is renamed last, in a bucket (gs://), where
-folders cannot be renamed, Orbax marks it by a last file. `ema` is absent where there is none.
+Layout: W/checkpoints/STEP/{params, ema, train, meta, checksums-*.json}. A step counts only when it is whole
+(ckpt/steps.py), so a kill at any time leaves the last whole one: on a disk it is renamed last, in a bucket
+(gs://), where folders cannot be renamed, Orbax marks it by a last file. `ema` is absent where there is none.
+The checksums (ckpt/checksums.py) come after that, and are checked by whoever reads.
 
 Parameters that a phase of training never changes are written once, to W/checkpoints/frozen/N, before
 its first step N is; `meta` of each of its steps refers to them ("frozen": N).
@@ -11,10 +12,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
-import os
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,20 +26,24 @@ from absl import logging
 from etils import epath
 
 from argenseg_jax import files, hosts, trees
-from argenseg_jax.errors import UserError
+from argenseg_jax.ckpt import checksums as checksum_files
+from argenseg_jax.ckpt import steps
+from argenseg_jax.ckpt.arrays import StoredLeaf, read_layout, spec
+from argenseg_jax.ckpt.steps import DIRECTORY, FROZEN, find_step, newest_step, read_meta
+from argenseg_jax.errors import UserError, brief
 from argenseg_jax.interop.tensor_files import contiguous
 
-DIRECTORY = "checkpoints"  # within a workdir
 CONFIG = "config.json"
-_FROZEN = "frozen"  # within DIRECTORY
+_COMMITTED = "commit_success.txt"  # in a bucket Orbax asks for it in whatever is complete
+_STEP_FILES = ("meta", "metrics", steps.NOTES)  # what every reader of a step looks at
 _IN_FLIGHT_BYTES = 256 << 20  # of ParamsWriter
 
 
 class Checkpointer:
     """The checkpoints of a run: `params`, `ema` nested dicts, `train` any pytree of arrays."""
 
-    def __init__(self, workdir: str, keep: int | None = None, best: str = "", *,
-                 read_only: bool = False):
+    def __init__(self, workdir: epath.PathLike, keep: int | None = None, best: str = "", *,
+                 read_only: bool = False, checksums: bool = True):
         """Opens W/checkpoints.
 
         Args:
@@ -46,6 +51,7 @@ class Checkpointer:
           keep: so many of the newest steps are kept; None or 0 = all.
           best: 'min:NAME' or 'max:NAME' keeps, besides, the step with the best saved number.
           read_only: nothing is created, saved or cleaned up.
+          checksums: writes those of what is saved, and checks those of what is restored.
         """
         found = re.fullmatch(r"(min|max):(.+)", best)
         if best and not found:
@@ -60,11 +66,18 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             best_fn=value, best_mode=mode, create=not read_only, read_only=read_only,
-            cleanup_tmp_directories=not read_only, enable_async_checkpointing=not read_only)
+            step_name_format=steps.WholeSteps(), enable_async_checkpointing=not read_only,
+            cleanup_tmp_directories=not read_only and not files.is_remote(workdir))
         self._dir = files.absolute(workdir) / DIRECTORY
-        self._manager = ocp.CheckpointManager(
-            self._dir, options=options, item_names=("params", "ema", "train", "meta"))
+        if not read_only and files.is_remote(workdir) and hosts.is_first():
+            _clean_bucket(self._dir)
+        with self._writing():
+            self._manager = ocp.CheckpointManager(
+                self._dir, options=options, item_names=("params", "ema", "train", "meta"))
         self._frozen: int | None = None  # where this phase's frozen parameters are
+        self._process = jax.process_index(), jax.process_count()
+        self._checked = checksums
+        self._checksums = checksum_files.Writer(*self._process) if checksums and not read_only else None
 
     def latest(self) -> int | None:
         """Number of the newest complete step, or None."""
@@ -91,40 +104,76 @@ class Checkpointer:
           numbers: what was logged last; the one that `best` names ranks this step.
           frozen: the other parameters; written, and waited for, at the first save of a phase.
         """
+        with self._writing():
+            self._manager.wait_until_finished()
+        if self._checksums:
+            self._checksums.wait()  # Orbax may now remove the folder that they are written into
         if frozen and self._frozen is None:
-            save_params(self._dir / _FROZEN / str(step), frozen, force=True)
+            with self._writing():
+                save_params(self._dir / FROZEN / str(step), frozen, force=True, checksums=False)
+            if self._checksums:
+                self._checksums.add(self._dir / FROZEN / str(step))
             self._frozen = step
         meta = {**meta, "data": _united(hosts.gather(data_state))}
         if frozen:
-            meta[_FROZEN] = self._frozen
+            meta[FROZEN] = self._frozen
         items = {"params": ocp.args.StandardSave(params, _by_layer(params)),
                  "train": ocp.args.StandardSave(train), "meta": ocp.args.JsonSave(meta)}
         if ema:
             items["ema"] = ocp.args.StandardSave(ema, _by_layer(ema))
         value = (numbers or {}).get(self.best)
-        self._manager.save(step, args=ocp.args.Composite(**items),
-                           metrics=None if value is None else {self.best: value})
+        folder = self._dir / str(step)
+        if hosts.is_first():
+            self._clear(folder)
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**items),
+                               metrics=None if value is None else {self.best: value})
+        if self._checksums:
+            self._checksums.add(folder, lambda: folder.exists() and steps.is_finished(folder))
         if hosts.is_first():
             self._sweep()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full or read-only disk as one line that says where a run can resume."""
+        try:
+            with files.writing(self._dir):
+                yield
+        except UserError as fault:
+            newest = newest_step(self._dir.parent, training=True)
+            raise UserError(f"{fault}; " + ("there is no whole step yet" if newest is None else
+                            f"the newest whole step is {newest}: the same command resumes there")) from fault
+
+    def _clear(self, folder: epath.Path) -> None:
+        """Makes way for a step where a folder of its name is that is not whole; it stays under another name."""
+        if not folder.exists():
+            return
+        if files.is_remote(folder):  # where nothing can be renamed
+            raise UserError(f"{folder} is no whole step, and is where this one belongs: move or remove it")
+        number = next(k for k in itertools.count() if not _aside(folder, k).exists())
+        with self._writing():
+            folder.rename(_aside(folder, number))
+        print(f"{folder} was no whole step; it is now {_aside(folder, number)}", file=sys.stderr, flush=True)
+
     def _sweep(self) -> None:
         """Removes frozen parameters that no step refers to: of earlier phases, or of a killed run."""
-        folder = self._dir / _FROZEN
-        found = [p for p in folder.iterdir() if p.name != str(self._frozen)] if folder.is_dir() else ()
+        folder = self._dir / FROZEN
+        found = [p for p in (folder.iterdir() if folder.is_dir() else ())
+                 if steps.number_of(p.name) not in (None, self._frozen)]
         if not found:
             return
-        steps = [self._dir / str(s) for s in self._manager.all_steps()]
-        try:
-            used = {str(_read_meta(step).get(_FROZEN)) for step in steps}
-        except UserError:  # a step went while it was read: the next save comes back to this
+        try:  # also of steps that are not whole: they may be mended
+            used = {read_meta(step).get(FROZEN) for step in self._dir.iterdir()
+                    if steps.number_of(step.name) is not None}
+        except UserError:  # a step went while it was read, or is damaged
             return
         for path in found:
-            if path.name not in used:
+            if int(path.name) not in used:
                 path.rmtree()
 
     def meta(self, step: int) -> dict[str, Any]:
         """The facts saved with a step."""
-        return _read_meta(self._dir / str(step))
+        return read_meta(self._dir / str(step))
 
     def restore(self, step: int, params: Any, ema: Any, train: Any) -> tuple[Any, Any, Any, Any]:
         """(params, ema, train, data_state) into the shapes and shardings of the arguments' leaves.
@@ -133,6 +182,7 @@ class Checkpointer:
         is of another model, optimizer or task.
         """
         path = self._dir / str(step)
+        self._check(path)
         check_shapes(path, params)
         own = trees.flatten(_saved_shapes(path / "params"))
         changing, rest = trees.split(params, own.__contains__)
@@ -142,14 +192,26 @@ class Checkpointer:
             items["ema"] = ocp.args.StandardRestore(ema)
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path} was written with another optimizer or task: "
-                            f"{str(error)[:300]}") from error
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(f"{path} is damaged, or was written with another optimizer or task: "
+                            f"{brief(error, 300)}") from error
         held = _restore_item(_frozen_folder(path), rest) if rest else {}
-        self._frozen = found["meta"].get(_FROZEN)
+        self._frozen = found["meta"].get(FROZEN)
         data = found["meta"]["data"]
         whole = trees.replace(params, {**trees.flatten(found["params"]), **trees.flatten(held)})
         return whole, found["ema"] if ema else {}, found["train"], data
+
+    def _check(self, step: epath.Path) -> None:
+        """Checks what `restore` reads: every process a share of the files, and all of them the result."""
+        if not self._checked:
+            return
+        fault = None
+        try:
+            _check(step, (*_STEP_FILES, "params", "ema", "train"), self._process)
+        except UserError as error:
+            fault = str(error)
+        if found := next(filter(None, hosts.gather(fault)), None):
+            raise UserError(found)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -160,34 +222,27 @@ class Checkpointer:
         Not when it ends because another process is gone: that one's files would never come.
         """
         if not (kind and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1):
-            self._manager.close()
+            with self._writing():
+                self._manager.close()
+            if self._checksums:
+                self._checksums.close()
 
 
-def find_step(path: epath.PathLike) -> epath.Path:
-    """Directory of a checkpoint: of a workdir or W/checkpoints the newest, or the step itself."""
-    root = epath.Path(path)
-    if (root / "params").exists():
-        return root
-    for folder in (root / DIRECTORY, root):
-        if (step := _newest(folder)) is not None:
-            return folder / str(step)
-    raise UserError(f"{path}: no checkpoint there (no step in {root / DIRECTORY})")
+def _aside(folder: epath.Path, number: int) -> epath.Path:
+    return folder.parent / f"{folder.name}.incomplete-{number}"
 
 
-def newest_step(workdir: epath.PathLike) -> int | None:
-    """Number of a workdir's newest complete step, or None; nothing is created."""
-    return _newest(epath.Path(workdir) / DIRECTORY)
-
-
-def _newest(folder: epath.Path) -> int | None:
-    steps = [int(p.name) for p in (folder.iterdir() if folder.is_dir() else ())
-             if p.name.isdigit() and (p / "params").exists() and ocp.utils.is_checkpoint_finalized(p)]
-    return max(steps, default=None)
+def _clean_bucket(folder: epath.Path) -> None:
+    """Removes the steps that a killed run had not finished. Orbax's own cleaning would take every folder
+    without its mark for one, that of the frozen parameters too."""
+    for step in folder.iterdir() if folder.is_dir() else ():
+        if steps.number_of(step.name) is not None and not steps.is_finished(step):
+            step.rmtree()
 
 
 def find_config(path: epath.PathLike) -> dict[str, Any]:
     """The resolved configuration saved beside a checkpoint, as a nested dict."""
-    return files.read_json(find_run(path) / CONFIG)
+    return read_config(find_run(path) / CONFIG)
 
 
 def find_run(path: epath.PathLike) -> epath.Path:
@@ -200,23 +255,43 @@ def find_run(path: epath.PathLike) -> epath.Path:
     raise UserError(f"{path}: there is no {CONFIG} beside the checkpoint")
 
 
+def read_config(file: epath.Path) -> dict[str, Any]:
+    """A saved configuration; UserError where the file holds something else."""
+    config = files.read_json(file)
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is no configuration of a run: it holds a {type(config).__name__}")
+    return config
+
+
 def check_shapes(step_dir: epath.Path, want: Any) -> None:
     """UserError that lists the leaves whose names or shapes differ from `want`."""
     trees.check_same(saved_params(step_dir), want, str(step_dir))
 
 
-def restore_params(path: epath.PathLike, want: Any | None = None, *, ema: bool = True) -> Any:
+def _check(step: epath.Path, items: Sequence[str], share: tuple[int, int] = (0, 1)) -> None:
+    """Checks the checksums of a step's items, and of the frozen parameters that it refers to."""
+    checksum_files.check(step, items, share)
+    frozen = _frozen_folder(step)
+    if frozen is not None:
+        checksum_files.check(frozen.parent, (frozen.name,), share)
+
+
+def restore_params(path: epath.PathLike, want: Any | None = None, *, ema: bool = True,
+                   checksums: bool = True) -> Any:
     """Parameters for use: the averaged weights where the run kept an average.
 
     Args:
       path: as for find_step.
       want: tree of jax.ShapeDtypeStruct, with shardings to restore into; None gives numpy arrays.
       ema: False takes the raw weights.
+      checksums: checks the files first.
 
     Raises:
-      UserError: nothing there, or names or shapes of another model.
+      UserError: nothing there, a file that is not as it was written, or names or shapes of another model.
     """
     step = find_step(path)
+    if checksums:
+        _check(step, (*_STEP_FILES, "params", *(["ema"] if ema else [])))
     if want is None:
         want = _abstract(saved_params(step))
     else:
@@ -245,36 +320,35 @@ def param_folders(step: epath.Path, *, ema: bool) -> list[epath.Path]:
 
 def _frozen_folder(step: epath.Path) -> epath.Path | None:
     """Where the parameters are that were frozen when a step was saved, if any were."""
-    number = _read_meta(step).get(_FROZEN)
+    number = read_meta(step).get(FROZEN)
     if number is None:
         return None
-    folder = step.parent / _FROZEN / str(number) / "params"
+    folder = step.parent / FROZEN / str(number) / "params"
     if not folder.exists():
         raise UserError(f"{step} lacks what was frozen in training, {folder}: copy the folder "
                         f"{DIRECTORY}/ as a whole")
     return folder
 
 
-def _read_meta(step: epath.Path) -> dict[str, Any]:
-    """The facts saved with a step; {} where it has parameters alone."""
-    file = step / "meta" / "metadata"  # as Orbax's JsonSave names it
-    return files.read_json(file) if file.exists() else {}
-
-
 def read_train(path: epath.PathLike) -> dict[str, Any]:
     """What a step holds beside parameters: step, skipped, opt_state, extra, as numpy arrays."""
     folder = find_step(path) / "train"
+    _check(folder.parent, (*_STEP_FILES, "train"))
     return _restore_item(folder, _abstract(_saved_shapes(folder)))
 
 
-def save_params(path: epath.PathLike, params: Any, *, force: bool = False) -> None:
+def save_params(path: epath.PathLike, params: Any, *, force: bool = False, checksums: bool = True) -> None:
     """Writes parameters alone, as a step that find_step and restore_params understand.
 
-    `force` replaces what is there.
+    `force` replaces what is there. `checksums`: writes them too.
     """
     step = files.absolute(path)
+    if force and hosts.is_first():
+        checksum_files.remove(step)
     with ocp.StandardCheckpointer() as writer:
         writer.save(step / "params", params, save_args=_by_layer(params), force=force)
+    if checksums:
+        checksum_files.write(step, jax.process_index(), jax.process_count())
     _mark_complete(step)
 
 
@@ -285,9 +359,10 @@ class ParamsWriter:
     chunk a layer, uncompressed (the bits of weights hardly compress).
     """
 
-    def __init__(self, path: epath.PathLike, leaves: Mapping[str, jax.ShapeDtypeStruct]):
+    def __init__(self, path: epath.PathLike, leaves: Mapping[str, jax.ShapeDtypeStruct], *,
+                 checksums: bool = True):
         """Creates the arrays {leaf: shape and dtype}; every leaf must be written."""
-        self._step = files.absolute(path)
+        self._step, self._checksums = files.absolute(path), checksums
         item = self._step / "params"
         blanks = trees.unflatten({name: np.zeros(1) for name in leaves})
         verbosity = logging.get_verbosity()
@@ -295,12 +370,12 @@ class ParamsWriter:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
             writer.save(item, args=ocp.args.PyTreeSave(blanks))
         logging.set_verbosity(verbosity)
-        layout = _read_layout(item)
+        layout = read_layout(item)
         self._arrays, self._running, self._held = {}, collections.deque(), 0
         for name, leaf in leaves.items():
             chunks = [1 if is_stacked(name) else leaf.shape[0], *leaf.shape[1:]]
             self._arrays[name] = tensorstore.open(
-                {**_spec(item, layout, name), "create": True, "delete_existing": True,
+                {**spec(item, layout, name), "create": True, "delete_existing": True,
                  "store_data_equal_to_fill_value": True,  # Orbax takes an absent chunk for damage
                  "metadata": {"compressor": None, "shape": leaf.shape, "chunks": chunks}},
                 dtype=np.dtype(leaf.dtype)).result()
@@ -320,6 +395,8 @@ class ParamsWriter:
         """Waits for all files, also when the conversion ends by an error."""
         self._wait(0)
         if not kind:
+            if self._checksums:
+                checksum_files.write(self._step)
             _mark_complete(self._step)
 
     def _wait(self, limit: int) -> None:
@@ -333,41 +410,23 @@ class ParamsWriter:
 def _mark_complete(step: epath.Path) -> None:
     """In a bucket, what Orbax asks of a complete step: its CheckpointManager writes this file last."""
     if files.is_remote(step):
-        (step / "commit_success.txt").write_text("")
+        (step / _COMMITTED).write_text("")
 
 
-class StoredLeaf:
-    """A saved array of which one layer at a time is read, by numpy's indexing of the first axis."""
+def open_params(path: epath.PathLike, part: str = "", *, checksums: bool = True) -> dict[str, StoredLeaf]:
+    """{leaf: array} as restore_params gives them, but read when asked for; of one part ('vqvae') alone.
 
-    def __init__(self, array: tensorstore.TensorStore):
-        self.shape, self.dtype = array.shape, array.dtype.numpy_dtype
-        self._array = array
-        self._rows = array.chunk_layout.read_chunk.shape[:1]  # layers in a chunk
-        self._block: tuple[int, np.ndarray] | None = None  # the chunk read last, and its number
-
-    def __getitem__(self, index: int | type(...)) -> np.ndarray:
-        if index is ... or self._rows == (1,):
-            return self._array[index].read().result()
-        block, place = divmod(index, *self._rows)
-        if self._block is None or self._block[0] != block:
-            self._block = None  # frees it before the next is read
-            start, size = block * self._rows[0], self._rows[0]
-            self._block = block, self._array[start:min(start + size, self.shape[0])].read().result()
-        layer = self._block[1][place]
-        if place + 1 == len(self._block[1]):
-            self._block = None  # read to its end: the next leaf wants the memory
-        return layer
-
-
-def open_params(path: epath.PathLike, part: str = "") -> dict[str, StoredLeaf]:
-    """{leaf: array} as restore_params gives them, but read when asked for; of one part ('vqvae') alone."""
+    `checksums`: the files are checked now.
+    """
     step = find_step(path)
+    if checksums:
+        _check(step, (*_STEP_FILES, "params", "ema"))
     leaves = {}
     for folder in param_folders(files.absolute(step), ema=True):
-        names, layout = trees.flatten(_saved_shapes(folder)), _read_layout(folder)
+        names, layout = trees.flatten(_saved_shapes(folder)), read_layout(folder)
         with _readable(folder):
             for name in (n for n in names if not part or n.startswith(f"{part}/")):
-                leaves[name] = StoredLeaf(tensorstore.open(_spec(folder, layout, name)).result())
+                leaves[name] = StoredLeaf(tensorstore.open(spec(folder, layout, name)).result())
     return leaves
 
 
@@ -380,26 +439,6 @@ def _by_layer(params: Any) -> Any:
     """Orbax's options to save each layer of a stack apart: one can be read without the rest."""
     return trees.map_named(
         lambda name, leaf: ocp.SaveArgs(shard_axes=(0,) if is_stacked(name) else ()), params)
-
-
-def _read_layout(item: epath.Path) -> Mapping[str, Any]:
-    return files.read_json(item / "_METADATA")
-
-
-def _spec(item: epath.Path, layout: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """TensorStore's description of a saved array; Orbax joins the names of a path by dots."""
-    key = name.replace("/", ".") + "/"
-    text = os.fspath(item)
-    if files.is_remote(item):
-        def store(path: str) -> Any:
-            return f"{text}/{path}"
-    else:
-        def store(path: str) -> Any:
-            return {"driver": "file", "path": f"{text}/{path}"}
-    driver = "zarr3" if layout.get("use_zarr3") else "zarr"
-    if layout.get("use_ocdbt"):
-        return {"driver": driver, "kvstore": {"driver": "ocdbt", "base": store(""), "path": key}}
-    return {"driver": driver, "kvstore": store(key)}
 
 
 def _restore_item(folder: epath.Path, want: Any) -> Any:
@@ -425,7 +464,7 @@ def _readable(folder: epath.Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{folder} is broken or incomplete: {str(error)[:200]}") from error
+        raise UserError(f"{folder} is broken or incomplete: {brief(error)}") from error
 
 
 def _abstract(saved: Any) -> Any:

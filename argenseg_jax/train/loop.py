@@ -20,8 +20,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from argenseg_jax import files, hosts, locks, sharding, trees
-from argenseg_jax.ckpt.orbax_io import CONFIG, Checkpointer, newest_step
-from argenseg_jax.errors import UserError
+from argenseg_jax.ckpt import orbax_io, steps
+from argenseg_jax.ckpt.orbax_io import CONFIG, Checkpointer
+from argenseg_jax.ckpt.steps import newest_step
+from argenseg_jax.errors import UserError, located
 from argenseg_jax.train import flops, metrics_log, program
 from argenseg_jax.train.state import Params, Phase, TrainState
 
@@ -55,8 +57,8 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
         beside: Mapping[str, Callable[[epath.Path], None]] | None = None,
         devices: Sequence[jax.Device] | None = None,
         rules: Sequence[sharding.Rule] = sharding.PARAM_RULES,
-        profile: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Trains all phases, or goes on with them.
+        profile: tuple[int, int] | None = None, checksums: bool = True) -> dict[str, Any]:
+    """Trains all phases, or resumes them.
 
     Args:
       cfg: the resolved config as nested dicts; `seed`, `mesh` and `train` are read here.
@@ -68,6 +70,7 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
       devices: for the mesh; None = all.
       rules: parameter layouts.
       profile: first and last step of a trace, which goes to WORKDIR/profile (see `jax.profiler`).
+      checksums: writes them with each checkpoint, and checks those of the one that is resumed.
 
     Returns:
       {step, loss, text_loss, gen_loss, seconds}: the last logged losses, None where there are none.
@@ -91,14 +94,14 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
         if saved is None:
             with jax.set_mesh(mesh):
                 params = initial_params(init, cfg["seed"], shapes, mesh, rules, load)
-        result = _run_phases(cfg, root, runners, params, saved, beside or {}, mesh, lock, profile)
+        result = _run_phases(cfg, root, runners, params, saved, beside or {}, mesh, lock, profile, checksums)
     return {**result, "seconds": round(time.perf_counter() - begin_time, 2)}
 
 
 def _run_phases(cfg: Mapping[str, Any], root: epath.Path, runners: Sequence[_PhaseRunner],
                 params: Params | None, saved: int | None,
                 beside: Mapping[str, Callable[[epath.Path], None]], mesh: Mesh, lock: locks.Lock,
-                profile: tuple[int, int] | None) -> dict[str, Any]:
+                profile: tuple[int, int] | None, checksums: bool) -> dict[str, Any]:
     """The part of `run` that writes: from `params`, or from step `saved`, to the end; see `run`."""
     if hosts.is_first():  # nothing is written before all else is well
         files.remove_leftovers(root)
@@ -106,7 +109,7 @@ def _run_phases(cfg: Mapping[str, Any], root: epath.Path, runners: Sequence[_Pha
         for name, save in beside.items():
             save(root / name)
     total = runners[-1].end
-    checkpoints = Checkpointer(root, cfg["train"]["keep"], cfg["train"]["keep_best"])
+    checkpoints = Checkpointer(root, cfg["train"]["keep"], cfg["train"]["keep_best"], checksums=checksums)
     log = metrics_log.MetricsLog(root, saved or 0, total, active=hosts.is_first())
     with _lost_host(root), checkpoints, log, jax.set_mesh(mesh), _stop_signals() as stop:
         names = [runner.phase.task.name for runner in runners]
@@ -167,6 +170,7 @@ class _PhaseRunner:
         traced."""
         self.checkpoints, self.log, self.root, self.stop = checkpoints, log, root, stop
         self.lock, self.total = lock, total
+        self.interval = metrics_log.Interval()
         self.profile = profile or (0, 0)
 
     def start(self, params: Params) -> tuple[TrainState, Iterator]:
@@ -175,20 +179,24 @@ class _PhaseRunner:
         return self.program.new_state(params), self.phase.data(self.mesh)
 
     def restore(self, step: int) -> tuple[TrainState, Iterator]:
-        """The state and the data as they were when `step` was saved."""
+        """The state and the data as they were when `step` was saved; also what was not logged yet."""
         want = self.program.abstract_state()
         params, ema, rest, data_state = self.checkpoints.restore(step, *_parts(want))
         data = self.phase.data(self.mesh)
-        data.set_state(data_state)
+        with located(f"step {step} in {self.root}", "state of a run", UserError):
+            data.set_state(data_state)
+            self.interval.set_state(self.checkpoints.meta(step).get("interval"))
         self.log.say(f"resumed at step {step} ({self.phase.task.name})")
         return want.replace(params=params, ema=ema, **rest), data
 
     def save(self, step: int, state: TrainState, data: Iterator) -> None:
+        """Saves all that a resumed run needs to write the same numbers as this one."""
         if self.checkpoints.latest() != step:
             self.lock.check()
             # A CPU client of one thread would wait for ever in a copy of what is not computed yet.
             jax.block_until_ready(state)
-            meta = {"phase": self.phase.task.name, "step": step}
+            interval = hosts.gather(self.interval.get_state(jax.device_get))[0]  # of the process that logs
+            meta = {"phase": self.phase.task.name, "step": step, "interval": interval}
             params, ema, rest = _parts(state)
             params, frozen = trees.split(params, self.program.changes)
             self.checkpoints.save(step, params, ema, rest, meta, data.get_state(), self.log.last(),
@@ -196,11 +204,13 @@ class _PhaseRunner:
 
     def train(self, state: TrainState, data: Iterator) -> TrainState:
         """Steps until the end of the phase; saves on the way, at the end, and on SIGTERM."""
-        interval, tracing = metrics_log.Interval(), False
+        interval, tracing = self.interval, False
+        interval.begin()
         first = int(state.step) + 1
         for step in range(first, self.end + 1):
             if step == self.profile[0]:
-                jax.profiler.start_trace(str(self.root / "profile"))
+                with files.writing(self.root / "profile"):
+                    jax.profiler.start_trace(str(self.root / "profile"))
                 tracing = True
             batch = sharding.global_batch(self.mesh, interval.next(data))
             if step == first:
@@ -211,7 +221,8 @@ class _PhaseRunner:
             last = step == self.end
             if tracing and (last or step == self.profile[1]):
                 jax.block_until_ready(metrics)
-                jax.profiler.stop_trace()
+                with files.writing(self.root / "profile"):
+                    jax.profiler.stop_trace()
                 tracing = False
                 self.log.say(f"trace of steps {self.profile[0]} to {step}: {self.root / 'profile'}")
             if last or step % self.cfg["log_every"] == 0:
@@ -286,7 +297,7 @@ def check_config(path: epath.Path, cfg: Mapping[str, Any], *, resumed: bool) -> 
     """UserError naming the keys in which a resumed run's config differs from the saved one."""
     if not resumed or not path.exists():
         return
-    old = trees.flatten(files.read_json(path))
+    old = trees.flatten(orbax_io.read_config(path))
     new = trees.flatten(json.loads(json.dumps(cfg)))  # tuples become lists, as in the file
     missing = object()
     added = {key for key in new if key not in old and not new[key]}  # a later feature, switched off
@@ -302,11 +313,24 @@ def check_config(path: epath.Path, cfg: Mapping[str, Any], *, resumed: bool) -> 
 
 def _newest_of_all(root: epath.Path) -> int | None:
     """Number of the newest complete step; UserError where the processes see different ones."""
-    steps = hosts.gather(newest_step(root))
-    if len(set(steps)) > 1:
-        raise UserError(f"{root}: the newest checkpoints that the processes see are {steps}; "
+    found = hosts.gather(newest_step(root, training=True))
+    if len(set(found)) > 1:
+        raise UserError(f"{root}: the newest checkpoints that the processes see are {found}; "
                         "--workdir must be one folder for all hosts")
-    return steps[0]
+    if found[0] is None:
+        _check_unused(root)
+    return found[0]
+
+
+def _check_unused(root: epath.Path) -> None:
+    """UserError where a workdir has no step to resume from, but work that a new run would overwrite."""
+    if weights := steps.complete_steps(root):
+        raise UserError(f"{root}: step {weights[-1]} holds weights alone, from which no run can resume; train "
+                        f"in another --workdir, with init_from={root}")
+    lines = metrics_log.read_lines(root / metrics_log.METRICS)
+    if lines and steps.has_damaged(root):
+        raise UserError(f"{root} has metrics up to step {lines[-1]['step']}, but no step in {steps.DIRECTORY}/ is "
+                        "whole: copy one again, or name another --workdir")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from argenseg_jax import files
+from argenseg_jax.errors import UserError
 from argenseg_jax.eval.pictures import encode_png
 
 METRICS = "metrics.jsonl"
@@ -29,14 +30,15 @@ class MetricsLog:
         Only the `active` process of several writes and shows anything.
         """
         self._path = workdir / METRICS
-        self._lines = [line for line in _whole_lines(self._path) if line["step"] <= step]
+        self._lines = [line for line in read_lines(self._path) if line["step"] <= step]
         self._active = active
         self._remote = files.is_remote(workdir)  # buckets cannot append
         self._board = None
         if active:
             self._rewrite()
             if not self._remote:
-                self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=step + 1)
+                with files.writing(workdir / "tensorboard"):
+                    self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=step + 1)
         self._bar: tqdm | None = None  # comes with the first step, so that an early error is alone
         self._new_bar = lambda: tqdm(
             total=total, initial=step, file=sys.stderr, dynamic_ncols=True, unit="step",
@@ -51,7 +53,7 @@ class MetricsLog:
         if self._remote:
             self._rewrite()
         else:
-            with open(self._path, "a") as f:
+            with files.writing(self._path), open(self._path, "a") as f:
                 f.write(json.dumps(line) + "\n")
             for name, value in line.items():
                 if isinstance(value, (int, float)) and name != "step":
@@ -93,8 +95,29 @@ class Interval:
 
     def __init__(self):
         self._steps: list[Mapping[str, Any]] = []
+        self._before = 0.0  # seconds of the steps that another process made
         self._begin = time.perf_counter()
         self._waited = self._tokens = self._samples = self._places = 0.0
+
+    def begin(self) -> None:
+        """The time runs from now on."""
+        self._begin = time.perf_counter()
+
+    def get_state(self, get: Callable[[Any], Any]) -> dict[str, Any]:
+        """What is not logged yet, JSON-able and exact; `get` brings arrays to the host."""
+        steps = [{k: _finite(float(v)) for k, v in step.items()} for step in get(self._steps)]
+        return {"steps": steps, "seconds": self._before + time.perf_counter() - self._begin,
+                "waited": self._waited, "tokens": float(self._tokens), "samples": float(self._samples),
+                "places": float(self._places)}
+
+    def set_state(self, state: Mapping[str, Any] | None) -> None:
+        """Continues what `get_state` gave; None, of an older version, is the beginning of an interval."""
+        if state is None:
+            return
+        self._steps = [{str(k): math.nan if v is None else float(v) for k, v in step.items()}
+                       for step in state["steps"]]
+        self._before, self._waited, self._tokens, self._samples, self._places = (
+            float(state[key]) for key in ("seconds", "waited", "tokens", "samples", "places"))
 
     def next(self, data: Iterator[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
         """The next batch; counts how long it took, its samples, and its tokens that are no padding."""
@@ -118,13 +141,14 @@ class Interval:
         arrays to the host."""
         steps, self._steps = get(self._steps), []
         now = time.perf_counter()
-        speeds = {"data_wait": self._waited / (now - self._begin)}
+        taken = self._before + now - self._begin
+        speeds = {"data_wait": self._waited / taken}
         if self._tokens:
-            speeds["tokens_per_second"] = self._tokens / (now - self._begin)
-            speeds["samples_per_second"] = self._samples / (now - self._begin)
+            speeds["tokens_per_second"] = self._tokens / taken
+            speeds["samples_per_second"] = self._samples / taken
             speeds["padding"] = 1 - self._tokens / self._places
-        self._waited = self._tokens = self._samples = self._places = 0.0
-        seconds, self._begin = (now - self._begin) / len(steps), now
+        self._before = self._waited = self._tokens = self._samples = self._places = 0.0
+        seconds, self._begin = taken / len(steps), now
         values = {k: np.asarray([s[k] for s in steps], np.float64) for k in steps[-1]}
         means = {k: float(v[np.isfinite(v)].mean()) if np.isfinite(v).any() else math.nan
                  for k, v in values.items()}
@@ -137,12 +161,28 @@ def save_pictures(folder: epath.Path, pictures: Mapping[str, np.ndarray], step: 
         files.write(folder / f"{step:07d}_{name}.png", encode_png(picture))
 
 
-def _whole_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The lines of an earlier run; a last one that a kill cut short is left out."""
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, [] without a file; a last one that a kill cut short is left out.
+
+    Raises UserError with the number of a line that is damaged.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True)
-            if line.endswith("}\n")]
+    lines = []
+    texts = files.read_bytes(path).split(b"\n")
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        try:
+            line = files.parse_json(text, f"{path}:{number}")
+            if not isinstance(line, dict) or type(line.get("step")) is not int:
+                raise UserError(f"{path}:{number} is no line of metrics: it has no whole number `step`")
+        except UserError as fault:
+            if number == len(texts):  # without its end: a kill, or a full disk
+                break
+            raise UserError(f"{fault}; mend or remove the line") from None
+        lines.append(line)
+    return lines
 
 
 def _finite(value: Any) -> Any:

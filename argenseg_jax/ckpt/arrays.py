@@ -1,0 +1,55 @@
+"""Single arrays of a checkpoint, by TensorStore: where they are, and reading one layer at a time."""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorstore
+from etils import epath
+
+from argenseg_jax import files
+
+
+class StoredLeaf:
+    """A saved array of which one layer at a time is read, by numpy's indexing of the first axis."""
+
+    def __init__(self, array: tensorstore.TensorStore):
+        self.shape, self.dtype = array.shape, array.dtype.numpy_dtype
+        self._array = array
+        self._rows = array.chunk_layout.read_chunk.shape[:1]  # layers in a chunk
+        self._block: tuple[int, np.ndarray] | None = None  # the chunk read last, and its number
+
+    def __getitem__(self, index: int | type(...)) -> np.ndarray:
+        if index is ... or self._rows == (1,):
+            return self._array[index].read().result()
+        block, place = divmod(index, *self._rows)
+        if self._block is None or self._block[0] != block:
+            self._block = None  # frees it before the next is read
+            start, size = block * self._rows[0], self._rows[0]
+            self._block = block, self._array[start:min(start + size, self.shape[0])].read().result()
+        layer = self._block[1][place]
+        if place + 1 == len(self._block[1]):
+            self._block = None  # read to its end: the next leaf wants the memory
+        return layer
+
+
+def read_layout(item: epath.Path) -> Mapping[str, Any]:
+    return files.read_json(item / "_METADATA")
+
+
+def spec(item: epath.Path, layout: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """TensorStore's description of a saved array; Orbax joins the names of a path by dots."""
+    key = name.replace("/", ".") + "/"
+    text = os.fspath(item)
+    if files.is_remote(item):
+        def store(path: str) -> Any:
+            return f"{text}/{path}"
+    else:
+        def store(path: str) -> Any:
+            return {"driver": "file", "path": f"{text}/{path}"}
+    driver = "zarr3" if layout.get("use_zarr3") else "zarr"
+    if layout.get("use_ocdbt"):
+        return {"driver": driver, "kvstore": {"driver": "ocdbt", "base": store(""), "path": key}}
+    return {"driver": driver, "kvstore": store(key)}
