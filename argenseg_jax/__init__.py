@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: str = "nano", dtype: str = "float32") -> Predictor:
+def load(path: str = "nano", dtype: str = "float32", *, checksums: bool = True) -> Predictor:
     """A predictor from a workdir, an Orbax step, an HF folder, or the shipped `nano`.
 
     Args:
       dtype: 'float32', 'bfloat16', or 'int8' (matrices of the language model in eight bits).
+      checksums: checks the files of an Orbax step before they are read.
     """
     from argenseg_jax.decode.predictor import Predictor  # here, so that the import itself is quick
 
-    return Predictor.load(path, dtype)
+    return Predictor.load(path, dtype, checksums=checksums)

@@ -32,11 +32,13 @@ class Checkpoint:
       path: the folder.
       is_hf: official key names in safetensors, otherwise Orbax.
       config: the resolved config of the run that wrote it; `model` is always there.
+      checksums: those of an Orbax step are checked before its weights are read.
     """
 
     path: epath.Path
     is_hf: bool
     config: Mapping[str, Any]
+    checksums: bool = True
 
     def model(self, **overrides: Any) -> ARGenSeg:
         """The module that the weights belong to; overrides such as dtype='bfloat16'."""
@@ -61,14 +63,14 @@ class Checkpoint:
         if self.is_hf:
             return hf_folder.load_params(self.path, model, optional=optional)
         self.check_shapes()
-        return self.adapters().merged(orbax_io.restore_params(self.path))
+        return self.adapters().merged(orbax_io.restore_params(self.path, checksums=self.checksums))
 
     def load_part(self, part: str) -> dict[str, Any]:
         """One part ('vqvae') of what `load_params` returns, which takes the memory of this part alone."""
         if self.is_hf:
             return hf_folder.load_part(self.path, self.model(), part)
         self.check_shapes()
-        leaves = self.adapters().merged_lazily(orbax_io.open_params(self.path, part))
+        leaves = self.adapters().merged_lazily(orbax_io.open_params(self.path, part, checksums=self.checksums))
         return trees.unflatten({name: leaf[...] for name, leaf in leaves.items()})[part]
 
     def check_shapes(self) -> None:
@@ -102,7 +104,7 @@ class Checkpoint:
         return folder if folder.is_dir() else self.path
 
 
-def open_checkpoint(path: str) -> Checkpoint:
+def open_checkpoint(path: str, *, checksums: bool = True) -> Checkpoint:
     """Finds out what `path` is by its content.
 
     Raises:
@@ -115,7 +117,8 @@ def open_checkpoint(path: str) -> Checkpoint:
         run = root / RUN_CONFIG
         config = files.read_json(run) if run.exists() else {}
         config_keys.check(config, saved=str(run))
-        return Checkpoint(root, True, {**config, "model": hf_folder.model_cfg(root, functools.partial(_ids, root))})
+        config = {**config, "model": hf_folder.model_cfg(root, functools.partial(_ids, root))}
+        return Checkpoint(root, True, config, checksums)
     file = orbax_io.find_run(root) / orbax_io.CONFIG
     config = files.read_json(file)
     config_keys.check(config, saved=str(file))
@@ -125,7 +128,7 @@ def open_checkpoint(path: str) -> Checkpoint:
         variants.resolve(config["model"])
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    return Checkpoint(root, False, config)
+    return Checkpoint(root, False, config, checksums)
 
 
 def _ids(folder: epath.Path, num_codes: int) -> dict[str, int] | None:

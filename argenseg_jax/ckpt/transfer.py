@@ -52,7 +52,8 @@ def to_orbax(source: checkpoint.Checkpoint, weights: epath.PathLike, target: epa
     leaves = {name: jax.ShapeDtypeStruct(leaf.shape, dtype or plan.dtypes.get(name, missing))
               for name, leaf in shapes.items()}
     with locks.new_folder(target) as folder, _bar(target, _nbytes(leaves)) as bar:
-        with orbax_io.ParamsWriter(folder / orbax_io.DIRECTORY / "0", leaves) as writer:
+        with orbax_io.ParamsWriter(folder / orbax_io.DIRECTORY / "0", leaves,
+                                   checksums=source.checksums) as writer:
             for name, layer, array in plan.slices():
                 writer.write(name, torch_convert.corner(layer, array), array)
                 bar.update(array.size * leaves[name].dtype.itemsize)
@@ -96,7 +97,7 @@ def to_hf(source: checkpoint.Checkpoint, target: epath.PathLike, *, layout: str 
     """
     model = source.model()
     source.check_shapes()
-    leaves = source.adapters().merged_lazily(orbax_io.open_params(source.path))
+    leaves = source.adapters().merged_lazily(orbax_io.open_params(source.path, checksums=source.checksums))
     config = {key: value for key, value in source.config.items() if key != "model"}
     kept = {name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype)
             for name, leaf in leaves.items()}

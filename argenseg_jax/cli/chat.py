@@ -17,6 +17,7 @@ from argenseg_jax.cli import common
 
 common.define_workdir("Run whose newest checkpoint is used.")
 common.define_checkpoint()
+common.define_checksums()
 common.define_answering()
 common.define_reading()
 FLAGS = flags.FLAGS
@@ -33,7 +34,7 @@ def run() -> dict[str, Any]:
 
     checkpoint = FLAGS.checkpoint or FLAGS.workdir or "nano"
     image = pixels(FLAGS.image, common.reading(open_checkpoint(checkpoint).config))  # before the weights are loaded
-    predictor = argenseg_jax.load(checkpoint, FLAGS.dtype)
+    predictor = argenseg_jax.load(checkpoint, FLAGS.dtype, checksums=FLAGS.checksums)
     history, answers, written = [], [], []
     for number, text in enumerate(FLAGS.prompt or _typed()):
         result, history = predictor.chat(text, image, history, **common.answering())

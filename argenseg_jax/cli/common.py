@@ -49,6 +49,12 @@ def define_checkpoint(default: str | None = None) -> None:
     flags.DEFINE_string("checkpoint", default, "Orbax step, workdir, HF folder, or 'nano'.")
 
 
+def define_checksums() -> None:
+    """--checksums, of the commands that read or write checkpoints."""
+    flags.DEFINE_bool("checksums", True, "Check the files of a step against their checksums before they are "
+                      "read, and write checksums of new ones; false skips both.")
+
+
 def define_answering(max_masks: int = 8) -> None:
     """Flags about how answers are written; `answering` reads them."""
     flags.DEFINE_integer("max_masks", max_masks, "The answer ends behind so many masks.", lower_bound=1)

@@ -27,6 +27,7 @@ flags.DEFINE_string("to", None, "Workdir or HF folder to make.")
 flags.DEFINE_string("vqvae", None, "Weight file of the VQ-VAE, for a --from without one.")
 flags.DEFINE_enum("save_dtype", None, ["float32", "bfloat16", "float16"],
                   "Of the written weights; default: as they are.")
+common.define_checksums()
 flags.DEFINE_enum("layout", "official", ["official", "hf"],
                   "Key names and config.json of a written folder: those of the official code, or "
                   "of transformers' own InternVL.")
@@ -44,7 +45,7 @@ def run() -> dict[str, Any]:
     if target.exists():
         raise UserError(f"--to: {target} exists already; choose another name or remove it")
     source = checkpoint.open_checkpoint(str(origin.parent) if origin.is_file()
-                                        else FLAGS["from"].value)
+                                        else FLAGS["from"].value, checksums=FLAGS.checksums)
     if FLAGS.vqvae and not source.is_hf:
         raise UserError("--vqvae completes a released folder; this --from is an Orbax checkpoint")
     common.log(f"{FLAGS['from'].value} -> {target} "

@@ -34,6 +34,7 @@ FLAGS = common.FLAGS
 MAX_MASKS = 8  # of an answer whose masks are united
 common.define_workdir("Run whose newest checkpoint is scored.")
 common.define_checkpoint()
+common.define_checksums()
 flags.DEFINE_multi_string("data", None, "File or named source to evaluate on; default: eval.data of the "
                           "saved config.")
 flags.DEFINE_string("image_root", "", "Directory that file names in --data start from; default: "
@@ -77,7 +78,7 @@ def run() -> dict[str, Any]:
     from argenseg_jax.ckpt.checkpoint import open_checkpoint
     from argenseg_jax.eval import report
 
-    checkpoint = open_checkpoint(FLAGS.checkpoint or FLAGS.workdir)
+    checkpoint = open_checkpoint(FLAGS.checkpoint or FLAGS.workdir, checksums=FLAGS.checksums)
     settings = {"prompt": "referring", "masks": "first", "metric": "", "data": (),
                 **checkpoint.config.get("eval", {})}
     names = list(dict.fromkeys(FLAGS.data or settings["data"]))
@@ -139,7 +140,7 @@ def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, ou
         for place in places if hosts.is_first() else ():
             files.check_writable(place)
     path = FLAGS.checkpoint or FLAGS.workdir
-    predictor = functools.cache(lambda: Predictor.load(path, FLAGS.dtype))
+    predictor = functools.cache(lambda: Predictor.load(path, FLAGS.dtype, checksums=FLAGS.checksums))
     baseline = functools.cache(lambda: _baseline(checkpoint.config))  # reads the training data: only where needed
     weights = {"checkpoint": str(path), "step": checkpoint.step(), "weights": hosts.gather(fingerprint(checkpoint))[0]}
     config = json.dumps([checkpoint.config.get(k) for k in ("data", "decode")], sort_keys=True, default=str)

@@ -37,6 +37,7 @@ common.define_reading()
 flags.DEFINE_string("codes", None, "Checkpoint whose mask tokenizer writes the codes of the masks too.")
 flags.DEFINE_enum("codes_dtype", "", ["", "float32", "bfloat16"], "train.dtype of the training that will "
                   "read the codes; default: that of the checkpoint's own run, or bfloat16.")
+common.define_checksums()
 flags.DEFINE_integer("shard_samples", 1000, "Samples of a shard.", lower_bound=1)
 flags.DEFINE_integer("workers", 1, "Processes that write shards.", lower_bound=1)
 flags.DEFINE_string("runner", "", "Runner of Apache Beam (DirectRunner, DataflowRunner, FlinkRunner, "
@@ -57,7 +58,7 @@ def run() -> dict[str, Any]:
     if FLAGS.codes:
         from argenseg_jax.decode.codes import MaskCoder
 
-        coder = MaskCoder.of(FLAGS.codes, FLAGS.codes_dtype)
+        coder = MaskCoder.of(FLAGS.codes, FLAGS.codes_dtype, checksums=FLAGS.checksums)
     elif FLAGS.codes_dtype:
         raise UserError("--codes_dtype goes with --codes")
     if FLAGS.beam_options and not FLAGS.runner:

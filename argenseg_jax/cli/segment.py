@@ -17,6 +17,7 @@ from argenseg_jax.errors import UserError
 
 common.define_workdir("Run whose newest checkpoint is used.")
 common.define_checkpoint()
+common.define_checksums()
 common.define_answering()
 common.define_reading()
 FLAGS = flags.FLAGS
@@ -46,7 +47,7 @@ def run() -> dict[str, Any]:
 
     checkpoint = FLAGS.checkpoint or FLAGS.workdir or "nano"
     image = pixels(FLAGS.image, common.reading(open_checkpoint(checkpoint).config))  # before the weights are loaded
-    predictor = argenseg_jax.load(checkpoint, FLAGS.dtype)
+    predictor = argenseg_jax.load(checkpoint, FLAGS.dtype, checksums=FLAGS.checksums)
     begin = time.perf_counter()
     result = predictor.segment(image, FLAGS.prompt, previews=bool(FLAGS.scales), **common.answering())
     seconds = time.perf_counter() - begin

@@ -26,6 +26,7 @@ from argenseg_jax.errors import UserError
 FLAGS = common.FLAGS
 common.define_config()
 common.define_workdir("Directory of the sweep; every point has a folder in it.")
+common.define_checksums()
 flags.DEFINE_enum("launch", "here", ["here", "commands", "slurm", "jobset", "nothing"],
                   "Train here, one after another; or write what starts the points elsewhere; or "
                   "only collect what there is.")
@@ -34,7 +35,6 @@ flags.DEFINE_string("data", None, "Score each trained point on this data (see `e
 flags.DEFINE_string("image_root", "", "Of `evaluate`.")
 flags.DEFINE_string("metric", None, "The number that decides and is plotted; default: the first of "
                     "the config's metrics(), or loss.")
-_SIGTERM_EXIT = 143  # of `train`: all is saved, it was told to stop
 
 
 def run() -> dict[str, Any]:
@@ -105,17 +105,25 @@ def _call(args: list[str]) -> dict[str, Any]:
 
     Raises CalledProcessError; exits where the command was told to stop.
     """
-    devices = [f"--cpu_devices={FLAGS.cpu_devices}"] if FLAGS.cpu_devices else []
-    child = subprocess.Popen([sys.executable, "-m", "argenseg_jax", *args, *devices],
+    options = [f"--cpu_devices={FLAGS.cpu_devices}"] if FLAGS.cpu_devices else []
+    options += [] if FLAGS.checksums else ["--checksums=false"]
+    child = subprocess.Popen([sys.executable, "-m", "argenseg_jax", *args, *options],
                              stdout=subprocess.PIPE, text=True, env=processes.child_environment())
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    asked: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        asked.append(number)
+        child.terminate()  # also for Ctrl-C: the terminal sends it to the child too, and `train` saves first
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         out, _ = child.communicate()
     finally:
-        signal.signal(signal.SIGTERM, before)
-    if child.returncode == _SIGTERM_EXIT:
-        common.log("stopped; the same command goes on")
-        sys.exit(_SIGTERM_EXIT)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        common.log("stopped; the same command resumes")
+        sys.exit(128 + asked[0])
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, args[0])
     return json.loads(out.splitlines()[-1])

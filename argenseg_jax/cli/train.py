@@ -21,6 +21,7 @@ from argenseg_jax.errors import UserError
 FLAGS = common.FLAGS
 common.define_config()
 common.define_workdir()
+common.define_checksums()
 flags.DEFINE_string("profile", None, "FIRST..LAST: writes a trace of these steps to WORKDIR/profile.")
 _LOST_EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again
 
@@ -36,7 +37,7 @@ def run() -> dict[str, Any]:
     from argenseg_jax.train import run as train_run
 
     try:
-        return train_run.train(FLAGS.config.to_dict(), FLAGS.workdir, profile=steps)
+        return train_run.train(FLAGS.config.to_dict(), FLAGS.workdir, profile=steps, checksums=FLAGS.checksums)
     except loop.Preempted as stop:
         common.log(str(stop))
         sys.exit(128 + stop.signal)  # as the shell reports a process that the signal ended: 143, 130

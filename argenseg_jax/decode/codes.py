@@ -40,9 +40,9 @@ class MaskCoder:
     num_codes: int
 
     @classmethod
-    def of(cls, checkpoint: str, dtype: str = "") -> MaskCoder:
+    def of(cls, checkpoint: str, dtype: str = "", *, checksums: bool = True) -> MaskCoder:
         """dtype: '' = train.dtype of the run that wrote the checkpoint, or bfloat16."""
-        opened = open_checkpoint(checkpoint)
+        opened = open_checkpoint(checkpoint, checksums=checksums)
         model, config = opened.model(), opened.config
         dtype = dtype or config.get("train", {}).get("dtype", DTYPE)
         pad = bool(config.get("data", {}).get("pad_to_square", False))
@@ -83,7 +83,7 @@ def fingerprint(params: Mapping[str, Any]) -> str:
 @functools.lru_cache(maxsize=1)
 def _tokenizer(checkpoint: str, dtype: str, vqvae: str) -> Callable[[np.ndarray], jax.Array]:
     """u8[B, 1, R, R, 3] -> i32[B, 1, N], loaded once a process."""
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, checksums=False)  # the fingerprint is compared instead
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), opened.load_part("vqvae"))
     if fingerprint(params) != vqvae:
         raise UserError(f"{checkpoint} has changed while its codes were being written")

@@ -84,15 +84,16 @@ class Predictor:
         self.max_text = config.get("decode", {}).get("max_text_tokens", 64)
 
     @classmethod
-    def load(cls, path: str, dtype: str = "float32") -> Predictor:
+    def load(cls, path: str, dtype: str = "float32", *, checksums: bool = True) -> Predictor:
         """From an Orbax step, a workdir, an HF folder, or `nano` for the shipped model.
 
         Args:
           dtype: of weights and computation, one of WEIGHTS.
+          checksums: checks the files of an Orbax step before they are read.
         """
         if dtype not in WEIGHTS:
             raise UserError(f"dtype {dtype!r} is unknown; there are {', '.join(WEIGHTS)}")
-        checkpoint, int8 = open_checkpoint(path), dtype == "int8"
+        checkpoint, int8 = open_checkpoint(path, checksums=checksums), dtype == "int8"
         return cls(checkpoint.model(dtype="bfloat16" if int8 else dtype), checkpoint.load_params(),
                    checkpoint.tokenizer(), checkpoint.config, int8=int8)
 

@@ -27,11 +27,12 @@ from argenseg_jax.train.state import Params, Phase
 SAMPLES = 4  # rows drawn every train.sample_every steps
 
 
-def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | None = None
-          ) -> dict[str, Any]:
+def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | None = None,
+          checksums: bool = True) -> dict[str, Any]:
     """Trains the config's phases in the workdir, or goes on with them; returns the loop's result.
 
-    `profile`: the first and last step of a trace in WORKDIR/profile.
+    `profile`: the first and last step of a trace in WORKDIR/profile. `checksums`: of checkpoints, written
+    and checked.
     """
     cfg = config_keys.plain(cfg)
     config_keys.check(cfg)
@@ -40,7 +41,7 @@ def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | No
     parts = open_data(cfg)
     cfg["data"] = {**cfg["data"], "window": cfg["data"].get("window") or sources.window(parts)}
     model = build_model(cfg)
-    source = checkpoint.open_checkpoint(cfg["init_from"]) if cfg["init_from"] else None
+    source = checkpoint.open_checkpoint(cfg["init_from"], checksums=checksums) if cfg["init_from"] else None
     tokenizer = checkpoint.tokenizer_for(model, source)
 
     def load(shapes: Params) -> Params:
@@ -53,7 +54,7 @@ def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | No
                         "checkpoint that wrote them, and vqvae.steps=0")
     return loop.run(cfg, workdir, phases(cfg, model, tokenizer, parts), init_fn(model, adapters(cfg)),
                     load=source and load,
-                    beside={checkpoint.TOKENIZER: tokenizer.save}, profile=profile)
+                    beside={checkpoint.TOKENIZER: tokenizer.save}, profile=profile, checksums=checksums)
 
 
 def open_data(cfg: Mapping[str, Any]) -> list[sources.Part]:

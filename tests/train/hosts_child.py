@@ -37,7 +37,7 @@ def main(workdir, number=0, batch=0, process=0):
                 time.sleep(1)  # jax looks for a signal once a second, a toy step takes no time
             return super().__next__()
 
-    train_run.train = lambda cfg, workdir, profile: train(workdir, Ending)
+    train_run.train = lambda cfg, workdir, **kwargs: train(workdir, Ending)
     distributed = ["--distributed"] if "JAX_NUM_PROCESSES" in os.environ else []
     return cli.main(["train", "--config", "configs/nano.py", "--workdir", workdir, *distributed])
 
