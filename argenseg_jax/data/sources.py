@@ -205,7 +205,7 @@ def open_source(name: str, root: str = "", prompt: str = "referring",
         kind, rest = "", name
     path = epath.Path(root) / rest
     if kind in ("tfds", "prepared") or (not kind and path.is_dir()):
-        return _open_shards(path, kind, prompt)
+        return _open_shards(path, kind, prompt, reading)
     if not rest or not path.exists() or path.is_dir():
         raise UserError(f"{path}: no such source (known: shapes:LEVEL:SPLIT, X.jsonl, X.json, "
                         f"{', '.join(f'{k}:FOLDER' for k in FAMILIES)})")
@@ -246,16 +246,17 @@ def _open_task(name: str, task: str, words: list[str]) -> TaskSource:
     return TaskSource(task, words[0], words[1], size=int(words[2]) if words[2:] else None)
 
 
-def _open_shards(path: epath.Path, kind: str, prompt: str) -> Source:
+def _open_shards(path: epath.Path, kind: str, prompt: str, reading: Reading) -> Source:
     from argenseg_jax.data import prepared, records, tfds_ref_coco  # slow to import, seldom needed
+    most = Reader(reading).max_pixels
     if kind == "prepared" or prepared.is_prepared(path):
-        return prepared.PreparedSource(path)
+        return prepared.PreparedSource(path, most)
     folder, colon, split = str(path).rpartition(":")
     if not colon or path.exists():
         folder, split = path, "train"
     if tfds_ref_coco.is_ref_coco(folder):
-        return tfds_ref_coco.RefCocoSource(folder, split, prompt)
-    return records.TfdsSource(folder, split)
+        return tfds_ref_coco.RefCocoSource(folder, split, prompt, reading)
+    return records.TfdsSource(folder, split, most)
 
 
 class JsonlSource:
