@@ -233,7 +233,7 @@ KEYS: dict[str, Key] = {
         "pack": whole(0, 65536, "one sample a row"), "max_tiles": whole(1, 1024),
         "sample_tiles": whole(0, 1024, "max_tiles"), "max_masks": whole(0, 4096),
         "pad_to_square": flag(), "window": window(), "max_pixels": whole(0, 2**31 - 1, "64 Mi"),
-        "augment": flag(), "recolour": real(0, 1), "prompt_drop": real(0, 1),
+        "allow_outside": flag(), "augment": flag(), "recolour": real(0, 1), "prompt_drop": real(0, 1),
         "codes": flag(), "max_broken": real(0, 1)}),
     **_named("optim", _optimizer()),
     **_named("mesh", {axis: whole(1, 65536, rest=True) for axis in ("dcn_data", "data", "fsdp", "tensor")}),
@@ -243,8 +243,7 @@ KEYS: dict[str, Key] = {
         "grad_dtype": choice("", *DTYPES), "checkpoint_every": whole(1, STEPS),
         "keep": whole(0, STEPS, "all"), "log_every": whole(1, STEPS),
         "keep_best": match(r"|(min|max):.+", "min:NAME or max:NAME, such as min:loss, or ''"),
-        "sample_every": whole(0, STEPS, "never"), "max_skipped": whole(0, STEPS, "any number"),
-        "allow_fresh": regexes()}),
+        "sample_every": whole(0, STEPS, "never"), "max_skipped": whole(0, STEPS, "any number")}),
     **_named("train.lora", {
         "rank": whole(0, 65536, "none"), "alpha": real(0, 1e6, "rank"), "targets": regexes(),
         "also": regexes()}),

@@ -4,9 +4,11 @@ from __future__ import annotations
 import codecs
 import contextlib
 import errno
+import functools
 import io
 import json
 import os
+import pathlib
 import re
 import stat
 from collections.abc import Iterable, Iterator
@@ -60,8 +62,54 @@ def to_path(path: epath.PathLike, error: type[UserError] = UserError) -> epath.P
 
 def join(root: epath.PathLike, path: epath.PathLike, error: type[UserError] = UserError) -> epath.Path:
     """root/path; a path with `://` or from the root (/...) stands alone, as it is."""
-    alone = is_remote(path) or os.path.isabs(path) or not os.fspath(root)
-    return to_path(path, error) if alone else to_path(root, error) / path
+    if is_remote(path) or os.path.isabs(path) or not os.fspath(root):
+        return to_path(path, error)
+    root = to_path(root, error)
+    for step in pathlib.PurePosixPath(path).parts if is_remote(root) else (path,):
+        root = root.parent if step == ".." else root / step  # a bucket knows no `..`
+    return root
+
+
+def inside(root: epath.PathLike, path: epath.PathLike, allow_outside: bool = False,
+           error: type[UserError] = UserError) -> epath.Path:
+    """As `join`, for a path that a data file names: `error` where a relative one leads out of `root`.
+
+    Both by `..` and by a symbolic link. Absolute paths and `://` say plainly where they lead.
+    """
+    whole = join(root, path, error)
+    if allow_outside or is_remote(path) or os.path.isabs(path):
+        return whole
+    way = ""
+    if os.path.normpath(path).split(os.sep)[0] == os.pardir:
+        way = "`..`"
+    elif not is_remote(whole):
+        with _reading(whole, error):
+            base, real = _real(os.path.abspath(root)), os.path.realpath(whole)
+        if os.path.commonpath((base, real)) != base:
+            way = f"a symbolic link to {real}"
+    if way:
+        raise error(f"{path}: leads out of {root} ({way}); data.allow_outside=true (--allow_outside) reads it "
+                    "nevertheless")
+    return whole
+
+
+@functools.lru_cache(maxsize=1024)
+def _real(root: str) -> str:
+    return os.path.realpath(root)
+
+
+def kind_of(path: epath.PathLike, error: type[UserError] = UserError) -> str:
+    """"file", "folder", or "" where there is neither; `error` where that cannot be known."""
+    path = to_path(path, error)
+    with _reading(path, error):
+        return "folder" if path.is_dir() else "file" if path.exists() else ""
+
+
+def listed(folder: epath.PathLike, error: type[UserError] = UserError) -> list[epath.Path]:
+    """What is in a folder, by name, but for hidden names: macOS, Jupyter and others leave theirs in data."""
+    folder = to_path(folder, error)
+    with _reading(folder, error):
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 # ---------------------------------------------------------------------------------- reading

@@ -87,6 +87,7 @@ def base() -> ConfigDict:
             "pad_to_square": False,  # keep the aspect ratio of images and masks, and pad them
             "window": (),       # (low, high) of images of more than 8 bits -> 0..255; () = by their values
             "max_pixels": 0,    # most pixels of an image file; 0 = 64 Mi
+            "allow_outside": False,  # relative paths in data files may lead out of their folder
             "augment": False,   # disturb photographs: data/augment.py
             "recolour": 0.0,    # share of samples in other colours, where the text names none
             "prompt_drop": 0.0,  # share of text-to-image prompts that ask for nothing (guidance)
@@ -113,7 +114,6 @@ def base() -> ConfigDict:
             "log_every": 50,    # steps per line of metrics.jsonl, at least 1
             "sample_every": 0,  # steps per picture in samples/; 0 = none
             "max_skipped": 0,   # so many steps that are not finite end the run; 0 = any number
-            "allow_fresh": (),  # path regexes of params that may stay as drawn: not loaded, not trained
             "lora": {           # low-rank adapters of frozen kernels; see models/lora.py
                 "rank": 0,      # of each; 0 = none: everything learns that optim.freeze leaves
                 "alpha": 0.0,   # what they add is multiplied with alpha / rank; 0 = with 1

@@ -46,6 +46,6 @@ def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
     assert not list(tmp_path.iterdir())
     (tmp_path / "f").write_text("")
     for bad in (tmp_path / "f" / "x", tmp_path / ("x" * 300), f"{tmp_path}/a\0b", "/proc/none/x"):
-        with pytest.raises(UserError, match="cannot be written"):
+        with pytest.raises(UserError, match="cannot be written|is no name of a file"):
             files.check_writable(bad)
     assert os.listdir(tmp_path) == ["f"]

@@ -86,6 +86,12 @@ def define_reading() -> None:
                          lower_bound=0)
 
 
+def define_outside() -> None:
+    """Defines --allow_outside, for commands that read data."""
+    flags.DEFINE_bool("allow_outside", False, "Relative paths in data files may lead out of the folder that they start "
+                      "from, by .. or a symbolic link.")
+
+
 def reading(config: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """How images are read (data/reader.Reading): by the flags, and else by the saved config of a run."""
     from argenseg_jax import config_keys
@@ -98,7 +104,8 @@ def reading(config: Mapping[str, Any] = MappingProxyType({})) -> Any:
             window = tuple(config_keys.parse("data.window", FLAGS.window))
         except UserError as error:
             raise UserError(f"--window: {error}") from None
-    return saved._replace(window=window, max_pixels=FLAGS.max_pixels or saved.max_pixels)
+    return saved._replace(window=window, max_pixels=FLAGS.max_pixels or saved.max_pixels,
+                          allow_outside="allow_outside" in FLAGS and FLAGS.allow_outside)
 
 
 def write_picture(target: str, number: int, picture: Any) -> str:

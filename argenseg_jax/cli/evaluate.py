@@ -41,6 +41,7 @@ flags.DEFINE_string("image_root", "", "Directory that file names in --data start
                     "the directory of --data.")
 flags.DEFINE_alias("image-root", "image_root")
 common.define_reading()
+common.define_outside()
 flags.DEFINE_string("out", None, "Directory of the results; default: --workdir.")
 flags.DEFINE_integer("limit", 0, "Score only the first so many samples; 0 = all.", lower_bound=0)
 flags.DEFINE_integer("batch", 16, "Samples per call of the model.", lower_bound=1)
@@ -126,7 +127,7 @@ def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, ou
     from argenseg_jax import files, hosts
     from argenseg_jax.ckpt.fingerprint import fingerprint
     from argenseg_jax.data.reader import FEW
-    from argenseg_jax.data.sources import open_source
+    from argenseg_jax.data.sources import open_source, takes_prompt
     from argenseg_jax.decode.predictor import Predictor
     from argenseg_jax.eval import folders
 
@@ -134,6 +135,8 @@ def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, ou
     reading = common.reading(checkpoint.config)._replace(max_images=FEW, max_masks=FEW)
     sources = {name: open_source(folders.split(name)[1], prompt=settings["prompt"],
                                  image_root=FLAGS.image_root, reading=reading) for name in names}
+    if FLAGS["config.eval.prompt"].value and not any(map(takes_prompt, sources.values())):
+        raise UserError("--config.eval.prompt changes nothing: these data hold their own questions")
     places = [None] * len(names)
     if out:  # the first process decides: others may see folders that it has made by then
         places = [files.to_path(p) for p in hosts.gather([str(p) for p in folders.choose(out, names)])[0]]

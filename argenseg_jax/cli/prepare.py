@@ -34,6 +34,7 @@ flags.DEFINE_integer("draws", 0, "Write every sample so many times, each with an
 flags.DEFINE_integer("resize", 0, "Side S: pictures and masks become S x S, as a model with one tile of "
                      "this side reads them; 0 = as they are.", lower_bound=0)
 common.define_reading()
+common.define_outside()
 flags.DEFINE_string("codes", None, "Checkpoint whose mask tokenizer writes the codes of the masks too.")
 flags.DEFINE_enum("codes_dtype", "", ["", "float32", "bfloat16"], "train.dtype of the training that will "
                   "read the codes; default: that of the checkpoint's own run, or bfloat16.")
@@ -66,7 +67,7 @@ def run() -> dict[str, Any]:
     reading = common.reading()
     job = prepare.Job(tuple(FLAGS.source), FLAGS.out, FLAGS.root, FLAGS.prompt, FLAGS.image_root,
                       FLAGS.draws, FLAGS.resize, FLAGS.shard_samples, coder, reading.window,
-                      reading.max_pixels)
+                      reading.max_pixels, reading.allow_outside)
     summary = prepare.prepare(job, workers=FLAGS.workers, runner=FLAGS.runner,
                               beam_options=FLAGS.beam_options)
     common.log(statistics.table(summary))

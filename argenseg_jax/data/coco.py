@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from argenseg_jax import files
-from argenseg_jax.data import layout, psalm, rle, transforms
+from argenseg_jax.data import layout, psalm, rle
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.errors import UserError
 
 # family -> (annotation files, folders of pictures); {split} is filled in
 LAYOUTS = {
@@ -35,7 +34,7 @@ SPLITS = {"coco": "val2017", "paco": "val", "pascalpart": "train", "own": ""}
 
 
 class Objects(NamedTuple):
-    """The annotations of one class in one image, by place in the file."""
+    """The annotations of one class in one image, by place in the file. Categories of one name are one class."""
 
     image_id: Any
     category_id: Any
@@ -53,54 +52,56 @@ class CocoSource(layout.Indexed[Objects]):
       family: a key of LAYOUTS.
       split: such as val2017.
       image_root: folder that file names start from; by default looked for in the usual places.
+      prompt: how a class is asked for; see psalm.question.
       reading: see data/reader.py.
     """
 
+    takes_prompt = True
+
     def __init__(self, folder: epath.Path, family: str = "coco", split: str = "",
-                 image_root: epath.PathLike = "", reading: Reading = Reading()):
+                 image_root: epath.PathLike = "", prompt: str = psalm.DEFAULT, reading: Reading = Reading()):
+        psalm.question([], prompt)
         split = split or SPLITS[family]
         annotations, places = ([p.format(split=split) for p in part] for part in LAYOUTS[family])
         path = layout.find(folder, f"annotations of {family}", *annotations)
         content = files.read_json(path)
-        self.family = family
-        try:
-            self._images = {i["id"]: i for i in layout.records(content, "images", path)}
-            self._names = {c["id"]: layout.spoken(c["name"])
-                           for c in layout.records(content, "categories", path)}
-            self._anns = layout.records(content, "annotations", path)
-            groups: dict[tuple, list[int]] = collections.defaultdict(list)
-            for k, ann in enumerate(self._anns):
-                groups[ann["image_id"], ann["category_id"]].append(k)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: an entry without {error}") from None
-        entries = [Objects(*key, tuple(anns)) for key, anns in sorted(groups.items())
-                   if not all(self._anns[k].get("iscrowd") for k in anns)]
-        self._root = epath.Path(image_root) if image_root else layout.find(
-            folder, f"pictures of {family}", *places)
+        self.family, self.prompt = family, prompt
+        self._images = layout.by_id(layout.records(content, "images", path), f"{path}: images")
+        self._names, same = layout.classes(layout.records(content, "categories", path), f"{path}: categories")
+        self._anns = layout.records(content, "annotations", path)
+        keys = layout.each(self._anns, lambda a: (layout.an_id(a["image_id"]), layout.an_id(a["category_id"])),
+                           f"{path}: annotations")
+        groups: dict[tuple, list[int]] = collections.defaultdict(list)
+        for k, (image_id, category_id) in enumerate(keys):
+            groups[image_id, same.get(category_id, category_id)].append(k)
+        entries = [Objects(*key, tuple(groups[key])) for key in sorted(groups, key=layout.in_order)
+                   if not all(self._anns[k].get("iscrowd") for k in groups[key])]
+        root = files.to_path(image_root) if image_root else layout.find(folder, f"pictures of {family}", *places)
+        self._root = layout.Root(root, reading.allow_outside)
         super().__init__(str(path), entries, reading)
 
     def from_(self, entry: Objects) -> str:
         return f"image {entry.image_id}, category {entry.category_id}"
 
     def made(self, entry: Objects) -> Sample:
-        info, name = self._images[entry.image_id], self._names[entry.category_id]
-        height, width = int(info["height"]), int(info["width"])
-        path = self._root / info["file_name"]
-        image = self.reader.image(path)
-        transforms.check_shape(image, (height, width), "(height, width of the entry)", path)
+        info = layout.look_up(self._images, entry.image_id, "image")
+        name = layout.look_up(self._names, entry.category_id, "category")
+        image, height, width = self.sized(info, self._root, "of the entry")
         anns = [self._anns[k] for k in entry.anns]
         single = [a for a in anns if not a.get("iscrowd")]
-        meta = {"files": [info["file_name"]], "kind": name, "sents": [name]}
+        meta = {"files": [info["file_name"]], "kind": name, "sents": [name],
+                **layout.ids_of(image_id=entry.image_id, category_id=entry.category_id)}
         if self.family != "coco":
             drawn = rle.objects(single, height, width)
-            return Sample(layout.turns(psalm.question([name], "semantic")), (image,), (drawn.mask,),
+            return Sample(layout.turns(psalm.question([name], psalm.wording(self.prompt))), (image,), (drawn.mask,),
                           {**meta, **drawn.meta(), "metric": "semantic"})
         each = rle.each(single, height, width)
         crowds = [rle.union([a["segmentation"]], height, width).mask for a in anns
                   if a.get("iscrowd") and not rle.is_empty(a.get("segmentation"))]
         meta |= rle.Drawn(each[0].mask, sum(one.dropped for one in each)).meta()
+        asked = f"<image>\n Please segment every {name} in this image, one by one."
         return Sample(
-            layout.turns(f"<image>\n Please segment every {name} in this image, one by one.",
+            layout.turns(asked if self.prompt == psalm.DEFAULT else psalm.question([name], self.prompt),
                          f"Sure, the segmentation results: {', '.join(['<mask>'] * len(each))}."),
             (image,), tuple(one.mask for one in each),
             {**meta, "crowds": crowds, "metric": "instances"})

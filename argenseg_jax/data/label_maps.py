@@ -12,6 +12,7 @@ import re
 import numpy as np
 from etils import epath
 
+from argenseg_jax import files
 from argenseg_jax.data import layout, psalm, transforms
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
@@ -26,6 +27,8 @@ LAYOUTS = {
     "own": (("images",), ("labels",), ("classes.txt",), 1, (0, 255)),
 }
 SPLITS = {"ade20k": "validation", "cocostuff": "val2017", "own": ""}
+_LIMIT = 2**24  # bytes of a list of names
+_NUMBER = r"[0-9]{1,9}"
 ASKED = ("", "shown", "every")  # which classes of a picture are asked: one that is drawn, ...
 
 
@@ -42,23 +45,28 @@ class LabelMapSource(layout.Indexed[tuple]):
       family: a key of LAYOUTS.
       split: such as validation.
       asked: one of ASKED.
+      prompt: how a class is asked for; see psalm.question.
       reading: see data/reader.py.
     """
 
+    takes_prompt = True
+
     def __init__(self, folder: epath.Path, family: str, split: str = "", asked: str = "",
-                 reading: Reading = Reading()):
+                 prompt: str = psalm.DEFAULT, reading: Reading = Reading()):
         check_asked(asked, f"{family}:{folder}:{split}")
+        psalm.question([], prompt)
+        self.prompt = prompt
         split = split or SPLITS[family]
         images, maps, names, first, self._none = LAYOUTS[family]
-        self._maps = layout.find(folder, f"label maps of {family}",
-                                 *(p.format(split=split) for p in maps))
+        self._folder = layout.find(folder, f"label maps of {family}", *(p.format(split=split) for p in maps))
+        self._maps = layout.by_stem(layout.pictures(self._folder))
         root = layout.find(folder, f"pictures of {family}", *(p.format(split=split) for p in images))
         self.names = read_names(layout.find(folder, f"class names of {family}", *names), first)
-        paths = layout.pictures(root)
+        self._same = layout.firsts(self.names)  # two values of one name are one question
+        paths, every = layout.pictures(root), [k for k, first in self._same.items() if k == first]
         super().__init__(str(root), [(p, None) for p in paths], reading)
         if asked:
-            self.entries = [(p, v) for p in paths
-                            for v in (self.names if asked == "every" else self._shown(p))]
+            self.entries = [(p, v) for p in paths for v in (every if asked == "every" else self._shown(p))]
 
     def from_(self, entry: tuple) -> str:
         return entry[0].name
@@ -72,38 +80,43 @@ class LabelMapSource(layout.Indexed[tuple]):
 
     def _class_of(self, entry: tuple, rng: np.random.Generator) -> Sample:
         path, value = entry
-        image, labels = self.reader.image(path), self._labels(path)
-        transforms.check_sizes(image, [labels], [f"{path.stem}.png"], [path, self._maps / f"{path.stem}.png"])
+        image, labels, of = self.reader.image(path), self._labels(path), self._map(path)
+        transforms.check_sizes(image, [labels], [of.name], [path, of])
         if value is None:
-            shown = self._classes(labels, path)
+            shown = self._classes(labels, of)
             value = shown[rng.integers(len(shown))]
         name, ignored = self.names[value], np.isin(labels, self._none)
-        return Sample(layout.turns(psalm.question([name], "semantic")), (image,),
-                      ((labels == value).astype(np.uint8) * 255,),
+        mask = np.isin(labels, [k for k, first in self._same.items() if first == value])
+        return Sample(layout.turns(psalm.question([name], psalm.wording(self.prompt))), (image,),
+                      (mask.astype(np.uint8) * 255,),
                       {"files": [path.name], "kind": name, "sents": [name], "metric": "semantic",
                        "ignore_mask": ignored.astype(np.uint8) * 255})
 
+    def _map(self, picture: epath.Path) -> epath.Path:
+        """The label map of a picture."""
+        return self._maps.get(layout.stem(picture)) or self._folder / f"{picture.stem}.png"
 
-    def _labels(self, path: epath.Path) -> np.ndarray:
-        """The map of a picture: whole numbers [H, W]."""
-        labels = self.reader.ids(self._maps / f"{path.stem}.png")
+    def _labels(self, picture: epath.Path) -> np.ndarray:
+        """The values of a label map: whole numbers [H, W]."""
+        path = self._map(picture)
+        labels = self.reader.ids(path)
         if labels.ndim != 2:
-            raise SampleError(f"{path.stem}.png is coloured; a label map has one channel")
+            raise SampleError(f"{path.name} is coloured; a label map has one channel")
         return labels
 
     def _classes(self, labels: np.ndarray, path: epath.Path) -> list[int]:
-        """The values of the classes that a map shows."""
+        """The classes that a map shows, each by the first value of its name."""
         shown = [int(v) for v in np.unique(labels) if v not in self._none]
         if unknown := [v for v in shown if v not in self.names]:
-            raise SampleError(f"{path.stem}.png: value {unknown[0]} has no class name")
+            raise SampleError(f"{path.name}: value {unknown[0]} has no class name")
         if not shown:
-            raise SampleError(f"{path.stem}.png shows no class")
-        return shown
+            raise SampleError(f"{path.name} shows no class")
+        return list(dict.fromkeys(self._same[v] for v in shown))
 
-    def _shown(self, path: epath.Path) -> list[int | None]:
+    def _shown(self, picture: epath.Path) -> list[int | None]:
         """As `_classes`; [None] of a map that cannot be used: reading the sample says why."""
         try:
-            return self._classes(self._labels(path), path)
+            return self._classes(self._labels(picture), self._map(picture))
         except SampleError:
             return [None]
 
@@ -117,22 +130,30 @@ def check_asked(asked: str, name: str) -> None:
 def read_names(path: epath.Path, first: int) -> dict[int, str]:
     """{value in the maps: class name} of the three published forms.
 
-    objectInfo150.txt is a table with the columns Idx and Name (of several names the first is used);
-    labels.txt has lines `1: person` with 0 for unlabeled, one above the values in the maps;
-    cocostuff_classes.txt has one name a line.
+    objectInfo150.txt is a table with the columns Idx and Name (of several names, between commas or
+    semicolons, the first is used); labels.txt has lines `1: person` with 0 for unlabeled, one above the
+    values in the maps; cocostuff_classes.txt has one name a line.
+
+    Raises:
+      UserError: none of them, no text, or a value that is named twice.
     """
-    lines = [line.rstrip("\r") for line in path.read_text().split("\n") if line.strip()]
+    lines = [line for line in re.split(r"\r\n|\r|\n", files.read_text(path, _LIMIT)) if line.strip()]
     table = [line.split("\t") for line in lines]
     if table and "Idx" in table[0] and "Name" in table[0]:
         idx, name = table[0].index("Idx"), table[0].index("Name")
-        pairs = [(row[idx], row[name]) for row in table[1:] if len(row) > max(idx, name)]
-        found = {int(k) - 1 + first: n for k, n in pairs if k.strip().isdigit()}
-    elif all(re.match(r"\d+:\s*\S", line) for line in lines):
+        pairs = [(row[idx].strip(), re.split("[,;]", row[name])[0]) for row in table[1:] if len(row) > max(idx, name)]
+        found = [(int(k), n) for k, n in pairs if re.fullmatch(_NUMBER, k)]
+    elif all(re.match(rf"{_NUMBER}:\s*\S", line) for line in lines):
         pairs = [line.split(":", 1) for line in lines]
-        found = {int(k) - 1 + first: n for k, n in pairs if int(k) > 0}
+        found = [(int(k), n) for k, n in pairs if int(k) > 0]
     else:
-        found = dict(enumerate(lines, first))
+        found = list(enumerate(lines, 1))
     if not found:
         raise UserError(f"{path}: no class names; looked for a table with Idx and Name, lines "
                         "`1: person`, or one name a line")
-    return {k: layout.spoken(n.split(",")[0].split(";")[0].replace(":", " ")) for k, n in found.items()}
+    names: dict[int, str] = {}
+    for value, name in found:
+        spoken = layout.spoken(name.replace(":", " "))
+        if not spoken or names.setdefault(value - 1 + first, spoken) != spoken:
+            raise UserError(f"{path}: class {value} has {'two names' if spoken else 'no name'}")
+    return names

@@ -2,18 +2,23 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 from etils import epath
 
-from argenseg_jax.data.psalm import ANSWER
+from argenseg_jax import files
+from argenseg_jax.data import transforms
 from argenseg_jax.data.reader import Reader, Reading
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.errors import SampleError, UserError, located
+from argenseg_jax.errors import DATA_FAULTS, SampleError, UserError, brief, located
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-Entry = TypeVar("Entry")
+ANSWER = "Sure, the segmentation result: <mask>."
+Entry, Made = TypeVar("Entry"), TypeVar("Made")
 
 
 class Indexed(Generic[Entry]):
@@ -47,6 +52,14 @@ class Indexed(Generic[Entry]):
             meta = {"source": self.name, "line": where, "id": index, **sample.meta}
             return dataclasses.replace(sample, meta=meta)
 
+    def sized(self, info: Mapping[str, Any], root: Root, where: str) -> tuple[np.ndarray, int, int]:
+        """(image u8[H, W, 3], H, W) of an entry {file_name, height, width}; SampleError if it has another size."""
+        height, width = int(info["height"]), int(info["width"])
+        path = root.file(info["file_name"])
+        image = self.reader.image(path)
+        transforms.check_shape(image, (height, width), f"(height, width {where})", path)
+        return image, height, width
+
     def where(self, entry: Entry) -> str:
         """The file and the entry, for messages and reports."""
         return f"{self.name}: {self.from_(entry)}"
@@ -59,26 +72,58 @@ class Indexed(Generic[Entry]):
 
 
 def find(root: epath.Path, what: str, *candidates: str) -> epath.Path:
-    """The first of root/candidate (patterns allowed) that exists; UserError says what was sought."""
+    """The first of root/candidate that exists; UserError says what was sought."""
     for candidate in candidates:
-        if any(c in candidate for c in "*?["):
-            if found := sorted(root.glob(candidate)):
-                return found[0]
-        elif (root / candidate).exists():
-            return root / candidate
+        if files.kind_of(path := files.join(root, candidate)):
+            return path
     raise UserError(f"{root}: no {what}; looked for {', '.join(candidates)}")
 
 
-def frames(root: epath.Path, video: str, conversation: Sequence[Mapping[str, str]],
+class Root(NamedTuple):
+    """The folder that the file names of a data file start from.
+
+    Attributes:
+      folder: local or in a bucket.
+      allow_outside: whether a relative name may lead out of it.
+    """
+
+    folder: epath.Path
+    allow_outside: bool = False
+
+    def file(self, name: Any) -> epath.Path:
+        """The file of a name; SampleError where it is none, or leads out of the folder.
+
+        Where there is no such file, it is looked for as other programs write the name: with Windows'
+        backslashes, with the folder's own name in front, with letters composed otherwise (NFC, NFD).
+        """
+        if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+            raise SampleError(f"a file name is expected, not {brief(repr(name), 80)}")
+        paths = [files.inside(self.folder, spelling, self.allow_outside, SampleError)
+                 for spelling in self._spellings(os.fspath(name))]
+        return next((p for p in paths if files.kind_of(p, SampleError)), paths[0]) if len(paths) > 1 else paths[0]
+
+    def _spellings(self, name: str) -> list[str]:
+        if files.is_remote(name) or os.path.isabs(name):
+            return [name]
+        plain = name.replace("\\", "/").removeprefix("./")
+        found = [name, plain] if "\\" in name else [name]
+        if plain.startswith(f"{self.folder.name}/"):
+            found.append(plain.partition("/")[2])
+        if not name.isascii():
+            found += [unicodedata.normalize(form, n) for n in list(found) for form in ("NFC", "NFD")]
+        return list(dict.fromkeys(found))
+
+
+def frames(root: Root, video: str, conversation: Sequence[Mapping[str, str]],
            most: int = 32) -> tuple[list[str], list[dict[str, str]]]:
     """A folder of frames as images: (paths below root, turns with `<video>` as InternVL writes it).
 
     At most `most` frames, evenly spaced. A text without `<video>` has it in front.
     """
-    folder = root / video
-    if not folder.is_dir():
+    folder = root.file(video)
+    if files.kind_of(folder, SampleError) != "folder":
         raise SampleError(f"video {video}: no folder of frames (video files must be unpacked first)")
-    found = pictures(folder)
+    found = pictures(folder, SampleError)
     if not found:
         raise SampleError(f"video {video}: no frames; looked for {', '.join(PICTURES)}")
     step = max(1.0, len(found) / most)
@@ -93,13 +138,24 @@ def frames(root: epath.Path, video: str, conversation: Sequence[Mapping[str, str
 
 
 def subfolders(folder: epath.Path) -> list[epath.Path]:
-    """The folders in a folder, by name."""
-    return sorted(p for p in folder.iterdir() if p.is_dir())
+    """The folders in a folder, by name; hidden ones are left out."""
+    return [p for p in files.listed(folder) if files.kind_of(p) == "folder"]
 
 
-def pictures(folder: epath.Path) -> list[epath.Path]:
-    """The picture files of a folder, by name."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+def pictures(folder: epath.Path, error: type[UserError] = UserError) -> list[epath.Path]:
+    """The image files of a folder, by name; hidden ones (macOS's ._a.png) are left out."""
+    return [p for p in files.listed(folder, error) if p.suffix.lower() in PICTURES]
+
+
+def by_stem(paths: Sequence[epath.Path]) -> dict[str, epath.Path]:
+    """{name without its ending, letters composed (NFC): path}; a .png goes before others of one name."""
+    ordered = sorted(paths, key=lambda p: (p.suffix.lower() != ".png", p))
+    return {stem(p): p for p in reversed(ordered)}
+
+
+def stem(path: epath.Path) -> str:
+    """The name without its ending; macOS takes letters apart (NFD), others do not."""
+    return unicodedata.normalize("NFC", path.stem)
 
 
 def turns(question: str, answer: str = ANSWER) -> list[dict[str, str]]:
@@ -110,12 +166,84 @@ def turns(question: str, answer: str = ANSWER) -> list[dict[str, str]]:
 def records(content: Any, key: str, path: Any) -> list[Mapping[str, Any]]:
     """content[key], checked to be a list of objects."""
     found = content.get(key) if isinstance(content, Mapping) else None
-    if not isinstance(found, list) or not all(isinstance(r, Mapping) for r in found):
+    if not isinstance(found, list):
         raise UserError(f"{path}: key `{key}` must be a list of objects")
+    if (wrong := next((k for k, r in enumerate(found) if not isinstance(r, Mapping)), None)) is not None:
+        raise UserError(f"{path}: key `{key}` must be a list of objects; entry {wrong} is "
+                        f"{brief(repr(found[wrong]), 60)}")
     return found
+
+
+def each(entries: Sequence[Any], make: Callable[[Any], Made], where: str) -> list[Made]:
+    """make(entry) of all; UserError names `where` and the number of the entry that is of another form."""
+    try:
+        return [make(entry) for entry in entries]
+    except (UserError, *DATA_FAULTS):
+        for k, entry in enumerate(entries):
+            with located(f"{where}[{k}]", "usable entry", UserError):
+                make(entry)
+        raise
+
+
+def an_id(value: Any) -> int | str:
+    """An id as it is: a number or a text; ValueError otherwise."""
+    if type(value) not in (int, str) and not (type(value) is float and value.is_integer()):
+        raise ValueError(f"{brief(repr(value), 40)} is no id, which is a whole number or a text")
+    return value
+
+
+def by_id(entries: Sequence[Mapping[str, Any]], where: str) -> dict[int | str, Mapping[str, Any]]:
+    """{id: entry}; UserError names an entry without an id, or with that of another entry."""
+    ids = each(entries, lambda entry: an_id(entry["id"]), where)
+    found = dict(zip(ids, entries, strict=True))
+    if len(found) < len(ids):
+        for k, (key, entry) in enumerate(zip(ids, entries, strict=True)):
+            if found[key] != entry:
+                raise UserError(f"{where}[{k}]: the id {brief(repr(key), 40)} is that of another entry too")
+    return found
+
+
+def classes(categories: Sequence[Mapping[str, Any]], where: str
+            ) -> tuple[dict[int | str, str], dict[int | str, int | str]]:
+    """({category id: name}, {category id: the first id of that name}): two of one name are one question."""
+    known = by_id(categories, where)
+    names = each(list(known.values()), lambda c: spoken(text(c["name"], "the name")), where)
+    return dict(zip(known, names, strict=True)), firsts(dict(zip(known, names, strict=True)))
+
+
+def firsts(names: Mapping[Any, str]) -> dict[Any, Any]:
+    """{key: the first key of the same name}."""
+    first = {name: key for key, name in reversed(names.items())}
+    return {key: first[name] for key, name in names.items()}
+
+
+def look_up(found: Mapping[Any, Entry], key: Any, what: str) -> Entry:
+    """found[key]; SampleError says that there is no such `what`."""
+    try:
+        return found[key]
+    except (KeyError, TypeError):
+        raise SampleError(f"there is no {what} {brief(repr(key), 40)}") from None
+
+
+def in_order(key: Any) -> tuple[Any, ...]:
+    """Sorts ids, and tuples of them, also where some are numbers and some texts: numbers first."""
+    return tuple(map(in_order, key)) if isinstance(key, tuple) else (isinstance(key, str), key)
+
+
+def text(value: Any, what: str) -> str:
+    """A text that says something, as it is; ValueError otherwise."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{what} {brief(repr(value), 60)} is no text")
+    return value
+
+
+def ids_of(**ids: Any) -> dict[str, int | str]:
+    """image_id and category_id of a data set's own for `Sample.meta`, where they are ids."""
+    return {key: value for key, value in ids.items() if type(value) in (int, str)}
 
 
 def spoken(name: str) -> str:
     """A class name as words: 'trash_can' -> 'trash can', 'bicycle:wheel' -> 'wheel of the bicycle'."""
+    name = unicodedata.normalize("NFC", name)
     whole, _, part = (" ".join(w.replace("_", " ").split()) for w in name.partition(":"))
     return f"{part} of the {whole}" if part else whole

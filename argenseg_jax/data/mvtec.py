@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from argenseg_jax.data import layout, transforms
+from argenseg_jax import files
+from argenseg_jax.data import layout, psalm, transforms
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError, UserError
@@ -32,13 +33,18 @@ class AnomalySource(layout.Indexed[Part]):
       folder: of all categories, or of one.
       split: train (good pictures only) or test.
       category: only this one, such as bottle.
+      prompt: how a defect is asked for; see psalm.question.
     """
 
+    takes_prompt = True
+
     def __init__(self, folder: epath.Path, split: str = "test", category: str = "",
-                 reading: Reading = Reading()):
+                 prompt: str = psalm.DEFAULT, reading: Reading = Reading()):
+        psalm.question([], prompt)
+        self.prompt = prompt
         roots = [folder / category] if category else (
-            [folder] if (folder / split).is_dir() else layout.subfolders(folder))
-        entries = [Part(root, kind.name, picture) for root in roots if (root / split).is_dir()
+            [folder] if files.kind_of(folder / split) == "folder" else layout.subfolders(folder))
+        entries = [Part(root, kind.name, picture) for root in roots if files.kind_of(root / split) == "folder"
                    for kind in layout.subfolders(root / split) for picture in layout.pictures(kind)]
         if not entries:
             looked = f"{category or 'CATEGORY'}/{split}/good/*.png"
@@ -53,12 +59,14 @@ class AnomalySource(layout.Indexed[Part]):
         if entry.defect == "good":
             mask = np.zeros(image.shape[:2], np.uint8)
         else:
-            path = entry.category / "ground_truth" / entry.defect / f"{entry.path.stem}_mask.png"
+            masks = layout.Root(entry.category / "ground_truth" / entry.defect)
+            path = masks.file(f"{entry.path.stem}_mask.png")
             mask = self.reader.mask(path)
             transforms.check_sizes(image, [mask], [path.name], [entry.path, path])
             if not mask.any():
                 raise SampleError(f"{path.name} shows no defect")
         name = layout.spoken(entry.category.name)
-        return Sample(layout.turns(QUESTION.format(name)), (image,), (mask,),
+        asked = QUESTION.format(name) if self.prompt == psalm.DEFAULT else psalm.question([name], self.prompt)
+        return Sample(layout.turns(asked), (image,), (mask,),
                       {"files": [entry.path.name], "kind": f"{name}, {layout.spoken(entry.defect)}",
                        "sents": [name], "metric": "anomaly"})

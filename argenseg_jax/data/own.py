@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from argenseg_jax import files
 from argenseg_jax.data import layout, psalm, transforms
 from argenseg_jax.data.coco import CocoSource
 from argenseg_jax.data.label_maps import LabelMapSource
@@ -31,14 +32,22 @@ class Masked(NamedTuple):
 class MaskFolders(layout.Indexed[Masked]):
     """One sample per mask file of masks/CLASS/; black ones too: they teach that a class is absent."""
 
-    def __init__(self, folder: epath.Path, reading: Reading = Reading()):
-        pictures = {p.stem: p for p in layout.pictures(_images(folder))}
+    takes_prompt = True
+
+    def __init__(self, folder: epath.Path, prompt: str = psalm.DEFAULT, reading: Reading = Reading()):
+        psalm.question([], prompt)
+        self.prompt = prompt
+        pictures: dict[str, list[epath.Path]] = {}
+        for path in layout.pictures(_images(folder)):
+            pictures.setdefault(layout.stem(path), []).append(path)
         entries = []
         for kind in layout.subfolders(folder / "masks"):
             for mask in layout.pictures(kind):
-                if mask.stem not in pictures:
-                    raise UserError(f"{mask}: no picture of this name in {folder / 'images'}")
-                entries.append(Masked(pictures[mask.stem], layout.spoken(kind.name), mask))
+                found = pictures.get(layout.stem(mask), ())
+                if len(found) != 1:
+                    raise UserError(f"{mask}: {'several pictures' if found else 'no picture'} of this name in "
+                                    f"{folder / 'images'}")
+                entries.append(Masked(found[0], layout.spoken(kind.name), mask))
         if not entries:
             raise UserError(f"{folder}: no masks; looked for masks/CLASS/*.png")
         super().__init__(str(folder), sorted(entries), reading)
@@ -49,17 +58,17 @@ class MaskFolders(layout.Indexed[Masked]):
     def made(self, entry: Masked) -> Sample:
         image, mask = self.reader.image(entry.picture), self.reader.mask(entry.mask)
         transforms.check_sizes(image, [mask], [entry.mask.name], [entry.picture, entry.mask])
-        return Sample(layout.turns(psalm.question([entry.name], "semantic")), (image,), (mask,),
+        return Sample(layout.turns(psalm.question([entry.name], psalm.wording(self.prompt))), (image,), (mask,),
                       {"files": [entry.picture.name], "kind": entry.name, "sents": [entry.name],
                        "metric": "semantic"})
 
 
-def open_own(folder: epath.Path, reading: Reading = Reading()) -> layout.Indexed:
+def open_own(folder: epath.Path, prompt: str = psalm.DEFAULT, reading: Reading = Reading()) -> layout.Indexed:
     """The source of whichever form the folder has; UserError where it is none of them, or several."""
-    forms = {"annotations.json": lambda: CocoSource(folder, "own", reading=reading),
-             "labels": lambda: LabelMapSource(folder, "own", asked="shown", reading=reading),
-             "masks": lambda: MaskFolders(folder, reading)}
-    found = [name for name in forms if (folder / name).exists()]
+    forms = {"annotations.json": lambda: CocoSource(folder, "own", prompt=prompt, reading=reading),
+             "labels": lambda: LabelMapSource(folder, "own", asked="shown", prompt=prompt, reading=reading),
+             "masks": lambda: MaskFolders(folder, prompt, reading)}
+    found = [name for name in forms if files.kind_of(folder / name)]
     if len(found) != 1:
         raise UserError(f"{folder}: {'no' if not found else 'several'} annotations; looked for one of "
                         f"masks/CLASS/*.png, labels/*.png with classes.txt, annotations.json; found "

@@ -69,6 +69,7 @@ class DataConfig:
       window: (low, high), the values of images of more than 8 bits that become 0..255; () = found once
         per data set (data/reader.py).
       max_pixels: most pixels of an image file; 0 = 64 Mi.
+      allow_outside: relative paths in data files may lead out of the folder that they start from.
       augment: change photographs (data/augment.py).
       recolour: share of the samples that get other colours, where the text names none.
       prompt_drop: share of text-to-image prompts replaced by the unconditional one.
@@ -91,6 +92,7 @@ class DataConfig:
     pad_to_square: bool = False
     window: tuple[float, float] | tuple[()] = ()
     max_pixels: int = 0
+    allow_outside: bool = False
     augment: bool = False
     recolour: float = 0.0
     prompt_drop: float = 0.0

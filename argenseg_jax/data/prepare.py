@@ -32,7 +32,7 @@ from etils import epath
 from PIL import Image
 
 from argenseg_jax import files, locks, processes
-from argenseg_jax.data import prompt, records, sources, tfds_folder, transforms
+from argenseg_jax.data import prompt, psalm, records, sources, tfds_folder, transforms
 from argenseg_jax.data.prepared import FORMAT, MANIFEST, PLAN, SHARDS, SUMMARY, checksum
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
@@ -70,7 +70,7 @@ class Job:
         this side reads the same tiles, to the bit. 0 = as they are.
       shard_samples: samples of a shard, broken ones counted.
       coder: keeps the codes of the masks (before any resize) in the records.
-      window, max_pixels: as of data/reader.Reading.
+      window, max_pixels, allow_outside: as of data/reader.Reading.
     """
 
     sources: tuple[str, ...]
@@ -84,13 +84,15 @@ class Job:
     coder: Coder | None = None
     window: tuple[float, float] | tuple[()] = ()
     max_pixels: int = 0
+    allow_outside: bool = False
 
     def identity(self) -> dict[str, Any]:
         """All that the bytes of the shards depend on, but for the samples themselves."""
         asked = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                 if f.name not in ("out", "coder", "window", "max_pixels")}
+                 if f.name not in ("out", "coder", "window", "max_pixels", "allow_outside")}
         asked |= {"window": list(self.window)} if self.window else {}
         asked |= {"max_pixels": self.max_pixels} if self.max_pixels else {}
+        asked |= {"allow_outside": True} if self.allow_outside else {}
         return {**asked, "sources": list(self.sources), "format": FORMAT,
                 "codes": self.coder and self.coder.identity()}
 
@@ -101,7 +103,9 @@ class _Items:
     def __init__(self, job: Job):
         self.job = job
         self.parts = sources.open_mixture(job.sources, job.root, job.prompt, job.image_root,
-                                          Reading(job.window, job.max_pixels))
+                                          Reading(job.window, job.max_pixels, allow_outside=job.allow_outside))
+        if job.prompt != psalm.DEFAULT and not any(sources.takes_prompt(part.source) for part in self.parts):
+            raise UserError(f"prompt {job.prompt!r} changes nothing: these sources hold their own questions")
         self.counts = []
         for part in self.parts:
             if part.length >= sources.ENDLESS:

@@ -45,17 +45,20 @@ class Reading(NamedTuple):
       max_pixels: most pixels of an image; 0 = images.MAX_PIXELS.
       max_images: more images of a sample are refused before one is decoded; 0 = any number.
       max_masks: more masks of a sample likewise.
+      allow_outside: a relative path in a data file may lead out of the folder that it starts from.
     """
 
     window: Window | tuple[()] = ()
     max_pixels: int = 0
     max_images: int = 0
     max_masks: int = 0
+    allow_outside: bool = False
 
     @classmethod
     def of(cls, data: Mapping[str, Any], **limits: int) -> Reading:
         """From the config section `data`."""
-        return cls(tuple(data.get("window") or ()), data.get("max_pixels") or 0, **limits)
+        return cls(tuple(data.get("window") or ()), data.get("max_pixels") or 0,
+                   allow_outside=bool(data.get("allow_outside")), **limits)
 
 
 class Reader:
@@ -232,8 +235,7 @@ def to_bytes(levels: np.ndarray, window: Window) -> np.ndarray:
 
 
 def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):  # floats of any size
-        scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
+    scaled = (values.astype(np.float32) - np.float32(low)) * (255 / (high - low))
     return np.rint(np.clip(np.nan_to_num(scaled, posinf=255, neginf=0), 0, 255)).astype(np.uint8)
 
 

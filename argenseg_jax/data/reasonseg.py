@@ -4,13 +4,13 @@
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from argenseg_jax import files
 from argenseg_jax.data import drawing, layout, psalm, rle
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
@@ -19,33 +19,46 @@ from argenseg_jax.errors import SampleError, UserError
 IGNORED = 255
 
 
-class ReasonSegSource(layout.Indexed[epath.Path]):
+class Pair(NamedTuple):
+    """A picture and the file of its question."""
+
+    picture: epath.Path
+    record: epath.Path
+
+
+class ReasonSegSource(layout.Indexed[Pair]):
     """One sample per picture; `meta['ignore_mask']` u8[H, W] marks what no score may count."""
 
-    def __init__(self, folder: epath.Path, split: str = "val", prompt: str = "",
+    takes_prompt = True
+
+    def __init__(self, folder: epath.Path, split: str = "val", prompt: str = psalm.DEFAULT,
                  reading: Reading = Reading()):
-        """folder: ReasonSeg; split: train, val, test; prompt: default by the kind of text."""
-        if prompt:
-            psalm.question([], prompt)
+        """folder: ReasonSeg; split: train, val, test; prompt: see psalm.question, by default by the kind of text."""
+        psalm.question([], prompt)
         self.prompt = prompt
-        path = layout.find(folder, f"split '{split}' of ReasonSeg", f"{split}/*.json").parent
-        entries = [p for p in layout.pictures(path) if p.with_suffix(".json").exists()]
+        path = layout.find(folder, f"split '{split}' of ReasonSeg", f"{split}/")
+        records = {layout.stem(p): p for p in files.listed(path) if p.suffix == ".json"}
+        if not records:
+            raise UserError(f"{folder}: no split '{split}' of ReasonSeg; looked for {split}/*.json")
+        entries = [Pair(p, records[layout.stem(p)]) for p in layout.pictures(path) if layout.stem(p) in records]
         if not entries:
             raise UserError(f"{path}: no picture beside its .json; looked for *.jpg with *.json")
         super().__init__(str(path), entries, reading)
 
-    def from_(self, entry: epath.Path) -> str:
-        return entry.with_suffix(".json").name
+    def from_(self, entry: Pair) -> str:
+        return entry.record.name
 
-    def made(self, entry: epath.Path) -> Sample:
-        record = _read(entry.with_suffix(".json"))
-        image = self.reader.image(entry)
+    def made(self, entry: Pair) -> Sample:
+        record = _read(entry.record)
+        image = self.reader.image(entry.picture)
         labels = draw_shapes(record["shapes"], *image.shape[:2])
         texts = [record["text"]] if isinstance(record["text"], str) else list(record["text"])
         sentence = bool(record.get("is_sentence", True))
-        question = psalm.question(texts[:1], self.prompt or ("reasoning" if sentence else "semantic"))
+        layout.text(*texts[:1], "the text")
+        own = "reasoning" if sentence else "semantic"
+        question = psalm.question(texts[:1], own if self.prompt == psalm.DEFAULT else self.prompt)
         return Sample(layout.turns(question), (image,), ((labels == 1).astype(np.uint8) * 255,),
-                      {"files": [entry.name], "sents": texts[:1], "metric": "referring",
+                      {"files": [entry.picture.name], "sents": texts[:1], "metric": "referring",
                        "kind": "long query" if sentence else "short query",
                        "ignore_mask": (labels == IGNORED).astype(np.uint8) * 255})
 
@@ -74,11 +87,9 @@ def draw_shapes(shapes: Sequence[Mapping[str, Any]], height: int, width: int) ->
 
 
 def _read(path: epath.Path) -> Mapping[str, Any]:
-    content = path.read_bytes()
+    content = files.read_bytes(path, error=SampleError)
     try:
-        try:
-            return json.loads(content.decode())
-        except UnicodeDecodeError:  # some of the published files are not UTF-8
-            return json.loads(content.decode("cp1252"))
-    except ValueError as error:
-        raise SampleError(f"malformed JSON ({error})") from None
+        text = files.decode_text(content, path.name, SampleError)
+    except SampleError:  # some of the published files are not UTF-8
+        text = content.decode("cp1252", "replace")
+    return files.parse_json(text, path.name, SampleError)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from argenseg_jax import files
-from argenseg_jax.data import layout, plain_pickle, psalm, rle, transforms
+from argenseg_jax.data import layout, plain_pickle, psalm, rle
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.errors import UserError
+from argenseg_jax.errors import UserError, brief
 
 _IMAGES = ("../images/mscoco/images/train2014", "../images/train2014", "../train2014",
            "images/train2014", "train2014", "../../coco/train2014")
@@ -42,6 +42,8 @@ class ReferSource(layout.Indexed[Expression]):
       reading: see data/reader.py.
     """
 
+    takes_prompt = True
+
     def __init__(self, folder: epath.Path, split: str = "val", split_by: str = "",
                  image_root: epath.PathLike = "", prompt: str = "referring",
                  reading: Reading = Reading()):
@@ -52,53 +54,50 @@ class ReferSource(layout.Indexed[Expression]):
         content = files.read_json(path) if self._general else plain_pickle.read(path)
         whole = files.read_json(layout.find(folder, "instances", "instances.json"))
         where = folder / "instances.json"
-        try:
-            self._images = {i["id"]: i for i in layout.records(whole, "images", where)}
-            self._anns = {a["id"]: a for a in layout.records(whole, "annotations", where)}
-        except KeyError as error:
-            raise UserError(f"{where}: an entry without {error}") from None
+        self._images = layout.by_id(layout.records(whole, "images", where), f"{where}: images")
+        self._anns = layout.by_id(layout.records(whole, "annotations", where), f"{where}: annotations")
         refs = layout.records({"refs": content}, "refs", path)
-        try:
-            mine = [r for r in refs if r["split"] == split]
-            entries = [Expression(r["ref_id"], s["sent"], r["image_id"], _ann_ids(r))
-                       for r in mine for s in r["sentences"]]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: a ref without {error}") from None
+        found = layout.each(refs, lambda ref: (layout.text(ref["split"], "the split"), _expressions(ref)),
+                            f"{path}: refs")
+        entries = [expression for name, mine in found if name == split for expression in mine]
         if not entries:
-            raise UserError(f"{path}: no split '{split}'; there are "
-                            f"{', '.join(sorted({str(r['split']) for r in refs}))}")
-        self._root = epath.Path(image_root) if image_root else layout.find(
-            folder, "pictures", *_IMAGES)
+            known = sorted({name for name, _ in found})
+            raise UserError(f"{path}: no split '{split}'; there are {brief(', '.join(known))}")
+        root = files.to_path(image_root) if image_root else layout.find(folder, "pictures", *_IMAGES)
+        self._root = layout.Root(root, reading.allow_outside)
         super().__init__(str(path), entries, reading)
 
     def from_(self, entry: Expression) -> str:
         return f"ref {entry.ref_id}"
 
     def made(self, entry: Expression) -> Sample:
-        info = self._images[entry.image_id]
-        height, width = int(info["height"]), int(info["width"])
-        path = self._root / info["file_name"]
-        image = self.reader.image(path)
-        transforms.check_shape(image, (height, width), "(height, width in instances.json)", path)
-        drawn = rle.objects([self._anns[k] for k in entry.anns], height, width)
-        return Sample(layout.turns(psalm.question([entry.sent], self.prompt)), (image,), (drawn.mask,),
-                      {"files": [info["file_name"]], "sents": [entry.sent],
-                       "metric": "grefcoco" if self._general else "referring", **drawn.meta()})
+        info = layout.look_up(self._images, entry.image_id, "image")
+        image, height, width = self.sized(info, self._root, "in instances.json")
+        anns = [layout.look_up(self._anns, k, "annotation") for k in entry.anns]
+        drawn = rle.objects(anns, height, width)
+        category = anns[0].get("category_id") if anns else None
+        sents = [layout.text(entry.sent, "`sent`")]
+        return Sample(layout.turns(psalm.question(sents, self.prompt)), (image,), (drawn.mask,),
+                      {"files": [info["file_name"]], "sents": sents,
+                       "metric": "grefcoco" if self._general else "referring", **drawn.meta(),
+                       **layout.ids_of(image_id=entry.image_id, category_id=category)})
 
 
 def _refs_file(folder: epath.Path, split_by: str) -> epath.Path:
-    found = sorted([*folder.glob("refs(*).p"), *folder.glob("grefs(*).json")])
-    names = {re.search(r"\((.*)\)", p.name)[1]: p for p in found}
+    names = {found[1] or found[2]: path for path in files.listed(folder)
+             if (found := re.fullmatch(r"refs\((.*)\)\.p|grefs\((.*)\)\.json", path.name))}
     if not names:
         raise UserError(f"{folder}: no referring expressions; looked for refs(*).p, grefs(*).json")
     if split_by not in names and (split_by or len(names) > 1):
         raise UserError(f"{folder}: expressions split by {', '.join(names)}; name one of them, such "
                         f"as refer:{folder}:val:{next(iter(names))}")
-    return names[split_by] if split_by else found[0]
+    return names[split_by] if split_by else next(iter(names.values()))
 
 
-def _ann_ids(ref: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids of a ref's objects; -1 (gRefCOCO) and `no_target` stand for none."""
+def _expressions(ref: Mapping[str, Any]) -> list[Expression]:
+    """Those of a ref; -1 (gRefCOCO) and `no_target` stand for no object."""
     ids = ref["ann_id"]
     ids = ids if isinstance(ids, list) else [ids]
-    return () if ref.get("no_target") else tuple(k for k in ids if k != -1)
+    anns = () if ref.get("no_target") else tuple(layout.an_id(k) for k in ids if k != -1)
+    return [Expression(ref["ref_id"], s["sent"], layout.an_id(ref["image_id"]), anns)
+            for s in ref["sentences"]]

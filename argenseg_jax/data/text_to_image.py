@@ -5,8 +5,11 @@
 """
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from etils import epath
 
+from argenseg_jax import files
 from argenseg_jax.data import layout
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
@@ -15,9 +18,19 @@ from argenseg_jax.errors import SampleError, UserError
 QUESTION = "Please generate a picture about {}."  # the wording of prompt.NOTHING
 ANSWER = "Sure, the picture: <mask>."
 MAPPING = "LOC_synset_mapping.txt"
+_LONGEST = 2**20  # bytes of a caption
+_FILES = (*layout.PICTURES, ".txt", ".json", ".parquet", ".tar")  # what img2dataset writes is no folder
 
 
-class PairSource(layout.Indexed[tuple]):
+class Pair(NamedTuple):
+    """A picture with the file of its caption, or the name of its class."""
+
+    picture: epath.Path
+    caption: epath.Path | None
+    name: str
+
+
+class PairSource(layout.Indexed[Pair]):
     """One sample per picture, its caption or class in the question. No image goes in.
 
     Args:
@@ -26,39 +39,43 @@ class PairSource(layout.Indexed[tuple]):
     """
 
     def __init__(self, folder: epath.Path, split: str = "", reading: Reading = Reading()):
-        root = folder / split if split else folder
-        if not root.is_dir():
+        root = files.join(folder, split) if split else folder
+        if files.kind_of(root) != "folder":
             raise UserError(f"{root}: no such folder of text-to-image pairs")
-        paths = sorted([*root.glob("*"), *root.glob("*/*")])  # no layout is deeper
+        first = files.listed(root)
+        inner = [p for p in first if p.suffix.lower() not in _FILES and files.kind_of(p) == "folder"]
+        paths = sorted([*first, *(p for f in inner for p in files.listed(f))])  # no layout is deeper
         found = [p for p in paths if p.suffix.lower() in layout.PICTURES]
-        captions = {p.with_suffix("") for p in paths if p.suffix == ".txt"}
-        entries: list[tuple] = [(p, None) for p in found if p.with_suffix("") in captions]
+        captions = {(p.parent, layout.stem(p)): p for p in paths if p.suffix == ".txt"}
+        entries = [Pair(p, captions[p.parent, layout.stem(p)], "") for p in found
+                   if (p.parent, layout.stem(p)) in captions]
         if not entries:
             names = _class_names(root, folder)
-            entries = [(p, names.get(p.parent.name, layout.spoken(p.parent.name)))
+            entries = [Pair(p, None, names.get(p.parent.name, layout.spoken(p.parent.name)))
                        for p in found if p.parent != root]
         if not entries:
             raise UserError(f"{root}: no text-to-image pairs; looked for X.jpg beside X.txt, "
                             "and for CLASS/*.jpg")
         super().__init__(str(root), entries, reading)
 
-    def from_(self, entry: tuple) -> str:
-        return str(entry[0])
+    def from_(self, entry: Pair) -> str:
+        return str(entry.picture)
 
-    def made(self, entry: tuple) -> Sample:
-        path, name = entry
-        text = path.with_suffix(".txt").read_text() if name is None else name
+    def made(self, entry: Pair) -> Sample:
+        caption = entry.caption
+        text = files.read_text(caption, _LONGEST, SampleError) if caption else entry.name
         text = " ".join(text.split()).rstrip(".")
         if not text:
-            raise SampleError(f"{path.with_suffix('.txt').name} is empty")
-        return Sample(layout.turns(QUESTION.format(text), ANSWER), (), (self.reader.image(path),),
-                      {"files": [path.name], "kind": name, "sents": [text], "metric": "fidelity"})
+            raise SampleError(f"{caption.name if caption else 'the class name'} is empty")
+        return Sample(layout.turns(QUESTION.format(text), ANSWER), (), (self.reader.image(entry.picture),),
+                      {"files": [entry.picture.name], "kind": entry.name or None, "sents": [text],
+                       "metric": "fidelity"})
 
 
 def _class_names(*folders: epath.Path) -> dict[str, str]:
     """{folder name: first class name} of ImageNet's mapping, where there is one."""
     for folder in folders:
-        if (folder / MAPPING).exists():
-            rows = [line.split(" ", 1) for line in (folder / MAPPING).read_text().splitlines()]
+        if files.kind_of(folder / MAPPING) == "file":
+            rows = [line.split(" ", 1) for line in files.read_text(folder / MAPPING).splitlines()]
             return {row[0]: row[1].split(",")[0].strip() for row in rows if len(row) == 2}
     return {}

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from argenseg_jax.data import label_maps, layout, panoptic, plain_pickle, reasonseg
@@ -135,7 +136,7 @@ def test_faults_of_refer(refer):
         with pytest.raises(UserError, match=fault):
             open_source(f"refer:{refer}/{name}")
     (refer / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps([{"split": "val"}]))
-    with pytest.raises(UserError, match=r"refs\(unc\).p: a ref without 'sentences'"):
+    with pytest.raises(UserError, match=r"refs\(unc\).p: refs\[0\]: not a usable entry \(KeyError: 'ann_id'\)"):
         open_source(f"refer:{refer}/refcoco")
     (refer / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps([Evil()]))
     with pytest.raises(UserError, match=r"refs\(unc\).p: the pickle holds more"):
@@ -178,7 +179,7 @@ def test_reasonseg(tmp_path):
     assert b.conversations[0]["value"] == "<image>\n Please segment café in this image."
     with pytest.raises(UserError, match="split 'test' of ReasonSeg; looked for test/"):
         open_source(f"reasonseg:{tmp_path}:test")
-    for bad, fault in (("{", "malformed JSON"), ({"shapes": []}, "KeyError: 'text'"),
+    for bad, fault in (("{", "no valid JSON"), ({"shapes": []}, "KeyError: 'text'"),
                        ({"text": "x", "shapes": [square("t", 0, 1e9)]}, "each below 100000 expected"),
                        ({"text": "x", "shapes": [{"label": "t", "points": []}]}, r"points \[\], where \[\[x, y\]")):
         text(tmp_path / "val/a.json", bad)
@@ -451,6 +452,6 @@ def test_internvl_chat_data(tmp_path):
 def test_frames_are_thinned_evenly(tmp_path):
     for k in range(10):
         picture(tmp_path / f"v/{k}.jpg")
-    chosen, talk = layout.frames(tmp_path, "v", layout.turns("What?"), most=4)
+    chosen, talk = layout.frames(layout.Root(epath.Path(tmp_path)), "v", layout.turns("What?"), most=4)
     assert chosen == ["v/0.jpg", "v/2.jpg", "v/5.jpg", "v/7.jpg"]
     assert talk[0]["value"].startswith("Frame1: <image>") and talk[0]["value"].endswith("<image>\nWhat?")

@@ -97,5 +97,5 @@ def test_a_file_is_named(tmp_path):
     (tmp_path / "refs(unc).p").write_bytes(b"\x80\x02}" + doubled(40)[2:] + b"K\x01s.")
     with pytest.raises(UserError, match=r"refs\(unc\).p: not a readable pickle \(ValueError: a key of type tuple\)"):
         plain_pickle.read(tmp_path / "refs(unc).p")
-    with pytest.raises(UserError, match="is a device, pipe or socket"):
+    with pytest.raises(UserError, match="a device, pipe or socket"):
         plain_pickle.read("/dev/zero")

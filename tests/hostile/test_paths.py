@@ -1,0 +1,288 @@
+"""Paths: gs:// opens everywhere, relative ones stay in their folder, names as other programs write them."""
+import json
+import os
+import pickle
+import unicodedata
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from argenseg_jax import files
+from argenseg_jax.data import layout, prepare
+from argenseg_jax.data.pipeline import DataConfig
+from argenseg_jax.data.reader import Reading
+from argenseg_jax.data.sources import open_mixture, open_source
+from argenseg_jax.errors import SampleError, UserError
+from tests import bucket
+
+TURNS = [{"from": "human", "value": "<image>\nSegment it."}, {"from": "gpt", "value": "<mask>"}]
+BOX = [[0, 0, 6, 0, 6, 8, 0, 8]]
+COCO = {"images": [{"id": 7, "file_name": "a.png", "height": 8, "width": 12}],
+        "categories": [{"id": 3, "name": "box"}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "segmentation": BOX}]}
+
+
+def put(path, content):
+    path = epath.Path(path)
+    if not files.is_remote(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+
+def png(array):
+    import io
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+PICTURE = png(np.full((8, 12, 3), 90, np.uint8))
+MASK = png(np.repeat([[255] * 6 + [0] * 6], 8, 0).astype(np.uint8))
+LABELS = png(np.repeat([[1] * 6 + [2] * 6], 8, 0).astype(np.uint8))
+
+
+def fill(root):
+    """One tiny data set of every kind below a folder; returns {name of the source below it: samples}."""
+    line = {"image": "a.png", "mask": "m.png", "conversations": TURNS}
+    for folder in ("flat", "own/images", "coco/val2017", "maps/images", "masks/images", "refer/train2014",
+                   "panoptic/val2017", "reason/val", "t2i", "mvtec/bolt/test/cut",
+                   "ade/images/validation"):
+        put(f"{root}/{folder}/a.png", PICTURE)
+    put(f"{root}/flat/m.png", MASK)
+    put(f"{root}/flat/d.jsonl", line)
+    put(f"{root}/flat/x.jsonl", {**line, "image": f"{root}/flat/a.png", "mask": f"{root}/flat/m.png"})
+    put(f"{root}/meta.json", {"x": {"root": "flat", "annotation": "flat/d.jsonl"},
+                              "y": {"root": f"{root}/flat", "annotation": f"{root}/flat/d.jsonl", "repeat_time": 2}})
+    put(f"{root}/flat/p.json", [{"image_info": {"file_name": "a.png", "height": 8, "width": 12, "id": 9},
+                                 "instruction": [{"sent": "it"}], "anns": [{"segmentation": BOX}]}])
+    put(f"{root}/own/annotations.json", COCO)
+    put(f"{root}/coco/annotations/instances_val2017.json", COCO)
+    put(f"{root}/maps/labels/a.png", LABELS)
+    put(f"{root}/maps/classes.txt", b"left\nright\n")
+    put(f"{root}/masks/masks/left/a.png", MASK)
+    put(f"{root}/refer/instances.json", COCO)
+    put(f"{root}/refer/refs(unc).p", pickle.dumps([
+        {"ref_id": 1, "ann_id": 1, "image_id": 7, "split": "val", "sentences": [{"sent": "it"}]}], 2))
+    put(f"{root}/panoptic/annotations/panoptic_val2017.json", {
+        **COCO, "annotations": [{"image_id": 7, "file_name": "a.png", "segments_info": [{"id": 1, "category_id": 3}]}]})
+    put(f"{root}/panoptic/annotations/panoptic_val2017/a.png", LABELS)
+    put(f"{root}/reason/val/a.json", {
+        "text": ["it"], "shapes": [{"label": "target", "points": [[0, 0], [5, 0], [5, 7]]}]})
+    put(f"{root}/t2i/a.txt", b"a grey field")
+    put(f"{root}/mvtec/bolt/ground_truth/cut/a_mask.png", MASK)
+    put(f"{root}/ade/annotations/validation/a.png", LABELS)
+    put(f"{root}/ade/objectInfo150.txt", b"Idx\tName\n1\tleft, links\n2\tright\n")
+    return {"jsonl:{}/flat/d.jsonl": 1, "{}/flat/d.jsonl": 1, "{}/flat/x.jsonl": 1, "{}/meta.json": 2,
+            "meta:{}/meta.json": 2, "{}/flat/p.json": 1, "psalm:{}/flat/p.json": 1, "own:{}/own": 1, "own:{}/maps": 2,
+            "own:{}/masks": 1, "coco:{}/coco": 1, "coco:{}/coco:val2017": 1, "refer:{}/refer": 1,
+            "refer:{}/refer:val:unc": 1, "panoptic:{}/panoptic:val2017:shown": 1, "reasonseg:{}/reason:val": 1,
+            "t2i:{}/t2i": 1, "mvtec:{}/mvtec": 1, "ade20k:{}/ade:validation:every": 2,
+            "interactive:box:{}/flat/d.jsonl": 1, "interactive:point:own:{}/own": 1}
+
+
+@pytest.fixture
+def gs():
+    with bucket.in_memory():
+        yield "gs://bucket/data"
+
+
+def same(one, other):
+    assert len(one) == len(other)
+    for k in range(len(one)):
+        a, b = one[k], other[k]
+        assert a.conversations == b.conversations
+        for x, y in zip((*a.images, *a.masks), (*b.images, *b.masks), strict=True):
+            assert np.array_equal(x, y)
+
+
+def test_every_source_opens_in_a_bucket(gs, tmp_path):
+    names = fill(gs)
+    assert fill(tmp_path) == names
+    for name, samples in names.items():
+        local = open_source(name.format(tmp_path))
+        assert len(local) == samples, name
+        same(open_source(name.format(gs)), local)
+        same(open_source(name.format("data"), root="gs://bucket"), local)
+    parts = open_mixture([f"{gs}/meta.json*0.5", f"{gs}/flat/d.jsonl*0.5", f"own:{gs}/maps*2"])
+    assert [(p.length, p.weight) for p in parts] == [(1, 0.5), (1, 1), (1, 0.5), (2, 4)]
+    sample = open_source(f"jsonl:{gs}/flat/d.jsonl", image_root="gs://bucket/data/masks/images")
+    with pytest.raises(SampleError, match="gs://bucket/data/masks/images/m.png"):
+        sample[0]
+
+
+def test_prepared_in_a_bucket_and_read_back(gs, tmp_path):
+    names = fill(tmp_path)
+    wanted = [n.format(tmp_path) for n in names if "every" not in n]
+    for out in (f"{gs}/out", str(tmp_path / "out")):
+        prepare.prepare(prepare.Job(tuple(wanted), out))
+    for name in (f"{gs}/out", f"prepared:{gs}/out", f"tfds:{gs}/out"):
+        same(open_source(name), open_source(str(tmp_path / "out")))
+    assert len(open_mixture([f"prepared:{gs}/out*2"])) == len(open_mixture(wanted))
+    for name in ("prepared.json", "plan.json"):
+        (epath.Path(gs) / "out" / name).unlink()
+    for name in (f"tfds:{gs}/out", f"tfds:{gs}/out:train"):
+        same(open_source(name), open_source(str(tmp_path / "out")))
+    assert len(open_source(f"tfds:{gs}/out:train[:3]")) == 3
+    with pytest.raises(UserError, match="no split 'dev'; it has train"):
+        open_source(f"tfds:{gs}/out:dev")
+
+
+def test_what_is_not_in_a_bucket_is_one_line(gs):
+    for name in (f"{gs}/none.jsonl", f"own:{gs}/none", f"prepared:{gs}/none", f"tfds:{gs}/none:train",
+                 "gs://none/x.json", f"coco:{gs}/none:val2017", "s3x://b/c.jsonl", "own:file://x"):
+        with pytest.raises(UserError) as caught:
+            open_source(name)
+        assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------- out of the folder
+
+
+@pytest.fixture
+def secret(tmp_path):
+    put(tmp_path / "secret.png", PICTURE)
+    put(tmp_path / "secret.jsonl", {"conversations": TURNS[:1], "image": "secret.png"})
+    (tmp_path / "data").mkdir()
+    return tmp_path
+
+
+def test_relative_paths_stay_in_their_folder(secret):
+    data = secret / "data"
+    os.symlink(secret / "secret.png", data / "link.png")
+    os.symlink(secret, data / "linked")
+    put(data / "sub/a.png", PICTURE)
+    for name, way in (("../secret.png", "`..`"), ("sub/../../secret.png", "`..`"), ("link.png", "a symbolic link to"),
+                      ("linked/secret.png", "a symbolic link to"), ("linked/../../secret.png", "")):
+        put(data / "d.jsonl", {"image": name, "conversations": TURNS[:1]})
+        with pytest.raises(SampleError, match=rf"d.jsonl:1: {name}: leads out of .*{way}.*allow_outside"):
+            open_source(f"{data}/d.jsonl")[0]
+        if way:
+            assert open_source(f"{data}/d.jsonl", reading=Reading(allow_outside=True))[0].images
+    for name in (str(secret / "secret.png"), "sub/../sub/a.png", "./sub//a.png"):
+        put(data / "d.jsonl", {"image": name, "conversations": TURNS[:1]})
+        assert open_source(f"{data}/d.jsonl")[0].images
+    assert DataConfig.of({"allow_outside": True}).reading().allow_outside and not DataConfig().reading().allow_outside
+
+
+def test_every_data_file_stays_in_its_folder(secret, tmp_path):
+    data = secret / "data"
+    fill(data)
+    put(data / "meta.json", {"x": {"root": ".", "annotation": "../secret.jsonl"}})
+    with pytest.raises(UserError, match="data set 'x': ../secret.jsonl: leads out of"):
+        open_source(f"{data}/meta.json")
+    put(data / "meta.json", {"x": {"root": "..", "annotation": "flat/d.jsonl"}})
+    with pytest.raises(UserError, match=r"data set 'x': \.\.: leads out of"):
+        open_source(f"{data}/meta.json")
+    assert len(open_source(f"{data}/meta.json", reading=Reading(allow_outside=True))) == 1
+    outside = "../../../secret.png"
+    coco = {**COCO, "images": [{**COCO["images"][0], "file_name": outside}]}
+    psalm = json.loads((data / "flat/p.json").read_text())
+    psalm[0]["image_info"]["file_name"] = outside
+    panoptic = json.loads((data / "panoptic/annotations/panoptic_val2017.json").read_text())
+    maps = json.loads(json.dumps(panoptic))
+    panoptic["images"][0]["file_name"] = maps["annotations"][0]["file_name"] = outside
+    for place, content, name in (
+            ("own/annotations.json", coco, "own:{}/own"), ("refer/instances.json", coco, "refer:{}/refer"),
+            ("coco/annotations/instances_val2017.json", coco, "coco:{}/coco"), ("flat/p.json", psalm, "{}/flat/p.json"),
+            ("panoptic/annotations/panoptic_val2017.json", panoptic, "panoptic:{}/panoptic"),
+            ("panoptic/annotations/panoptic_val2017.json", maps, "panoptic:{}/panoptic"),
+            ("flat/d.jsonl", {"video": "../..", "conversations": TURNS[:1]}, "{}/flat/d.jsonl"),
+            ("flat/d.jsonl", {"image": "a.png", "mask": outside, "conversations": TURNS}, "{}/flat/d.jsonl")):
+        put(data / place, content)
+        with pytest.raises(SampleError, match="leads out of"):
+            open_source(name.format(data))[0]
+
+
+def test_a_bucket_has_no_way_out_either(gs):
+    put("gs://bucket/secret.png", PICTURE)
+    put(f"{gs}/d.jsonl", {"image": "../secret.png", "conversations": TURNS[:1]})
+    with pytest.raises(SampleError, match="leads out of gs://bucket/data"):
+        open_source(f"{gs}/d.jsonl")[0]
+    assert open_source(f"{gs}/d.jsonl", reading=Reading(allow_outside=True))[0].images
+
+
+def test_only_regular_files_are_read(secret):
+    os.mkfifo(secret / "data/pipe.png")
+    for name in ("/dev/zero", "pipe.png", "/dev/random", "/proc/self", "."):
+        put(secret / "data/d.jsonl", {"image": name, "conversations": TURNS[:1]})
+        with pytest.raises(SampleError, match="d.jsonl:1: "):
+            open_source(f"{secret}/data/d.jsonl")[0]
+    with pytest.raises(UserError):
+        open_source("jsonl:/dev/zero")
+
+
+@pytest.mark.parametrize("name", (
+    "\0", "a\0.png", "a" * 300, "\ud83d", "x/" * 3000, "", " ", "~", "*", "a.png/b", 5, ["a.png"], {},
+    "file://a.png", "https://x/a.png", "nope://a", "gs://", "://", "/", "..", "\\\\x\\a.png"))
+def test_odd_names_are_one_line(tmp_path, name):
+    put(tmp_path / "a.png", PICTURE)
+    put(tmp_path / "p.json", [{"image_info": {"file_name": name, "height": 8, "width": 12},
+                               "instruction": [{"sent": "it"}], "anns": []}])
+    with pytest.raises(SampleError) as caught:
+        open_source(f"{tmp_path}/p.json")[0]
+    assert "p.json: entry 0: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------- names of other programs
+
+
+@pytest.mark.parametrize("name", (
+    "a.png", "images/a.png", "images\\a.png", ".\\a.png", ".\\images\\a.png", "./images/a.png"))
+def test_names_with_backslashes_and_the_folder_in_front(tmp_path, name):
+    fill(tmp_path)
+    put(tmp_path / "own/annotations.json", {**COCO, "images": [{**COCO["images"][0], "file_name": name}]})
+    assert open_source(f"own:{tmp_path}/own")[0].images
+
+
+def test_letters_composed_otherwise(tmp_path):
+    """macOS takes é apart (NFD); lists that were made elsewhere do not."""
+    whole, apart = (unicodedata.normalize(form, "née.png") for form in ("NFC", "NFD"))
+    fill(tmp_path)
+    for on_disk, in_list in ((whole, apart), (apart, whole)):
+        put(tmp_path / f"own/images/{on_disk}", PICTURE)
+        put(tmp_path / "own/annotations.json", {**COCO, "images": [{**COCO["images"][0], "file_name": in_list}]})
+        assert open_source(f"own:{tmp_path}/own")[0].images
+        os.unlink(tmp_path / f"own/images/{on_disk}")
+        put(tmp_path / f"masks/images/{on_disk}", PICTURE)
+        put(tmp_path / f"masks/masks/left/{in_list}", MASK)
+        put(tmp_path / f"maps/images/{on_disk}", PICTURE)
+        put(tmp_path / f"maps/labels/{in_list}", LABELS)
+        put(tmp_path / f"t2i/{on_disk}", PICTURE)
+        put(tmp_path / f"t2i/{in_list[:-4]}.txt", b"words")
+        put(tmp_path / f"reason/val/{on_disk}", PICTURE)
+        put(tmp_path / f"reason/val/{in_list[:-4]}.json", (tmp_path / "reason/val/a.json").read_bytes())
+        for name, samples in (("own:{}/masks", 2), ("own:{}/maps", 4), ("t2i:{}/t2i", 2), ("reasonseg:{}/reason", 2)):
+            source = open_source(name.format(tmp_path))
+            assert len(source) == samples and [source[k].masks for k in range(samples)]
+            for p in (f"masks/images/{on_disk}", f"masks/masks/left/{in_list}", f"maps/images/{on_disk}",
+                      f"maps/labels/{in_list}", f"t2i/{on_disk}", f"t2i/{in_list[:-4]}.txt", f"reason/val/{on_disk}",
+                      f"reason/val/{in_list[:-4]}.json") if name.startswith("reason") else ():
+                os.unlink(tmp_path / p)
+    put(tmp_path / f"masks/masks/{unicodedata.normalize('NFD', 'été')}/a.png", MASK)
+    asked = open_source(f"own:{tmp_path}/masks")[1].conversations[0]["value"]
+    assert unicodedata.normalize("NFC", "été") in asked
+
+
+def test_two_pictures_of_one_name(tmp_path):
+    fill(tmp_path)
+    put(tmp_path / "masks/images/a.jpg", PICTURE)
+    with pytest.raises(UserError, match="masks/left/a.png: several pictures of this name"):
+        open_source(f"own:{tmp_path}/masks")
+
+
+def test_meta_json_from_the_working_directory(tmp_path, monkeypatch):
+    """The released example names its files from the folder above its own."""
+    fill(tmp_path / "example")
+    put(tmp_path / "example/meta.json", {"x": {"root": "example/flat", "annotation": "example/flat/d.jsonl"}})
+    with pytest.raises(UserError, match="example/example/flat/d.jsonl does not exist"):
+        open_source(f"{tmp_path}/example/meta.json")
+    monkeypatch.chdir(tmp_path)
+    assert open_source(f"{tmp_path}/example/meta.json")[0].masks[0].any()
+
+
+def test_candidates_of_published_layouts_may_lead_up(tmp_path):
+    fill(tmp_path)
+    root = layout.find(epath.Path(tmp_path / "coco"), "pictures", "../panoptic/val2017", "val2017")
+    assert (root / "a.png").exists() and "panoptic" in str(root)
