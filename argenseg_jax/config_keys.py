@@ -243,7 +243,8 @@ KEYS: dict[str, Key] = {
         "grad_dtype": choice("", *DTYPES), "checkpoint_every": whole(1, STEPS),
         "keep": whole(0, STEPS, "all"), "log_every": whole(1, STEPS),
         "keep_best": match(r"|(min|max):.+", "min:NAME or max:NAME, such as min:loss, or ''"),
-        "sample_every": whole(0, STEPS, "never"), "max_skipped": whole(0, STEPS, "any number")}),
+        "sample_every": whole(0, STEPS, "never"), "max_skipped": whole(0, STEPS, "any number"),
+        "allow_fresh": regexes()}),
     **_named("train.lora", {
         "rank": whole(0, 65536, "none"), "alpha": real(0, 1e6, "rank"), "targets": regexes(),
         "also": regexes()}),

@@ -114,6 +114,7 @@ def base() -> ConfigDict:
             "log_every": 50,    # steps per line of metrics.jsonl, at least 1
             "sample_every": 0,  # steps per picture in samples/; 0 = none
             "max_skipped": 0,   # so many steps that are not finite end the run; 0 = any number
+            "allow_fresh": (),  # path regexes of params that may stay as drawn: not loaded, not trained
             "lora": {           # low-rank adapters of frozen kernels; see models/lora.py
                 "rank": 0,      # of each; 0 = none: everything learns that optim.freeze leaves
                 "alpha": 0.0,   # what they add is multiplied with alpha / rank; 0 = with 1

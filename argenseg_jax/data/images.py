@@ -7,7 +7,11 @@ whatever is read is turned upright by the orientation in its own file, images an
 """
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
+import logging
+import pathlib
 import re
 import sys
 import warnings
@@ -55,35 +59,42 @@ FORMATS = "PNG, JPEG, WebP, BMP, GIF, TIFF"
 _SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # the next marker within JPEG's coded data
 _DEEP = re.compile(r"RGB[AX]?;16([BLN])")  # Pillow's name of 16 bits in each of several channels
 
-# A file with odd metadata and whole pixels is read without a word.
+# A file with odd metadata and whole pixels is read without a word; of a damaged one, one line speaks.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+for _library in pathlib.Path(Image.__file__).parent.parent.glob("pillow.libs/libtiff*"):  # of Pillow's wheels
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(str(_library)).TIFFSetErrorHandler(None)  # it would write to stderr itself
 
 
 # ---------------------------------------------------------------------------------- opening
 
 
-def open_image(path: epath.PathLike, max_pixels: int = MAX_PIXELS, why: str = "") -> Image.Image:
+def open_image(path: epath.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image of a regular file, its pixels not yet decoded; SampleError names the path.
 
     Args:
       path: local or gs://.
       max_pixels: most pixels; looked at in the header.
-      why: replaces how the message explains the limit.
     """
-    content = files.read_bytes(path, error=SampleError)
+    return open_bytes(files.read_bytes(path, error=SampleError), path, max_pixels)
+
+
+def open_bytes(content: bytes, name: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """As open_image, of a file's content; `name` is for messages."""
     kind = next((kind for magic, kind in _FORMATS if magic.match(content)), None)
     if kind is None:
-        raise SampleError(f"{path}: not a readable picture (known formats: {FORMATS})")
+        raise SampleError(f"{name}: not a readable picture (known formats: {FORMATS})")
     if kind is JpegImagePlugin.JpegImageFile and _scans(content) > MAX_SCANS:
-        raise SampleError(f"{path}: not a readable picture (a JPEG of more than {MAX_SCANS} scans)")
+        raise SampleError(f"{name}: not a readable picture (a JPEG of more than {MAX_SCANS} scans)")
     try:
-        image = kind(io.BytesIO(content), str(path))
+        image = kind(io.BytesIO(content), str(name))
         width, height = image.size
     except Exception as fault:  # decoders raise what they like
-        raise _unreadable(path, fault) from None
+        raise _unreadable(name, fault) from None
     if width * height > max_pixels:
-        raise SampleError(f"{path}: {width}x{height} pixels; " + (why or (
-            f"at most {max_pixels} are read: raise data.max_pixels (--max_pixels)")))
+        raise SampleError(f"{name}: {width}x{height} pixels; at most {max_pixels} are read: raise data.max_pixels "
+                          "(--max_pixels)")
     return image
 
 
@@ -139,15 +150,21 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode.startswith("I") or image.mode == "F" or bool(_DEEP.fullmatch(_raw_mode(image)))
 
 
-def image_levels(image: Image.Image, name: Any = "the image") -> np.ndarray:
-    """Levels of an image, upright: u8[H, W, 3], or where `is_deep` u16, i32, f32 [H, W] or u16[H, W, 3]."""
+def image_levels(image: Image.Image, name: Any = "the image", turn: bool = True) -> np.ndarray:
+    """Levels of an image: u8[H, W, 3], or where `is_deep` u16, i32, f32 [H, W] or u16[H, W, 3].
+
+    Args:
+      image: as Pillow opened it.
+      name: for messages.
+      turn: upright; False leaves it as it is stored.
+    """
     try:
         low = _low_bytes(image)
         deep = image.mode.startswith("I") or image.mode == "F"
     except Exception as fault:
         raise _unreadable(name, fault) from None
     return _upright(image, name, _native if deep else _colours if low is None else (
-        lambda image: _colours(image).astype(np.uint16) << 8 | _colours(low)))
+        lambda image: _colours(image).astype(np.uint16) << 8 | _colours(low)), turn)
 
 
 def mask_values(image: Image.Image, name: Any = "the mask", ids: bool = False) -> np.ndarray:
@@ -164,9 +181,10 @@ def mask_values(image: Image.Image, name: Any = "the mask", ids: bool = False) -
     return _upright(image, name, (lambda image, raw=_raw_mode(image): _ids(image, raw)) if ids else _outline)
 
 
-def _upright(image: Image.Image, name: Any, decode: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+def _upright(image: Image.Image, name: Any, decode: Callable[[Image.Image], np.ndarray],
+             turn: bool = True) -> np.ndarray:
     try:
-        turned = TURNED.get(orientation(image))
+        turned = TURNED.get(orientation(image)) if turn else None
         array = decode(image)
     except SampleError as fault:
         raise SampleError(f"{name}: {fault}") from None
@@ -270,11 +288,17 @@ def _by_alpha(values: np.ndarray, ids: bool) -> np.ndarray:
 
 
 def stretch(mask: np.ndarray) -> np.ndarray:
-    """The grey levels u8[H, W] of a mask's values; a coloured u8[H, W, 3] likewise.
+    """The grey levels u8[H, W] of a mask's values; u8[H, W, 3] of several colours.
 
-    Two values only: the lower is 0, the higher 255. All below 127 (the reference's rule; 127 x 257 in
-    16 bits): 255 where it is not 0. Else as they are (16 bits divided by 257): soft edges stay grey.
+    Two values only: the lower is 0, the higher 255; one colour on black likewise. All below 127 (the
+    reference's rule; 127 x 257 in 16 bits): 255 where it is not 0. Else as they are (16 bits divided by
+    257): soft edges stay grey.
     """
+    if mask.ndim == 3:
+        drawn = mask.any(axis=-1)
+        colours = mask[drawn]
+        if (colours == colours[:1]).all():  # one colour on black
+            return np.where(drawn, np.uint8(255), np.uint8(0))
     low, high = int(mask.min()), int(mask.max())
     if low == 0 and high == 255:  # most masks
         return mask.astype(np.uint8, copy=False)

@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from argenseg_jax import files
+from argenseg_jax.data import images
 from argenseg_jax.data.records import TfdsSource
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError, UserError, brief, located
@@ -30,13 +31,13 @@ class PreparedSource:
       UserError: not prepared to the end, a shard missing, or other bytes than were written.
     """
 
-    def __init__(self, folder: epath.PathLike):
+    def __init__(self, folder: epath.PathLike, max_pixels: int = images.MAX_PIXELS):
         self.path = epath.Path(folder)
         self.manifest = read_manifest(self.path)
         small = sum(shard["bytes"] for shard in self.manifest["shards"]) <= _AT_ONCE
         for fault in faults(self.path, self.manifest, checksums=small):
             raise UserError(fault)
-        self._samples = TfdsSource(self.path)
+        self._samples = TfdsSource(self.path, max_pixels=max_pixels)
         if len(self._samples) != sum(shard["samples"] for shard in self.manifest["shards"]):
             raise UserError(f"{self.path}: {MANIFEST} and dataset_info.json count other samples; prepare the "
                             "data again, or copy the folder again")

@@ -235,7 +235,8 @@ def to_bytes(levels: np.ndarray, window: Window) -> np.ndarray:
 
 
 def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    scaled = (values.astype(np.float32) - np.float32(low)) * (255 / (high - low))
+    with np.errstate(over="ignore", invalid="ignore"):  # floats of any size
+        scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
     return np.rint(np.clip(np.nan_to_num(scaled, posinf=255, neginf=0), 0, 255)).astype(np.uint8)
 
 

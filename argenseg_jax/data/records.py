@@ -16,7 +16,8 @@ from etils import epath
 from PIL import Image
 
 from argenseg_jax import files
-from argenseg_jax.data import tfds_folder, transforms
+from argenseg_jax.data import images, tfds_folder
+from argenseg_jax.data.reader import PER_SAMPLE
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError, UserError, brief, located
 
@@ -30,15 +31,15 @@ def features(num_codes: int = 0) -> tfds.features.FeaturesDict:
     Args:
       num_codes: N, codes of a mask, where the records hold them: i32[M, N] under `codes`.
     """
-    text, images = tfds.features.Text(), tfds.features.Sequence(
+    text, pictures = tfds.features.Text(), tfds.features.Sequence(
         tfds.features.Image(encoding_format="png"))
     codes = {CODES: tfds.features.Tensor(shape=(None, num_codes), dtype=np.int32)} if num_codes else {}
     return tfds.features.FeaturesDict({
         "conversations": tfds.features.Sequence({"from": text, "value": text}),
-        "images": images,
-        "masks": images,
+        "images": pictures,
+        "masks": pictures,
         "meta": text,  # JSON
-        META_IMAGES: images,  # the arrays of meta; the JSON says {key: how many, None = not a list}
+        META_IMAGES: pictures,  # the arrays of meta; the JSON says {key: how many, None = not a list}
         **codes,
     })
 
@@ -61,18 +62,18 @@ def encode(sample: Sample) -> dict[str, Any]:
     return record if sample.codes is None else {**record, CODES: sample.codes}
 
 
-def decode(record: Mapping[str, Any]) -> Sample:
+def decode(record: Mapping[str, Any], max_pixels: int = images.MAX_PIXELS) -> Sample:
     """A record, its pictures as the bytes that `encode` made -> the sample."""
     turns = record["conversations"]
     meta = files.parse_json(record["meta"], "its `meta`", SampleError)
-    arrays = iter([_grey(array) for array in _pictures(record[META_IMAGES], META_IMAGES)])
+    arrays = iter([_grey(array) for array in _pictures(record[META_IMAGES], META_IMAGES, max_pixels)])
     for name, count in meta.pop(META_IMAGES, {}).items():
         meta[name] = next(arrays) if count is None else [next(arrays) for _ in range(count)]
     return Sample(
         conversations=[{"from": who.decode(), "value": value.decode()}
                        for who, value in zip(turns["from"], turns["value"], strict=True)],
-        images=tuple(_pictures(record["images"], "images")),
-        masks=tuple(map(_grey, _pictures(record["masks"], "masks"))),
+        images=tuple(_pictures(record["images"], "images", max_pixels)),
+        masks=tuple(map(_grey, _pictures(record["masks"], "masks", max_pixels))),
         meta=meta,
         codes=record.get(CODES),
     )
@@ -131,10 +132,11 @@ class TfdsSource:
     Args:
       path: the folder with dataset_info.json.
       split: a split's name; TFDS slices such as 'train[:10%]' also work.
+      max_pixels: most pixels of an image.
     """
 
-    def __init__(self, path: epath.PathLike, split: str = "train"):
-        self.path, self._split = epath.Path(path), split
+    def __init__(self, path: epath.PathLike, split: str = "train", max_pixels: int = images.MAX_PIXELS):
+        self.path, self._split, self._max_pixels = epath.Path(path), split, max_pixels
         self._records = tfds_folder.open_split(path, split)
         columns = tfds_folder.columns(path)
         if missing := set(features()) - set(columns):
@@ -151,7 +153,7 @@ class TfdsSource:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside of 0..{len(self) - 1}")
         with located(f"{self.path} ({self._split}): sample {index}", faults=Exception):
-            return decode(self._raw.deserialize_example_np(self._records[int(index)]))
+            return decode(self._raw.deserialize_example_np(self._records[int(index)]), self._max_pixels)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k != "_raw"}  # TFDS's features are not for pickling
@@ -180,25 +182,21 @@ def _num_codes(columns: Mapping[str, Any], path: epath.Path) -> int:
         return int(count)
 
 
-def _pictures(contents: Sequence[bytes], column: str) -> list[np.ndarray]:
-    """PNGs -> u8[H, W, 3] each; all of a column together have at most MAX_PIXELS times 4."""
-    pictures, room = [], 4 * transforms.MAX_PIXELS
+def _pictures(contents: Sequence[bytes], column: str, max_pixels: int) -> list[np.ndarray]:
+    """PNGs -> u8[H, W, 3] each; all of a column together are bounded as in data/reader.py."""
+    pictures, room = [], PER_SAMPLE * max_pixels
     for k, content in enumerate(contents):
-        pictures.append(decode_picture(content, f"{column}[{k}]", room, ("PNG",)))
+        pictures.append(decode_picture(content, f"{column}[{k}]", min(room, max_pixels), ("PNG",)))
         room -= pictures[-1].shape[0] * pictures[-1].shape[1]
     return pictures
 
 
-def decode_picture(content: bytes, name: str, room: int, formats: Sequence[str]) -> np.ndarray:
+def decode_picture(content: bytes, name: str, max_pixels: int, formats: Sequence[str]) -> np.ndarray:
     """The u8[H, W, 3] of a picture in a record, as it is stored; SampleError names what it is not."""
-    try:
-        with Image.open(io.BytesIO(content), formats=formats) as picture:
-            width, height = picture.size  # from the header: nothing is unpacked yet
-            if width * height > min(room, transforms.MAX_PIXELS):
-                raise SampleError(f"{name}: {width}x{height} pixels are too many")
-            return np.array(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SampleError(f"{name}: no {' or '.join(formats)} picture ({brief(error, 100)})") from None
+    picture = images.open_bytes(content, name, max_pixels)
+    if picture.format not in formats or images.is_deep(picture):
+        raise SampleError(f"{name}: no {' or '.join(formats)} picture of 8 bits")
+    return images.image_levels(picture, name, turn=False)
 
 
 def _holds_arrays(value: Any) -> bool:

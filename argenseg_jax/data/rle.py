@@ -21,7 +21,7 @@ MAX_POINTS = 1_000_000
 MAX_OUTLINE = 2**25  # pixels of outline, inside of the image or not: pycocotools walks every one
 MAX_LENGTH = 2**22  # pixels of a single outline: pycocotools holds more than 100 bytes of each
 MAX_MASKS = 2**30  # pixels of all masks
-_CHARS = 12  # of one run in compressed counts: 60 bits
+_CHARS = 6  # of a number in compressed counts: 30 bits, enough for MAX_PIXELS
 _NUMBERS = (int, float, np.integer, np.floating)
 
 
@@ -64,9 +64,12 @@ def checked_rle(rle: Any, size: Sequence[int] | None = None) -> dict[str, Any]:
     for `decode_rle`.
     """
     counts, height, width = read_runs(rle, size)
+    packed = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
     if (counts[1:] == 0).any():
-        counts = _counts(joined(*_runs(counts)), height * width)
-    return {"size": [height, width], "counts": _compress(counts)}
+        packed = _compress(_counts(joined(*_runs(counts)), height * width))
+    elif not isinstance(packed, bytes):
+        packed = _compress(counts)
+    return {"size": [height, width], "counts": packed}
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
@@ -158,12 +161,10 @@ def _expand(counts: str | bytes) -> np.ndarray:
         raise SampleError("an RLE whose counts end within a number")
     first = np.concatenate([[0], last[:-1] + 1]) if last.size else last
     place = np.arange(codes.size) - np.repeat(first, last - first + 1)
-    if codes.size and place.max() >= _CHARS:
-        raise SampleError("an RLE with a run beyond 60 bits")
+    if codes.size and place.max() >= _CHARS:  # pycocotools shifts longer ones out of its integers
+        raise SampleError("an RLE with a run beyond 30 bits")
     numbers = np.add.reduceat((codes & 31) << 5 * place, first) if codes.size else codes
     numbers -= np.where(codes[last] & 16, 32 << 5 * place[last], 0)
-    if codes.size and np.abs(numbers).max() >= 2**31:  # sums of what is left stay within 64 bits
-        raise SampleError("an RLE with a run beyond 31 bits")
     for start in (1, 2):
         numbers[start::2] = np.cumsum(numbers[start::2])
     return numbers
@@ -318,8 +319,8 @@ def check_amounts(polygons: Sequence[np.ndarray], others: int = 0) -> None:
         corners = polygon.reshape(-1, 2)
         lengths.append(np.abs(corners - np.roll(corners, 1, 0)).max(1).sum())
     if max(lengths) > MAX_LENGTH or sum(lengths) > MAX_OUTLINE:
-        raise SampleError(f"polygons whose outlines are {sum(lengths):.0f} pixels long, one of them {max(lengths):.0f}; "
-                          f"at most {MAX_OUTLINE} and {MAX_LENGTH} are drawn")
+        raise SampleError(f"polygons whose outlines are {sum(lengths):.0f} pixels long, one of them "
+                          f"{max(lengths):.0f}; at most {MAX_OUTLINE} and {MAX_LENGTH} are drawn")
 
 
 def _split(segmentation: Any) -> _Parts:

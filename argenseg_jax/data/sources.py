@@ -218,7 +218,7 @@ def _open(name: str, root: str, options: Options, reading: Reading) -> Source:
     path = files.join(root, rest)
     found = files.kind_of(path)
     if kind in ("tfds", "prepared") or (not kind and found == "folder"):
-        return _open_shards(path, kind, options.prompt)
+        return _open_shards(path, kind, options.prompt, reading)
     if not rest or found != "file":
         raise UserError(f"{brief(path)}: no such source (known: shapes:LEVEL:SPLIT, X.jsonl, X.json, "
                         f"{', '.join(f'{k}:FOLDER' for k in FAMILIES)})")
@@ -259,12 +259,13 @@ def _open_task(name: str, task: str, words: list[str]) -> TaskSource:
     return TaskSource(task, words[0], words[1], size=int(words[2]) if words[2:] else None)
 
 
-def _open_shards(path: epath.Path, kind: str, prompt: str) -> Source:
+def _open_shards(path: epath.Path, kind: str, prompt: str, reading: Reading) -> Source:
     from argenseg_jax.data import prepared, records, tfds_ref_coco  # slow to import, seldom needed
+    most = Reader(reading).max_pixels
     if kind == "prepared" or prepared.is_prepared(path):
-        return prepared.PreparedSource(path)
+        return prepared.PreparedSource(path, most)
     named = re.fullmatch(r"(.*[^:/]):([^:/\[\]]+(?:\[[^\]]*\])?)", os.fspath(path))
     folder, split = (files.to_path(named[1]), named[2]) if named and not files.kind_of(path) else (path, "train")
     if tfds_ref_coco.is_ref_coco(folder):
-        return tfds_ref_coco.RefCocoSource(folder, split, prompt)
-    return records.TfdsSource(folder, split)
+        return tfds_ref_coco.RefCocoSource(folder, split, prompt, reading)
+    return records.TfdsSource(folder, split, most)

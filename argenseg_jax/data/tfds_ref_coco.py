@@ -13,6 +13,7 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.data import layout, psalm, tfds_folder, transforms
+from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.records import decode_picture
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import UserError, located
@@ -44,7 +45,8 @@ class RefCocoSource(layout.Indexed[Phrase]):
 
     takes_prompt = True
 
-    def __init__(self, folder: epath.PathLike, split: str = "train", prompt: str = "referring"):
+    def __init__(self, folder: epath.PathLike, split: str = "train", prompt: str = "referring",
+                 reading: Reading = Reading()):
         psalm.question([], prompt)
         self.prompt, split = prompt, {"val": "validation"}.get(split, split)
         self._records = tfds_folder.open_split(folder, split)
@@ -56,7 +58,7 @@ class RefCocoSource(layout.Indexed[Phrase]):
                 record = WORDS.deserialize_example_np(self._records[i])
                 entries += [Phrase(i, k, text.decode())
                             for k, texts in enumerate(record["objects"]["refexp"]["raw"]) for text in texts]
-        super().__init__(f"{folder} ({split})", entries)
+        super().__init__(f"{folder} ({split})", entries, reading)
 
     def from_(self, entry: Phrase) -> str:
         return f"record {entry.record}, '{entry.words}'"
@@ -64,8 +66,8 @@ class RefCocoSource(layout.Indexed[Phrase]):
     def made(self, entry: Phrase) -> Sample:
         record = WHOLE.deserialize_example_np(self._records[entry.record])
         objects = record["objects"]
-        image = decode_picture(record["image"], "image", transforms.MAX_PIXELS, ("JPEG", "PNG"))
-        shown = decode_picture(objects["mask"][entry.object], "mask", transforms.MAX_PIXELS, ("PNG",))[..., 0]
+        image = decode_picture(record["image"], "image", self.reader.max_pixels, ("JPEG", "PNG"))
+        shown = decode_picture(objects["mask"][entry.object], "mask", self.reader.max_pixels, ("PNG",))[..., 0]
         transforms.check_sizes(image, [shown], ["of the object"])
         image_id, category_id = int(record["image/id"]), int(objects["label"][entry.object])
         return Sample(layout.turns(psalm.question([entry.words], self.prompt)), (image,),

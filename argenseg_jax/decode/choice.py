@@ -6,6 +6,7 @@ the unconditional twin of row b.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import flax.struct
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from argenseg_jax.errors import UserError
 
 Array = jax.Array
+_CODES = 2**32 - 1  # folded into the keys of codes; no position is as large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +24,10 @@ class Sampling:
     """Settings of sampling; without any the most likely word is taken.
 
     Attributes:
-      temperature: 0 is greedy.
-      top_k: only so many of the likeliest words; 0 = all.
-      top_p: only the likeliest words that together have this probability.
+      temperature: 0 is greedy, and so is what divides logits beyond f32 (below 1e-30).
+      top_k: only so many of the likeliest words, and those as likely as the last of them; 0 = all.
+      top_p: only the likeliest of these that together have this probability among them; of equally likely
+        ones at the limit those with the highest ids stay, as in transformers. 1 = all.
       seed: row b of a batch draws with seed + b, whatever its neighbours are.
     """
 
@@ -34,25 +37,33 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 <= self.top_k < 2**31 or not 0 < self.top_p <= 1:
             raise UserError(f"{self}: temperature and top_k are not negative, top_p is within 0..1")
 
-    def on_device(self, rows: int) -> Draw | None:
-        """For a batch; None is greedy. Other values of the settings compile nothing anew."""
-        if not self.temperature:
+    def on_device(self, rows: int, of: str = "words") -> Draw | None:
+        """For a batch, of its 'words' or 'codes'; None is greedy. Other settings compile nothing anew."""
+        if self.temperature < 1e-30:
             return None
-        return Draw(np.float32(self.temperature), np.int32(self.top_k), np.float32(self.top_p),
-                    (self.seed + np.arange(rows)).astype(np.uint32))
+        return Draw(np.float32(self.temperature), np.int32(self.top_k), np.float32(1 - self.top_p),
+                    (self.seed + np.arange(rows)).astype(np.uint32), of)
 
 
 @flax.struct.dataclass
 class Draw:
-    """Sampling on the device: scalars, and a seed uint32[B] for each row."""
+    """Sampling on the device.
+
+    Attributes:
+      temperature, top_k: f32[], int32[], of Sampling.
+      tail: f32[], 1 - top_p: the unlikeliest words that together have no more than this are left out.
+      seeds: uint32[B], one for each row.
+      of: 'words' or 'codes'; a word and a code that are chosen at the same position draw different noise.
+    """
 
     temperature: Array
     top_k: Array
-    top_p: Array
+    tail: Array
     seeds: Array
+    of: str = flax.struct.field(pytree_node=False, default="words")
 
 
 @flax.struct.dataclass
@@ -94,21 +105,37 @@ class Rules:
 
 
 def choose(logits: Array, draw: Draw | None, places: Array) -> Array:
-    """Words int32[B, ...] out of logits f32[B, ..., V]; noise depends on seed and place alone."""
+    """Words int32[B, ...] out of logits f32[B, ..., V]; noise depends on seed, place and kind alone."""
     if draw is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / draw.temperature
-    falling = -jnp.sort(-logits, axis=-1)
-    chance = jax.nn.softmax(falling, axis=-1)
-    before = jnp.cumsum(chance, axis=-1) - chance
-    few = (draw.top_k == 0) | (jnp.arange(logits.shape[-1]) < draw.top_k)
-    kept = jnp.where(few & (before < draw.top_p), falling, jnp.inf)
-    least = jnp.min(kept, axis=-1, keepdims=True)
 
     def noise(seed: Array, places: Array) -> Array:
-        keys = jax.vmap(lambda p: jax.random.fold_in(jax.random.key(seed), p))(places.reshape(-1))
+        key = jax.random.key(seed)
+        key = jax.random.fold_in(key, _CODES) if draw.of == "codes" else key
+        keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(places.reshape(-1))
         drawn = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
         return drawn.reshape(*places.shape, -1)
 
-    logits = jnp.where(logits < least, -jnp.inf, logits)
+    logits = logits / draw.temperature
+    logits = jnp.where(allowed(logits, draw.top_k, draw.tail), logits, -jnp.inf)
     return jnp.argmax(logits + jax.vmap(noise)(draw.seeds, places), axis=-1).astype(jnp.int32)
+
+
+def allowed(logits: Array, top_k: Array, tail: Array) -> Array:
+    """bool[..., V]: the words that top_k and then top_p leave, as transformers' warpers do.
+
+    Args:
+      logits: f32[..., V].  top_k: int32[], 0 = all.  tail: f32[], 1 - top_p.
+    """
+    size = logits.shape[-1]
+    ids = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), logits.shape)
+    rising, order = jax.lax.sort((logits, ids), num_keys=1, is_stable=True)  # the likeliest last
+    most = jnp.where(top_k == 0, size, jnp.clip(top_k, 1, size))
+    least = jax.lax.dynamic_index_in_dim(rising, size - most, axis=-1)  # all that tie with it stay
+    left = jnp.where(rising >= least, rising, -jnp.inf)
+    below = jnp.cumsum(jax.nn.softmax(left, axis=-1), axis=-1)
+    first = jnp.argmax((below > tail) | (jnp.arange(size) == size - 1), axis=-1, keepdims=True)
+    # The words from `first` on, by value and then by id: no scatter back from the sorted ones.
+    value, word = (jnp.take_along_axis(x, first, axis=-1) for x in (rising, order))
+    inside = (logits > value) | ((logits == value) & (ids >= word))
+    return (logits >= least) & ((tail <= 0) | inside)

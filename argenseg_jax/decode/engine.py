@@ -134,7 +134,7 @@ class Engine:
             raise UserError(f"a prompt of {longest} tokens with up to {max_masks} masks needs "
                             f"{longest + answer_places} places, the model has {room} "
                             "(model.llm.max_positions); shorten the prompt")
-        rules = Rules(text.on_device(len(tokens)), codes.on_device(len(tokens)), None, reference)
+        rules = Rules(text.on_device(len(tokens)), codes.on_device(len(tokens), "codes"), None, reference)
         if guidance:
             rules = rules.replace(guidance=np.float32(guidance))
             twins = np.zeros_like(tokens)

@@ -131,10 +131,11 @@ class ARGenSeg(nn.Module):
             x, coords = fill(tokens == self.vocab.img_context, features, scales_lib.grid_centers(side))
         if codes is not None:
             b, m, n = codes.shape
-            inputs = self.visual_inputs(codes.reshape(b * m, n)).reshape(b, m * (n - 1), -1)
-            x, coords = fill(tokens == self.vocab.mask_context, inputs, self.scales.centers[1:])
             start = (tokens == self.vocab.ge_start)[..., None]  # the place of scale 0
             coords = jnp.where(start, jnp.asarray(self.scales.centers[0]), coords)
+        if codes is not None and n > 1:
+            inputs = self.visual_inputs(codes.reshape(b * m, n)).reshape(b, m * (n - 1), -1)
+            x, coords = fill(tokens == self.vocab.mask_context, inputs, self.scales.centers[1:])
         return x, coords
 
     def hidden(self, tokens: Array, positions: Array, segment_ids: Array,
@@ -150,6 +151,8 @@ class ARGenSeg(nn.Module):
 
     def last_visible(self, tokens: Array) -> Array:
         """int32[B, T]: the last place each query sees when scales are bidirectional inside."""
+        if self.scales.num_codes == 1:  # no place but <ge_start>
+            return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         index = (jnp.cumsum(tokens == self.vocab.mask_context, axis=1) - 1) % (self.scales.num_codes - 1)
         end = np.asarray([self.scales.bounds[k][1] for k in self.scales.levels[1:]], np.int32)
         left = jnp.asarray(end - 1 - np.arange(1, self.scales.num_codes, dtype=np.int32))

@@ -129,6 +129,8 @@ def _check_together(spec: Mapping[str, Any]) -> None:
            "image_size", "vision.patch", "connector.ratio")
     sides, mults = field("vqvae.patch_nums"), field("vqvae.ch_mult")
     refuse(list(sides) != sorted(sides), "scales go from coarse to fine", "vqvae.patch_nums")
+    refuse(sides[0] != 1, "the first scale has a single code, as <ge_start> is all its input",
+           "vqvae.patch_nums")
     refuse(sum(side * side for side in sides) > _MAX_CODES, f"a mask has at most {_MAX_CODES} codes",
            "vqvae.patch_nums")
     refuse(len(mults) > 8 or field("vqvae.patch_size") * 2 ** (len(mults) - 1) * sides[-1] > _MAX_SIDE,

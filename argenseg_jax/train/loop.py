@@ -30,7 +30,7 @@ from argenseg_jax.train.state import Params, Phase, TrainState
 # Config keys that may differ from those of the run that is resumed: its end, what it writes, and how
 # its work is laid out on machines.
 FREE_KEYS = (r"train/steps", r"train/(log|sample|checkpoint)_every",
-             r"train/(keep|keep_best|max_skipped)", r"mesh/.*", r"train/(microbatch|remat)",
+             r"train/(keep|keep_best|max_skipped|allow_fresh)", r"mesh/.*", r"train/(microbatch|remat)",
              r"data/(workers|threads)",
              r"eval/.*")
 Loader = Callable[[Params], Params]

@@ -82,7 +82,7 @@ class LMOptions:
       scale_accuracy: log the share of right codes of each scale too.
       max_labels: most targets that a row may have; the head reads so many places only. 0 = all.
       grad_dtype: of the gradients of the head and of dense layers, in which they are summed over
-        chunks and devices; '' = that of the computation.
+        devices (that of the head over chunks always in f32); '' = that of the computation.
     """
 
     soft_targets: float = 0.0
@@ -174,7 +174,8 @@ def in_chunks(part: Callable[..., tuple[Array, Any]], chunk: int) -> Callable[..
 
     `part` has the same arguments and results, for some of the places; constants and aux are trees. The
     gradients into x and head are taken chunk by chunk on the way forward: so no logits are kept, and
-    none are computed twice. They are those of the sum.
+    none are computed twice. They are those of the sum. That of the head adds up in f32, whatever the
+    head's dtype, and is rounded to it once: 4 bytes for each number of the head while the loss is taken.
     """
     def split(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
@@ -190,12 +191,14 @@ def in_chunks(part: Callable[..., tuple[Array, Any]], chunk: int) -> Callable[..
 
     def forward(x: Array, head: Array, constants: Any) -> tuple[tuple[Array, Any], tuple[Array, Array]]:
         def step(into_head: Array, args: tuple[Array, Any]) -> tuple[Array, tuple[Array, Any, Array]]:
-            (total, aux), (into_x, more) = jax.value_and_grad(part, (0, 1), has_aux=True)(args[0], head, args[1])
+            # A head in f32 has its gradient in f32; `part` casts it back, and XLA drops both casts.
+            (total, aux), (into_x, more) = jax.value_and_grad(part, (0, 1), has_aux=True)(
+                args[0], head.astype(jnp.float32), args[1])
             return into_head + more, (total, aux, into_x)
 
         into_head, (totals, aux, into_x) = jax.lax.scan(
-            step, jnp.zeros_like(head), jax.tree.map(split, (x, constants)))
-        return (jnp.sum(totals), jax.tree.map(joined, aux)), (joined(into_x), into_head)
+            step, jnp.zeros(head.shape, jnp.float32), jax.tree.map(split, (x, constants)))
+        return (jnp.sum(totals), jax.tree.map(joined, aux)), (joined(into_x), into_head.astype(head.dtype))
 
     def backward(kept: tuple[Array, Array], grads: tuple[Array, Any]) -> tuple[Array, Array, None]:
         into_x, into_head = (grads[0].astype(x.dtype) * x for x in kept)
@@ -228,7 +231,7 @@ def code_weights(model: ARGenSeg, opts: LMOptions, ids: Array, index: Array) -> 
 def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Mapping[str, Array],
             opts: LMOptions, *, deterministic: bool = False) -> tuple[Array, Aux]:
     """CE(text) + CE(codes), each a mean over its own targets in the whole batch (SPEC 3.5)."""
-    drop, noise, amount = jax.random.split(rng, 3)
+    drop, noise, amount, which = jax.random.split(rng, 4)
 
     def run(method: str, *args, **kwargs):
         return model.apply({"params": params}, *args, method=method, rngs={"dropout": drop}, **kwargs)
@@ -247,7 +250,7 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
     if codes is not None and opts.corrupt and not deterministic:
         share = opts.corrupt * jax.random.uniform(amount, (codes.shape[0], codes.shape[1], 1))
         hit = jax.random.uniform(noise, codes.shape) < share
-        random_codes = jax.random.randint(amount, codes.shape, 0, model.vocab.num_codes)
+        random_codes = jax.random.randint(which, codes.shape, 0, model.vocab.num_codes)
         inputs = jnp.where(hit, random_codes, codes)
     hidden = run("hidden", batch["tokens"], batch["positions"], batch["segment_ids"], features, inputs)
     ids, is_code, index = targets(model, batch["labels"], codes)

@@ -2,15 +2,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from argenseg_jax import config_keys, sharding, trees
-from argenseg_jax.ckpt import checkpoint
+from argenseg_jax.ckpt import checkpoint, orbax_io
 from argenseg_jax.data import pipeline, sources
 from argenseg_jax.data.batches import BatchIterator
 from argenseg_jax.data.tokenizer import Tokenizer
@@ -21,7 +22,7 @@ from argenseg_jax.eval import evaluator, pictures
 from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import ARGenSeg, init_params
 from argenseg_jax.models.lora import Lora, is_adapter
-from argenseg_jax.train import flops, loop, losses
+from argenseg_jax.train import flops, loop, losses, optim
 from argenseg_jax.train.state import Params, Phase
 
 SAMPLES = 4  # rows drawn every train.sample_every steps
@@ -41,19 +42,19 @@ def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | No
     parts = open_data(cfg)
     cfg["data"] = {**cfg["data"], "window": cfg["data"].get("window") or sources.window(parts)}
     model = build_model(cfg)
-    source = checkpoint.open_checkpoint(cfg["init_from"], checksums=checksums) if cfg["init_from"] else None
-    tokenizer = checkpoint.tokenizer_for(model, source)
+    source, tokenizer = begin(cfg, model, workdir, checksums)
+    if cfg["data"].get("codes") and (not cfg["init_from"] or cfg["vqvae"]["steps"]):
+        raise UserError("data.codes=true: kept codes belong to a fixed VQ-VAE: set init_from to the "
+                        "checkpoint that wrote them, and vqvae.steps=0")
+    listed = phases(cfg, model, tokenizer, parts)
 
     def load(shapes: Params) -> Params:
-        known = known_weights(source, shapes)
+        known = known_weights(source, shapes) if source else {}
+        check_fresh(cfg, listed, shapes, known)
         check_codes(cfg, model, known.get("vqvae"))
         return known
 
-    if cfg["data"].get("codes") and (source is None or cfg["vqvae"]["steps"]):
-        raise UserError("data.codes=true: kept codes belong to a fixed VQ-VAE: set init_from to the "
-                        "checkpoint that wrote them, and vqvae.steps=0")
-    return loop.run(cfg, workdir, phases(cfg, model, tokenizer, parts), init_fn(model, adapters(cfg)),
-                    load=source and load,
+    return loop.run(cfg, workdir, listed, init_fn(model, adapters(cfg)), load=load,
                     beside={checkpoint.TOKENIZER: tokenizer.save}, profile=profile, checksums=checksums)
 
 
@@ -61,6 +62,21 @@ def open_data(cfg: Mapping[str, Any]) -> list[sources.Part]:
     """The data sets of the section `data`; UserError where one cannot be opened."""
     data = pipeline.DataConfig.of(cfg["data"])
     return sources.open_mixture(data.sources, data.root, reading=data.reading())
+
+
+def begin(cfg: Mapping[str, Any], model: ARGenSeg, workdir: str, checksums: bool = True
+          ) -> tuple[checkpoint.Checkpoint | None, Tokenizer]:
+    """(the checkpoint of the first weights, if any, the tokenizer).
+
+    A workdir with a complete step has both itself: `init_from` may be gone by then.
+    """
+    if orbax_io.newest_step(workdir) is not None:
+        loop.check_config(epath.Path(workdir) / orbax_io.CONFIG, cfg, resumed=True)
+        saved = checkpoint.open_checkpoint(workdir, checksums=checksums)
+        if saved.has_tokenizer():
+            return None, checkpoint.tokenizer_for(model, saved)
+    source = checkpoint.open_checkpoint(cfg["init_from"], checksums=checksums) if cfg["init_from"] else None
+    return source, checkpoint.tokenizer_for(model, source)
 
 
 def build_model(cfg: Mapping[str, Any]) -> ARGenSeg:
@@ -92,11 +108,34 @@ def known_weights(source: checkpoint.Checkpoint, shapes: Params) -> Params:
     if not known:
         raise UserError(f"init_from={source.path}: none of its parameters fits this model")
     if fresh := {name for name in want if name not in known and not is_adapter(name)}:
-        parts = {n.split("/")[0] for n in fresh} - {n.split("/")[0] for n in known}
-        names = {f"{n.split('/')[0]}/*" if n.split("/")[0] in parts else n for n in fresh}
         print(f"init_from={source.path}: {len(known)} of {len(known) + len(fresh)} arrays fit; these start fresh: "
-              + ", ".join(sorted(names)), file=sys.stderr)
+              + summary(fresh, known), file=sys.stderr)
     return trees.unflatten(known)
+
+
+def check_fresh(cfg: Mapping[str, Any], listed: Sequence[Phase], shapes: Params, known: Params) -> None:
+    """UserError that names what would stay as it was drawn: neither loaded nor changed by any phase.
+
+    `train.allow_fresh` are regexes of parameters that may.
+    """
+    changed = [optim.trainable(shapes, phase.optim["freeze"], phase.task.frozen) for phase in listed]
+    overridden = [pattern for phase in listed for pattern in phase.task.overridden]
+    loaded, names = trees.flatten(known), list(trees.flatten(shapes))
+    left = [name for name in names if name not in loaded and not any(is_changed(name) for is_changed in changed)
+            and not trees.match((*overridden, *cfg["train"]["allow_fresh"]), name)]
+    if left:
+        raise UserError(
+            f"nothing loads or trains {summary(left, set(names) - set(left))}: of random numbers, nothing is learned. "
+            + (f"init_from={cfg['init_from']} lacks it" if cfg["init_from"] else "There is no init_from")
+            + "; set init_from to a checkpoint that has it (an InternVL folder as released: `convert --vqvae` "
+            "completes it), or train it (vqvae.steps for vqvae/*, optim.freeze for the rest); "
+            "train.allow_fresh lists what may stay as it is drawn")
+
+
+def summary(names: Iterable[str], others: Iterable[str]) -> str:
+    """Names of parameters in few words: 'vqvae/*' for a part of which `others` have none."""
+    parts = {name.split("/")[0] for name in names} - {name.split("/")[0] for name in others}
+    return ", ".join(sorted({f"{n.split('/')[0]}/*" if n.split("/")[0] in parts else n for n in names}))
 
 
 def check_codes(cfg: Mapping[str, Any], model: ARGenSeg, vqvae: Params | None) -> None:

@@ -12,5 +12,5 @@ def get_config(arg=None):
     # AdamW compiles faster than Muon; a rate that ignores train.steps lets runs share programs.
     cfg.optim.update(name="adamw", schedule="constant", warmup=1)
     cfg.data.max_tokens = 192
-    cfg.train.update(steps=2, global_batch=2, log_every=1, checkpoint_every=10)
+    cfg.train.update(steps=2, global_batch=2, log_every=1, checkpoint_every=10, allow_fresh=("vqvae/.*",))
     return cfg

@@ -94,7 +94,8 @@ def test_order_and_labels_as_in_lisa():
 
 
 @pytest.mark.parametrize("points,fault", [
-    ([], "points "), (None, "points None"), ([[1, 2, 3]], "points "), ([1, 2, 3, 4], "points "), ([["1", "2"]], "points "),
+    ([], "points "), (None, "points None"), ([[1, 2, 3]], "points "), ([1, 2, 3, 4], "points "),
+    ([["1", "2"]], "points "),
     ([[float("nan"), 1]], "each below"), ([[1e300, 1]], "each below"), ([[-2**63, 1]], "each below"),
     ([[10**400, 1]], "beyond 64 bits"), ([[True, 1]], "it holds bool"),
     ([[0, 0], [99_999, 99_999]] * 25, "outlines are")])

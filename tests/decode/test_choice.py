@@ -1,9 +1,11 @@
 """Choosing words: greedy, top-k, top-p, and samples that depend on seed and place alone."""
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from argenseg_jax.decode.choice import Rules, Sampling, choose
+from argenseg_jax.decode.choice import Rules, Sampling, allowed, choose
 from argenseg_jax.errors import UserError
 
 LOGITS = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
@@ -54,7 +56,49 @@ def test_twins_get_the_words_of_the_answer():
     np.testing.assert_allclose(Rules(guidance=jnp.float32(2)).guide(logits, 0.5), 2 * logits[:2] - logits[2:])
 
 
-@pytest.mark.parametrize("wrong", [dict(temperature=-1), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5)])
+@pytest.mark.torch
+def test_the_words_that_are_left_are_those_of_transformers(monkeypatch):
+    """Alone and one after the other, on logits without and with ties, down to a single word."""
+    import torch
+    # Which of equal logits comes first is torch's whim in rows of more than 16 words, unless it is asked.
+    monkeypatch.setattr(torch, "sort", functools.partial(torch.sort, stable=True))
+    from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+    rng = np.random.default_rng(0)
+    plain = rng.normal(size=(5, 200)).astype(np.float32) * 3
+    tied = np.round(rng.normal(size=(5, 200))).astype(np.float32)
+    same = np.zeros((2, 200), np.float32)
+    for logits in (plain, tied, same, np.where(plain < 0, -np.inf, plain)):
+        for k in (0, 1, 7, 40, 500):
+            for p in (1e-6, 0.3, 0.5, 0.9, 1.0):
+                scores = torch.from_numpy(logits)
+                scores = TopKLogitsWarper(k)(None, scores) if k else scores
+                scores = TopPLogitsWarper(p)(None, scores) if p < 1 else scores
+                draw = Sampling(temperature=1, top_k=k, top_p=p).on_device(1)
+                got = np.asarray(allowed(logits, draw.top_k, draw.tail)) & np.isfinite(logits)
+                np.testing.assert_array_equal(got, np.isfinite(scores.numpy()), f"{k}, {p}")
+
+
+def test_what_top_k_leaves_is_the_whole_of_top_p():
+    """0.5, 0.25 and 0.15 of 0.9: half of them is the first alone, though it is under 0.6 of all."""
+    np.testing.assert_array_equal(allowed(LOGITS, 3, np.float32(1 - 0.55)), [[False, True, False, False]])
+    np.testing.assert_array_equal(allowed(LOGITS, 0, np.float32(1 - 0.55)), [[False, True, False, True]])
+
+
+def test_a_word_and_a_code_at_one_position_draw_different_noise():
+    logits, places = jnp.zeros((1, 64, 50)), jnp.arange(64)[None]
+    words, codes = (choose(logits, Sampling(temperature=1).on_device(1, of), places) for of in ("words", "codes"))
+    assert np.mean(np.asarray(words) == np.asarray(codes)) < 0.2
+
+
+def test_hardly_any_temperature_is_greedy():
+    assert Sampling(temperature=1e-40).on_device(1) is None
+    assert drawn(temperature=1e-20)[1] == 1
+
+
+@pytest.mark.parametrize("wrong", [dict(temperature=-1), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5),
+                                   dict(temperature=float("nan")), dict(temperature=float("inf")),
+                                   dict(top_p=float("nan")), dict(top_k=2**40)])
 def test_settings_that_make_no_sense(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)

@@ -1,8 +1,13 @@
 """Scores of masks and pictures, by hand: gRefCOCO, classes, AP, AUROC, clicks, PSNR and SSIM; the table."""
+import contextlib
+import io
 import math
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from argenseg_jax.data.interactive import innermost
 from argenseg_jax.errors import UserError
@@ -69,7 +74,7 @@ def broken(counts, size=(20, 20)):
     ({"truths": [broken("1")]}, "key `truths`: an RLE of 1 pixels, not 400"),
     ({"truths": [broken([-5, 405])]}, "a run of -5 pixels"), ({"truths": [broken("", (0, 20))]}, "20x0 pixels"),
     ({"truths": [broken("1", (2**31, 2))]}, "pixels"), ({"truths": [broken("1", (1, 2**63))]}, "of size"),
-    ({"instances": [broken([64], (8, 8))]}, r"a mask of \[8, 8\], where another of the same image has \[20, 20\]"),
+    ({"instances": [broken([64], (8, 8))]}, r"masks of \[20, 20\] and of \[8, 8\] for one image"),
     ({"instances": [{"segmentation": None, "score": 1}]}, "not a COCO run length"),
     ({"instances": [{"score": 1}]}, "key `instances`: not a list of"), ({"instances": 5}, "a list of objects expected"),
     ({"truths": [5]}, "a list of objects expected"), ({"truths": [{**instance(TEN), "iscrowd": "x"}]}, "is 0 or 1"),
@@ -80,6 +85,53 @@ def test_instances_that_pycocotools_would_die_of(more, fault):
     with pytest.raises(UserError, match=fault) as caught:
         instances.instance_scores([row, {**row, **more}])
     assert "\n" not in str(caught.value)
+
+
+def test_average_precision_is_pycocotools():
+    """Equal to COCOeval bit by bit: crowds, equal scores, objects of all sizes, images in any order."""
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:150, :200]
+
+    def blob():
+        return (y - rng.integers(0, 150))**2 + (x - rng.integers(0, 200))**2 <= rng.integers(1, 60)**2
+
+    rows = []
+    for image in rng.permutation(12):
+        for kind in range(3):
+            truths = [blob() for _ in range(rng.integers(0, 5))]
+            found = [np.roll(m, rng.integers(-3, 4, 2), (0, 1)) for m in truths for _ in range(rng.integers(0, 3))]
+            rows.append({"image": f"{image}.jpg", "kind": f"class {kind}",
+                         "truths": [instance(m, iscrowd=int(rng.random() < 0.15)) for m in truths],
+                         "instances": [instance(m, score=float(rng.choice([0.1, 0.5, 0.5, rng.random()])))
+                                       for m in [*found, blob()]]})
+    rows = [rows[k] for k in rng.permutation(len(rows))]
+    got = instances.instance_scores(rows)
+    assert got == {"n": 36, **dict(zip(instances.NAMES, coco_eval(rows)))}
+    assert 0.1 < got["AP"] < 0.9 and got["AP_small"] != got["AP_large"]
+    crowded = {**rows[0], "truths": [instance(TEN)], "instances": [
+        instance(block(0, 0, 10, 10 - k % 3), score=k / 200) for k in range(150)]}
+    assert list(instances.instance_scores([crowded]).values())[1:3] == coco_eval([crowded])[:2]  # 100 of them
+
+
+def coco_eval(rows):
+    """COCOeval.stats[:6] of rows, by pycocotools alone."""
+    images, kinds = ([*dict.fromkeys(row[key] for row in rows)] for key in ("image", "kind"))
+    truths, found = [], []
+    for row in rows:
+        ids = {"image_id": images.index(row["image"]) + 1, "category_id": kinds.index(row["kind"]) + 1}
+        truths += [{**ids, **t, "id": len(truths) + k, "area": float(coco_mask.area(t["segmentation"])),
+                    "bbox": coco_mask.toBbox(t["segmentation"]).tolist(), "iscrowd": t.get("iscrowd", 0)}
+                   for k, t in enumerate(row["truths"], 1)]
+        found += [{**ids, **d} for d in row["instances"]]
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = COCO()
+        data.dataset = {"images": [{"id": k, "height": 1, "width": 1} for k in range(1, len(images) + 1)],
+                        "annotations": truths, "categories": [{"id": k} for k in range(1, len(kinds) + 1)]}
+        data.createIndex()
+        run = COCOeval(data, data.loadRes(found), "segm")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return [None if v < 0 else v for v in run.stats[:6].tolist()]
 
 
 def test_instances_of_other_tools():

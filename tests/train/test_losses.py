@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from argenseg_jax import trees
-from argenseg_jax.models import variants
+from argenseg_jax.models import layers, variants
 from argenseg_jax.train import losses, optim
 from argenseg_jax.train import step as step_lib
 from argenseg_jax.vocab import IGNORE
@@ -169,6 +169,36 @@ def test_the_head_is_used_three_times_and_twice_where_it_is_frozen(learns, produ
     args = (head, hidden) if learns else (hidden,)
     text = jax.jit(grad).lower(*args).compile().as_text()
     assert text.count(" dot(") == products
+
+
+def head_gradients(dtype, head_dtype, chunks):
+    """(in chunks, in numpy) gradients of a sum of random losses into the head, computed in `dtype`."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    x = jax.random.normal(keys[0], (2, 512, 64), dtype)
+    head = jax.random.normal(keys[1], (64, 256)).astype(dtype)
+    by_word = jax.random.normal(keys[2], (2, 512, 256))
+
+    def part(x, head, constants):
+        return jnp.sum(layers.head_product(x, head, 256) * constants), ()
+
+    got = jax.jit(jax.grad(lambda h: losses.in_chunks(part, 512 // chunks)(x, h, by_word)[0]))(
+        head.astype(head_dtype))
+    assert got.dtype == head_dtype
+    want = np.einsum("btd,btv->dv", np.asarray(x, np.float64), np.asarray(by_word, np.float64))
+    return np.asarray(got, np.float64), want
+
+
+def relative(got, want):
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def test_the_head_s_gradient_adds_up_in_f32():
+    """Over 16 chunks in bfloat16: to f32 where it is asked for, to a single rounding where it is not."""
+    assert relative(*head_gradients(jnp.bfloat16, jnp.float32, 16)) < 3e-7
+    once = head_gradients(jnp.bfloat16, jnp.bfloat16, 16)
+    rounded = np.asarray(jnp.asarray(once[1], jnp.bfloat16), np.float64)
+    assert relative(*once) == pytest.approx(relative(rounded, once[1]), rel=0.01)
+    assert relative(*once) < 2e-3
 
 
 def test_microbatches_add_up_to_the_batch(batch):

@@ -1,5 +1,6 @@
 """init_from: whatever a checkpoint holds is taken over, the rest starts fresh and is named."""
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -93,6 +94,10 @@ def test_training_goes_on_from_a_released_folder(sources, tmp_path):
     cfg |= {"model": tiny.config(), "init_from": str(sources["base"])}
     cfg["data"] |= {"sources": ("shapes:simple:train",), "max_tokens": 96, "system": ""}
     cfg["train"] |= {"steps": 1, "global_batch": 8, "dtype": "float32", "remat": "none"}
+    with pytest.raises(UserError, match=r"nothing loads or trains vqvae/\*: .*base lacks it; .*`convert --vqvae`"):
+        run.train(cfg, str(tmp_path / "w"))
+    assert not (tmp_path / "w").exists()
+    cfg["train"]["allow_fresh"] = ("vqvae/.*",)
     assert run.train(cfg, str(tmp_path / "w"))["step"] == 1
     opened = checkpoint.open_checkpoint(str(tmp_path / "w"))
     trained, want = opened.load_params(), tiny.made()[1]
@@ -100,3 +105,49 @@ def test_training_goes_on_from_a_released_folder(sources, tmp_path):
     assert np.any(trained["connector"]["fc1"]["kernel"] != want["connector"]["fc1"]["kernel"])
     assert opened.tokenizer().vocab == opened.model().vocab
     assert json.loads((tmp_path / "w" / "config.json").read_text())["init_from"] == cfg["init_from"]
+
+
+def test_a_part_that_is_neither_loaded_nor_trained_is_an_error(sources):
+    from configs import common
+    cfg = common.base().to_dict() | {"model": tiny.config()}
+    model = run.build_model(cfg)
+    shapes = hf_folder.param_shapes(model)
+
+    def left(known=None, allow=(), **changes):
+        case = cfg | {"train": cfg["train"] | {"allow_fresh": allow}} | changes
+        try:
+            run.check_fresh(case, run.phases(case, model, None), shapes, known or {})
+        except UserError as error:
+            return str(error).partition("trains ")[2].partition(": ")[0]
+        return ""
+
+    vqvae = cfg["vqvae"] | {"steps": 3}
+    everything = cfg["optim"] | {"freeze": ()}
+    whole = tiny.made()[1]
+    assert left() == "vision/*, vqvae/*"  # the paper's recipe without init_from
+    assert left(vqvae=vqvae) == "vision/*" and left(optim=everything) == "vqvae/*"
+    assert left(vqvae=vqvae, optim=everything) == "" == left(whole)
+    assert left(allow=("vision/.*", "vqvae/.*")) == ""
+    assert left({"vision": whole["vision"]}, vqvae=vqvae) == ""
+    frozen = cfg["optim"] | {"freeze": ("vision/.*", "llm/norm/.*", "connector/.*")}
+    assert left({k: whole[k] for k in ("vision", "vqvae")}, optim=frozen) == "connector/*, llm/norm/scale"
+
+
+def test_a_resumed_run_needs_no_init_from(sources, tmp_path):
+    """Weights and tokenizer are in the workdir: the checkpoint it began with may be gone."""
+    from configs import common
+    start = tmp_path / "start"
+    shutil.copytree(sources["workdir"], start)
+    cfg = common.base().to_dict()
+    cfg |= {"model": tiny.config(), "init_from": str(start)}
+    cfg["data"] |= {"sources": ("shapes:simple:train",), "max_tokens": 96, "system": ""}
+    cfg["train"] |= {"steps": 1, "global_batch": 8, "dtype": "float32", "remat": "none"}
+    cfg["optim"] |= {"schedule": "constant", "warmup": 0}
+    run.train(cfg, str(tmp_path / "w"))
+    shutil.rmtree(start)
+    cfg["train"]["steps"] = 2
+    assert run.train(cfg, str(tmp_path / "w"))["step"] == 2
+    opened = checkpoint.open_checkpoint(str(tmp_path / "w"))
+    jax.tree.map(np.testing.assert_array_equal, opened.load_params()["vision"], tiny.made()[1]["vision"])
+    with pytest.raises(UserError, match="start: no such checkpoint"):
+        run.train(cfg, str(tmp_path / "another"))
