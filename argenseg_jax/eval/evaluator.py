@@ -248,7 +248,7 @@ class Evaluator:
         elif metric == "interactive":
             more["ious"] = [iou(prediction, truth)]
         elif metric == "fidelity":
-            more |= _likeness(result.images, sample)
+            more |= _likeness(result.images, sample, self.pad)
         known = truth is not None
         return Record(
             index=index, question=question(sample), answer=result.text, masks=len(drawn),
@@ -317,12 +317,15 @@ def _baseline_mask(sample: Sample, shape: tuple[int, ...], baseline: Baseline | 
     return None if mask is None else resize(mask, shape)
 
 
-def _likeness(images: Sequence[np.ndarray], sample: Sample) -> dict[str, float]:
-    """PSNR and SSIM of the first picture of an answer (black, where there is none) and the true one."""
+def _likeness(images: Sequence[np.ndarray], sample: Sample, pad: bool) -> dict[str, float]:
+    """PSNR and SSIM of the first picture of an answer (black, where there is none) and the true one.
+
+    They are compared at the size of the former, where the true one is as training shows it.
+    """
     if not sample.masks:
         raise UserError(f"{_name(sample)}: no picture to compare with")
     side = images[0].shape[0] if len(images) else sample.masks[0].shape[0]
-    true = transforms.resize_target(sample.masks[0], side)
+    true = transforms.resize_target(transforms.targets(sample)[0], side, pad=pad)
     drawn = images[0] if len(images) else np.zeros_like(true)
     return {"psnr": fidelity.psnr(drawn, true), "ssim": fidelity.ssim(drawn, true)}
 
