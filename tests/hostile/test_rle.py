@@ -116,8 +116,8 @@ def refused(function, *values):
         return
     raise AssertionError(values)
 good = {"size": [8, 8], "counts": [64]}
-for size, counts in [([2**31, 2], "1"), ([2**40, 1], "1"), ([1, 2**63], "1"), ([8, 8], "nan"), ([0, 8], ""), ([8, 0], "0"),
-                     ([64, -64], "0")]:
+for size, counts in [([2**31, 2], "1"), ([2**40, 1], "1"), ([1, 2**63], "1"), ([8, 8], "nan"), ([0, 8], ""),
+                     ([8, 0], "0"), ([64, -64], "0")]:
     bad = {"size": size, "counts": counts}
     refused(rle.decode_rle, bad)
     refused(rle.decode_segmentation, [bad], 8, 8)
