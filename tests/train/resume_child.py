@@ -53,7 +53,7 @@ def main(workdir: str, moment: str, number: int) -> None:
     elif moment != "batch":
         name = {"save": f"{number}", "frozen": f"frozen/{number}/params"}[moment]
         threading.Thread(target=watch, args=(folder, name), daemon=True).start()
-    cfg = toy.config(steps=10, checkpoint_every=2, microbatch=4)
+    cfg = toy.config(steps=10, checkpoint_every=2, log_every=3, microbatch=4)
     loop.run(cfg, workdir, toy.phases(cfg, 3, Deadly), toy.init, devices=jax.devices()[:1])
 
 

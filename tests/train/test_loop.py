@@ -1,17 +1,19 @@
 """The loop: files it leaves, phases, starting points, what a resumed run may change."""
+import dataclasses
 import json
 import os
 import signal
+import time
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
 
-from argenseg_jax import sharding, trees
+from argenseg_jax import files, locks, processes, sharding, trees
 from argenseg_jax.ckpt import orbax_io
 from argenseg_jax.errors import UserError
-from argenseg_jax.train import loop, program
+from argenseg_jax.train import loop, metrics_log, program
 from tests.train import toy
 
 ONE = jax.devices()[:1]
@@ -126,19 +128,115 @@ def test_a_finished_run_answers_at_once(tmp_path):
     assert {k: again[k] for k in ("step", "loss")} == {k: first[k] for k in ("step", "loss")}
 
 
-@pytest.mark.slow
-def test_sigterm_saves_and_the_run_goes_on(tmp_path):
+@pytest.mark.parametrize("number, at, step", [(signal.SIGINT, 3, 4), (signal.SIGTERM, 2, 3)])
+def test_a_signal_saves_and_the_run_resumes(tmp_path, number, at, step):
+    """Also Ctrl-C, and also at the last step of the first phase: there the second does not begin."""
     class Interrupted(toy.Data):
         def __next__(self):
-            if self.index == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
+            if self.index == at:
+                os.kill(os.getpid(), number)
             return super().__next__()
 
-    with pytest.raises(loop.Preempted, match="step 4"):
-        run(toy.config(checkpoint_every=100), tmp_path, data=Interrupted)
-    result = run(toy.config(checkpoint_every=100), tmp_path)
-    whole = run(toy.config(checkpoint_every=100), tmp_path / "whole")
+    cfg = toy.config(checkpoint_every=100)
+    first = 3 if step == 3 else 0
+    with pytest.raises(loop.Preempted, match=f"step {step}") as caught:
+        run(cfg, tmp_path, first, data=Interrupted)
+    assert caught.value.signal == number and orbax_io.newest_step(tmp_path) == step
+    assert not (tmp_path / locks.FILE).exists()
+    result = run(cfg, tmp_path, first)
+    whole = run(cfg, tmp_path / "whole", first)
     assert result["loss"] == whole["loss"]
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, capfd):
+    class Impatient(toy.Data):
+        def __next__(self):
+            if self.index == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__next__()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(toy.config(), tmp_path, data=Impatient)
+    assert "once more: at once" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert run(toy.config(), tmp_path)["step"] == 6
+
+
+def test_the_logged_rate_is_the_one_that_was_used(tmp_path):
+    """A skipped step leaves the schedule where it was."""
+    cfg = toy.config(log_every=1, max_skipped=0)
+    cfg["optim"].update(warmup=50)
+    run(cfg, tmp_path, data=Broken)  # steps 1, 3 and 5 are skipped
+    skipped = [line["skipped"] for line in lines(tmp_path)]
+    assert skipped == [0, 1, 1, 2, 2, 3]
+    used = [0.01 * (count + 1) / 51 for count in (0, 0, 1, 1, 2, 2)]  # of the update before each line
+    np.testing.assert_allclose([line["lr"] for line in lines(tmp_path)], used, rtol=1e-6)
+
+
+def test_a_workdir_in_use_is_left_alone(tmp_path):
+    """Whoever comes second ends with one line; the files are as they were."""
+    run(toy.config(), tmp_path)
+    before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
+    with locks.Lock(tmp_path / locks.FILE, str(tmp_path)):
+        with pytest.raises(UserError, match=f"{tmp_path} is in use by process {os.getpid()} on "):
+            run(toy.config(steps=9), tmp_path)
+    assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()) == before
+
+
+def test_a_run_that_was_taken_over_writes_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.01)
+
+    class Suspended(toy.Data):
+        def __next__(self):
+            if self.index == 4:
+                other = locks.Holder("other", dataclasses.replace(processes.this(), host="node7", pid=5), 1e10)
+                files.write(tmp_path / locks.FILE, other.content())
+                time.sleep(0.3)
+            return super().__next__()
+
+    with pytest.raises(UserError, match="was taken over by process 5 on node7"):
+        run(toy.config(checkpoint_every=2), tmp_path, data=Suspended)
+    assert orbax_io.newest_step(tmp_path) == 4 and [line["step"] for line in lines(tmp_path)] == [2, 4]
+    assert json.loads((tmp_path / locks.FILE).read_bytes())["host"] == "node7"
+
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["step", "metrics", "frozen"])
+def test_a_full_disk_is_one_line_and_the_run_resumes(tmp_path, monkeypatch, where):
+    """The same command with room again goes to the end."""
+    def fail(*_, **__):
+        raise FULL if where != "step" else ValueError(f"RESOURCE_EXHAUSTED: Error writing x: {FULL.strerror}")
+
+    with monkeypatch.context() as patch:
+        if where == "step":
+            patch.setattr(orbax_io.ocp.CheckpointManager, "save", fail)
+        elif where == "frozen":
+            patch.setattr(orbax_io, "save_params", fail)
+        else:
+            patch.setattr(metrics_log.json, "dumps", fail)
+        with pytest.raises(UserError, match="cannot be written .No space left on device.") as caught:
+            run(toy.config(), tmp_path)
+    if where != "metrics":
+        assert str(caught.value).endswith("there is no whole step yet")
+    assert not (tmp_path / locks.FILE).exists()
+    assert run(toy.config(), tmp_path)["step"] == 6
+
+
+@pytest.mark.parametrize("name, content, line", [
+    ("config.json", "[]", "config.json is no configuration of a run"),
+    ("config.json", "{", "config.json is no valid JSON"),
+    ("metrics.jsonl", '{"step": 2}\n{\n{"step": 3}\n', "metrics.jsonl:2"),
+    ("checkpoints/6/meta/metadata", '{"phase": "lm", "data": {"index": 1}, "interval": 3, "frozen": 3}', "step 6 .* state of a run"),
+    ("checkpoints/6/meta/metadata", '{"phase": "lm", "data": {}, "frozen": 3}', "step 6 .* state of a run"),
+    ("checkpoints/6/meta/metadata", '{"phase": "x", "data": {}}', "its checkpoint is of phase 'x'")])
+def test_damaged_files_of_a_workdir_are_one_line(tmp_path, name, content, line):
+    run(toy.config(), tmp_path, checksums=False)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=line):
+        run(toy.config(steps=8), tmp_path)
 
 
 def test_samples_are_drawn(tmp_path):

@@ -15,11 +15,11 @@ from argenseg_jax.ckpt import orbax_io
 from argenseg_jax.train import loop
 from tests.train import toy
 
-TIMES = ("seconds_per_step", "rows_per_second")
+TIMES = ("seconds_per_step", "rows_per_second", "data_wait")
 
 
 def train(workdir):
-    cfg = toy.config(steps=10, checkpoint_every=2, microbatch=4)
+    cfg = toy.config(steps=10, checkpoint_every=2, log_every=3, microbatch=4)
     return loop.run(cfg, str(workdir), toy.phases(cfg, 3), toy.init, devices=jax.devices()[:1])
 
 
@@ -31,6 +31,12 @@ def everything(workdir):
     flat = {"params": orbax_io.restore_params(str(workdir), ema=False),
             "ema": orbax_io.restore_params(str(workdir))}
     return step, data, trees.flatten(flat), orbax_io.read_train(str(workdir))
+
+
+def lines(workdir):
+    """metrics.jsonl without what takes its time."""
+    found = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +70,25 @@ def test_resume_after_kill_is_bit_exact(moment, number, whole, tmp_path):
         assert np.asarray(params[path]).tobytes() == np.asarray(want_params[path]).tobytes(), path
     jax.tree.map(np.testing.assert_array_equal, rest, want_rest)
     assert [p.name for p in (tmp_path / "checkpoints" / "frozen").iterdir()] == ["4"]
+    assert lines(tmp_path) == lines(whole[1])
+
+
+@pytest.mark.parametrize("batch", [1, 5, 8])
+def test_a_resumed_run_logs_the_same_numbers(whole, tmp_path, batch):
+    """Checkpoints come every 2 steps, lines every 3: what was not logged yet is in the checkpoint."""
+    class Ending(toy.Data):
+        def __next__(self):
+            if self.index == batch:
+                raise KeyError
+            return super().__next__()
+
+    cfg = toy.config(steps=10, checkpoint_every=2, log_every=3, microbatch=4)
+    with pytest.raises(KeyError):
+        loop.run(cfg, str(tmp_path), toy.phases(cfg, 3, Ending), toy.init, devices=jax.devices()[:1])
+    result = train(tmp_path)
+    assert lines(tmp_path) == lines(whole[1]) and result["loss"] == whole[0]["loss"]
 
 
 def test_the_metrics_file_has_no_gap_and_no_double(whole, tmp_path):
     steps = [json.loads(x)["step"] for x in (whole[1] / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [2, 3, 4, 6, 8, 10, 12, 13]
+    assert steps == [3, 6, 9, 12, 13]
