@@ -8,12 +8,15 @@ The masks of turn t are written to OUT/turn_t.png, turn_t_1.png, ...
 """
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
 
 from argenseg_jax.cli import common
+from argenseg_jax.errors import UserError
 
 common.define_workdir("Run whose newest checkpoint is used.")
 common.define_checkpoint()
@@ -32,12 +35,15 @@ def run() -> dict[str, Any]:
     from argenseg_jax.ckpt.checkpoint import open_checkpoint
     from argenseg_jax.decode.predictor import pixels
 
+    options = common.answering()
+    names = ["turn_0.png", *re.findall(r"turn_\d+(?:_\d+)?\.png$", os.path.basename(FLAGS.image or ""))]
+    common.check_outputs({"image": FLAGS.image}, {"out": [f"{FLAGS.out}/{name}" for name in names]})
     checkpoint = FLAGS.checkpoint or FLAGS.workdir or "nano"
     image = pixels(FLAGS.image, common.reading(open_checkpoint(checkpoint).config))  # before the weights are loaded
     predictor = argenseg_jax.load(checkpoint, FLAGS.dtype, checksums=FLAGS.checksums)
     history, answers, written = [], [], []
     for number, text in enumerate(FLAGS.prompt or _typed()):
-        result, history = predictor.chat(text, image, history, **common.answering())
+        result, history = predictor.chat(text, image, history, **options)
         answers.append(result.text)
         common.log(f"> {text}\n{result.text}")
         for i, mask in enumerate(result.masks):
@@ -55,6 +61,8 @@ def _typed() -> Iterator[str]:
             line = input().strip()
         except EOFError:
             return
+        except UnicodeDecodeError:
+            raise UserError("the typed line is no UTF-8 text") from None
         if not line:
             return
         yield line

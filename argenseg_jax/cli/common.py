@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -57,7 +57,8 @@ def define_checksums() -> None:
 
 def define_answering(max_masks: int = 8) -> None:
     """Flags about how answers are written; `answering` reads them."""
-    flags.DEFINE_integer("max_masks", max_masks, "The answer ends behind so many masks.", lower_bound=1)
+    flags.DEFINE_integer("max_masks", max_masks, "The answer ends after N masks.", lower_bound=1,
+                         upper_bound=1024)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "int8"], "Of weights and "
                       "computation; int8: the language model's matrices, the rest is bfloat16.")
     flags.DEFINE_float("guidance", 0.0, "Strength of classifier-free guidance; 0 = off.", lower_bound=0)
@@ -115,11 +116,39 @@ def write_picture(target: str, number: int, picture: Any) -> str:
     from argenseg_jax import files
     from argenseg_jax.eval import pictures
 
-    path = epath.Path(target)
-    if number:
-        path = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    path = epath.Path(numbered(target, number))
     files.write(path, pictures.encode_png(picture))
     return str(path)
+
+
+def numbered(target: str, number: int) -> str:
+    """name.png -> name_NUMBER.png; the first, 0, is as it is."""
+    stem, suffix = os.path.splitext(target)
+    return f"{stem}_{number}{suffix}" if number else target
+
+
+def check_outputs(inputs: Mapping[str, str | None], outputs: Mapping[str, Sequence[str]]) -> None:
+    """UserError before the work where a file to write is an input or is written twice, or cannot be written.
+
+    Args:
+      inputs: {flag: path} of files that are read; None is not given.
+      outputs: {flag: paths} of files that may be written.
+    """
+    from etils import epath
+
+    from argenseg_jax import files
+
+    same = lambda path: path if files.is_remote(path) else os.path.realpath(path)
+    taken = {same(path): flag for flag, path in inputs.items() if path}
+    for flag, paths in outputs.items():
+        for path in paths:
+            other = taken.setdefault(same(path), flag)
+            if other != flag:
+                raise UserError(f"--{flag} would write {path}, a file of --{other}; name another file")
+            if not files.is_remote(path) and os.path.isdir(path):
+                raise UserError(f"--{flag}: {path} is a folder")
+        for folder in dict.fromkeys(epath.Path(path).parent for path in paths):
+            files.check_writable(folder)
 
 
 def require(*names: str) -> None:

@@ -29,10 +29,12 @@ FLAGS = common.FLAGS
 common.define_config()
 flags.DEFINE_string("topology", None, "v4, v5e, v5p, v6e or tpu7x and a shape: v5e:16x16, v5p:4x4x4; or a "
                     "cloud name: v5p-128 (cores), v6e-256 (chips).")
-flags.DEFINE_integer("slices", 1, "So many of them; mesh.dcn_data splits the batch over them.", lower_bound=1)
+flags.DEFINE_integer("slices", 1, "So many of them; mesh.dcn_data splits the batch over them.", lower_bound=1,
+                     upper_bound=4096)
 flags.DEFINE_enum("phase", "train", ["train", "decode"], "The training step, or the phases of decoding.")
-flags.DEFINE_integer("batch", 1, "decode: pictures at a time.", lower_bound=1)
-flags.DEFINE_integer("prompt_tokens", 512, "decode: places that prompts are padded to.", lower_bound=1)
+flags.DEFINE_integer("batch", 1, "decode: pictures at a time.", lower_bound=1, upper_bound=65536)
+flags.DEFINE_integer("prompt_tokens", 512, "decode: places that prompts are padded to.", lower_bound=1,
+                     upper_bound=2**20)
 flags.DEFINE_bool("search", False, "train: also try other meshes, batches and remat policies.")
 flags.DEFINE_multi_string("xla", [], "NAME=VALUE, an option of the TPU compiler; may be repeated.")
 flags.DEFINE_string("hlo", None, "Write the compiled program to this file (v5e and v6e only).")
@@ -50,6 +52,8 @@ def setup_devices() -> None:
 def run() -> dict[str, Any]:
     """Returns {fits, hbm_gib, flops, bound, mfu, ...}; with --search also {candidates, best}."""
     common.require("config", "topology")
+    if FLAGS.hlo:
+        common.check_outputs({"config": FLAGS["config"].spec.partition(":")[0]}, {"hlo": [FLAGS.hlo]})
     if FLAGS.search:
         return _search()
     from argenseg_jax.train import aot

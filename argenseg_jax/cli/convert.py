@@ -37,6 +37,7 @@ def run() -> dict[str, Any]:
     """Returns {from, to, direction, params, bytes, unmatched, seconds}."""
     from etils import epath
 
+    from argenseg_jax import files
     from argenseg_jax.ckpt import checkpoint, transfer
 
     common.require("from", "to")
@@ -44,6 +45,7 @@ def run() -> dict[str, Any]:
     origin, target = epath.Path(FLAGS["from"].value), epath.Path(FLAGS.to)
     if target.exists():
         raise UserError(f"--to: {target} exists already; choose another name or remove it")
+    files.check_writable(target.parent)
     source = checkpoint.open_checkpoint(str(origin.parent) if origin.is_file()
                                         else FLAGS["from"].value, checksums=FLAGS.checksums)
     if FLAGS.vqvae and not source.is_hf:

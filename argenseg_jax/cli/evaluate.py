@@ -44,7 +44,7 @@ common.define_reading()
 common.define_outside()
 flags.DEFINE_string("out", None, "Directory of the results; default: --workdir.")
 flags.DEFINE_integer("limit", 0, "Score only the first so many samples; 0 = all.", lower_bound=0)
-flags.DEFINE_integer("batch", 16, "Samples per call of the model.", lower_bound=1)
+flags.DEFINE_integer("batch", 16, "Samples per call of the model.", lower_bound=1, upper_bound=65536)
 flags.DEFINE_string("metric", "", "Scores to compute: referring, grefcoco, semantic, boxes, instances, "
                     "interactive, anomaly, fidelity, pope, vqav2, textvqa, mmmu, exact; default: "
                     "eval.metric of the saved config, what the data asks for, or referring.")

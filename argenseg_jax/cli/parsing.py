@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -51,6 +50,8 @@ def parse(command: str, args: Sequence[str]) -> None:
         rest = FLAGS(sys.argv)[1:]
     except (flags.Error, TypeError, ValueError, OSError) as error:
         raise UserError(brief(error, 400)) from error
+    except RecursionError as error:  # absl looks for similar names, letter by letter
+        raise UserError("Unknown command line flag: its name has hundreds of letters") from error
     if rest:
         raise UserError(f"unexpected argument '{brief(rest[0], 100)}'; flags are written --name=value")
     _check_values()

@@ -30,17 +30,17 @@ flags.DEFINE_string("image_root", "", "As of `evaluate`.")
 flags.DEFINE_string("prompt", "referring", "Of PSALM and refer sources: referring, semantic, reasoning, or "
                     "a text with {sent}.")
 flags.DEFINE_integer("draws", 0, "Write every sample so many times, each with another class, point, ... "
-                     "where the source draws one; 0: once, as evaluation sees it.", lower_bound=0)
+                     "where the source draws one; 0: once, as evaluation sees it.", lower_bound=0, upper_bound=10**6)
 flags.DEFINE_integer("resize", 0, "Side S: pictures and masks become S x S, as a model with one tile of "
-                     "this side reads them; 0 = as they are.", lower_bound=0)
+                     "this side reads them; 0 = as they are.", lower_bound=0, upper_bound=8192)
 common.define_reading()
 common.define_outside()
 flags.DEFINE_string("codes", None, "Checkpoint whose mask tokenizer writes the codes of the masks too.")
 flags.DEFINE_enum("codes_dtype", "", ["", "float32", "bfloat16"], "train.dtype of the training that will "
                   "read the codes; default: that of the checkpoint's own run, or bfloat16.")
 common.define_checksums()
-flags.DEFINE_integer("shard_samples", 1000, "Samples of a shard.", lower_bound=1)
-flags.DEFINE_integer("workers", 1, "Processes that write shards.", lower_bound=1)
+flags.DEFINE_integer("shard_samples", 1000, "Samples of a shard.", lower_bound=1, upper_bound=10**7)
+flags.DEFINE_integer("workers", 1, "Processes that write shards.", lower_bound=1, upper_bound=1024)
 flags.DEFINE_string("runner", "", "Runner of Apache Beam (DirectRunner, DataflowRunner, FlinkRunner, "
                     "SparkRunner) in place of --workers; needs pip install 'argenseg_jax[beam]'.")
 flags.DEFINE_multi_string("beam_options", [], "name=value, an option of the runner; may be repeated.")
@@ -53,7 +53,10 @@ def run() -> dict[str, Any]:
         return _verify(FLAGS.verify)
     common.require("source", "out")
     begin = time.perf_counter()
+    from argenseg_jax import files
     from argenseg_jax.data import prepare, statistics
+
+    files.check_writable(FLAGS.out)
 
     coder = None
     if FLAGS.codes:

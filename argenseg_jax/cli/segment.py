@@ -39,6 +39,11 @@ def run() -> dict[str, Any]:
             raise UserError(f"--{flag}={FLAGS[flag].value}: the file is a PNG; name it so")
     if FLAGS.overlay and not FLAGS.image:
         raise UserError(f"--overlay={FLAGS.overlay} needs --image")
+    common.check_outputs({"image": FLAGS.image}, {
+        flag: [common.numbered(FLAGS[flag].value, i) for i in range(FLAGS.max_masks)]
+        for flag in ("out", "overlay", "scales") if FLAGS[flag].value})
+
+    options = common.answering()
 
     import argenseg_jax
     from argenseg_jax.ckpt.checkpoint import open_checkpoint
@@ -49,7 +54,7 @@ def run() -> dict[str, Any]:
     image = pixels(FLAGS.image, common.reading(open_checkpoint(checkpoint).config))  # before the weights are loaded
     predictor = argenseg_jax.load(checkpoint, FLAGS.dtype, checksums=FLAGS.checksums)
     begin = time.perf_counter()
-    result = predictor.segment(image, FLAGS.prompt, previews=bool(FLAGS.scales), **common.answering())
+    result = predictor.segment(image, FLAGS.prompt, previews=bool(FLAGS.scales), **options)
     seconds = time.perf_counter() - begin
 
     written = []

@@ -44,6 +44,8 @@ def run() -> dict[str, Any]:
     from argenseg_jax.train import sweep
 
     config = FLAGS["config"]
+    if FLAGS.out:
+        common.check_outputs({"config": config.spec.partition(":")[0]}, {"out": [FLAGS.out]})
     points = sweep.expand(config.module, config.value)
     commands = [sweep.train_args(point, config.spec, config.overrides, FLAGS.workdir) for point in points]
     if FLAGS.launch in ("commands", "slurm", "jobset"):

@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from argenseg_jax.cli import common
-from argenseg_jax.errors import UserError
+from argenseg_jax.errors import UserError, brief
 
 FLAGS = common.FLAGS
 common.define_config()
@@ -29,10 +29,10 @@ _LOST_EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again
 def run() -> dict[str, Any]:
     """Returns {step, loss, text_loss, gen_loss, seconds}."""
     common.require("config", "workdir")
-    profile = FLAGS.profile and re.fullmatch(r"(\d+)\.\.(\d+)", FLAGS.profile)
+    profile = FLAGS.profile and re.fullmatch(r"([0-9]{1,9})\.\.([0-9]{1,9})", FLAGS.profile)
     steps = (int(profile[1]), int(profile[2])) if profile else None
     if FLAGS.profile and not (steps and 0 < steps[0] <= steps[1]):
-        raise UserError(f"--profile {FLAGS.profile}: FIRST..LAST is expected, such as 10..12")
+        raise UserError(f"--profile {brief(FLAGS.profile, 60)}: FIRST..LAST is expected, such as 10..12")
     from argenseg_jax.train import loop
     from argenseg_jax.train import run as train_run
 

@@ -39,6 +39,8 @@ class Sampling:
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf or not 0 <= self.top_k < 2**31 or not 0 < self.top_p <= 1:
             raise UserError(f"{self}: temperature and top_k are not negative, top_p is within 0..1")
+        if not -2**31 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed}: a whole number of 32 bits is expected")
 
     def on_device(self, rows: int, of: str = "words") -> Draw | None:
         """For a batch, of its 'words' or 'codes'; None is greedy. Other settings compile nothing anew."""

@@ -23,6 +23,7 @@ from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.kv_cache import BLOCK
 
 GREEDY = Sampling()
+_MAX_GUIDANCE = 1e4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Engine:
           reference: guidance with the fault of the original; see choice.Rules.
 
         Raises:
-          UserError: the prompt leaves no room (model.llm.max_positions).
+          UserError: the prompt leaves no room (model.llm.max_positions), or the guidance is no such number.
         """
         longest, room = int(np.max(lengths)), self.model.llm.max_positions
         answer_places = max_text + max_masks * (self.model.scales.num_codes + 1)
@@ -135,6 +136,8 @@ class Engine:
                             f"{longest + answer_places} places, the model has {room} "
                             "(model.llm.max_positions); shorten the prompt")
         rules = Rules(text.on_device(len(tokens)), codes.on_device(len(tokens), "codes"), None, reference)
+        if not 0 <= guidance <= _MAX_GUIDANCE:
+            raise UserError(f"guidance={guidance}: a number from 0 to {_MAX_GUIDANCE:g} is expected")
         if guidance:
             rules = rules.replace(guidance=np.float32(guidance))
             twins = np.zeros_like(tokens)
