@@ -44,7 +44,7 @@ def test_turns_from_the_terminal_end_at_an_empty_line(tmp_path, capfd, monkeypat
     """With a predictor that draws nothing and repeats the number of turns before."""
     result = lambda text: Result([], [], text, [], [])
     chat = lambda text, image, history, **options: (result(f"{len(history)}"), [*history, text])
-    monkeypatch.setattr(argenseg_jax, "load", lambda path, dtype: types.SimpleNamespace(chat=chat))
+    monkeypatch.setattr(argenseg_jax, "load", lambda path, dtype, **more: types.SimpleNamespace(chat=chat))
     monkeypatch.setattr("sys.stdin", io.StringIO("What is it?\nAnd that?\n\nnever read\n"))
     code, out, _ = call(capfd, "chat", "--out", tmp_path)
     assert code == 0 and json.loads(out.splitlines()[-1]) == {"turns": 2, "answers": ["0", "1"], "files": []}
