@@ -9,8 +9,23 @@ from collections.abc import Iterator
 DATA_FAULTS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
+_LONGEST = 2000  # characters of a message; names in data may have any length
+
+
 class UserError(Exception):
-    """Bad input. The message is one line: the file, key, line or shape at fault, and what to do."""
+    """Bad input. The message is one line: the file, key, line or shape at fault, and what to do.
+
+    Names and values in it may come from strangers: what cannot be printed is escaped, and the middle of
+    a long message left out.
+    """
+
+    def __init__(self, message: object = ""):
+        text = str(message)
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        if len(text) > _LONGEST:
+            text = f"{text[:_LONGEST // 2]} ... {text[-_LONGEST // 2:]}"
+        super().__init__(text)
 
 
 class SampleError(UserError):

@@ -104,7 +104,7 @@ def test_train_refuses_the_workdir_of_another_run(run, capfd):
 @pytest.mark.parametrize("args, says", [
     (["--workdir=RUN", "--checkpoint=RUN", "--data=shapes:test"], "one of --workdir and --checkpoint"),
     (["--workdir=RUN"], "--data is missing"),
-    (["--workdir=RUN", "--data=EMPTY"], "holds no sample"),
+    (["--workdir=RUN", "--data=EMPTY"], "no samples"),
     (["--workdir=RUN", "--data=absent.json"], "absent.json: no such source"),
     (["--workdir=absent", "--data=shapes:test"], "absent: no such checkpoint"),
     (["--workdir=RUN", "--data=shapes:test", "--batch=0"], "batch"),
