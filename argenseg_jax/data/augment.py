@@ -19,7 +19,7 @@ from argenseg_jax.data.sample import Sample
 _COLOURS = re.compile(r"\b(black|blue|brown|gr[ae]y|green|orange|pink|purple|red|white|yellow|beige|crimson|cyan|"
                       r"gold(?:en)?|magenta|maroon|navy|olive|silver|teal|turquoise|violet|colou?r\w*)\b|"
                       "[红紅橙黄黃绿綠青蓝藍紫粉黑白灰棕褐金银銀]|色", re.IGNORECASE)
-_PLACES = re.compile(
+_SIDES = re.compile(
     r"\b(left|right)(most|hand|wards?)?\b|\b(top|bottom|upper|lower)(most)?\b|"
     r"\b(middle|cent(er|re)|central|corners?|above|below|beneath|clockwise|counterclockwise|o'clock|"
     r"(north|south)?(east|west)(ern)?|north(ern)?|south(ern)?|links|rechts|oben|unten|gauche|droite|izquierd[ao]|"
@@ -61,7 +61,7 @@ class Augment:
         image, masks = sample.images[0], list(sample.masks)
         x, y, w, h = self._crop(image.shape[1], image.shape[0], rng)
         mirrored = rng.random() < self.flip
-        if masks and not _speaks(sample, _PLACES, _COORDINATES):
+        if masks and not _speaks(sample, _SIDES, _COORDINATES):
             step = -1 if mirrored else 1
             image, *masks = (a[y:y + h, x:x + w][:, ::step] for a in (image, *masks))
         picture = Image.fromarray(np.ascontiguousarray(image))
@@ -84,7 +84,7 @@ def recompress(sample: Sample, rng: np.random.Generator) -> Sample:
     def lossy(image: np.ndarray) -> np.ndarray:
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=int(rng.integers(QUALITIES[0], QUALITIES[1] + 1)))
-        return np.array(JpegImageFile(file))
+        return np.array(JpegImageFile(io.BytesIO(file.getvalue())))
 
     return dataclasses.replace(sample, images=tuple(map(lossy, sample.images)))
 

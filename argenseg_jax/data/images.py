@@ -90,12 +90,22 @@ def open_bytes(content: bytes, name: Any, max_pixels: int = MAX_PIXELS) -> Image
     try:
         image = kind(io.BytesIO(content), str(name))
         width, height = image.size
+        _check_planes(image)
     except Exception as fault:  # decoders raise what they like
         raise _unreadable(name, fault) from None
     if width * height > max_pixels:
         raise SampleError(f"{name}: {width}x{height} pixels; at most {max_pixels} are read: raise data.max_pixels "
                           "(--max_pixels)")
     return image
+
+
+def _check_planes(image: Image.Image) -> None:
+    """ValueError for a TIFF of several planes of more than 8 bits, which Pillow decodes wrongly."""
+    tags = getattr(image, "tag_v2", {})
+    several = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) > 1
+    if several and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and max(
+            tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8:
+        raise ValueError("planes of more than 8 bits; store the channels of each pixel together (PLANARCONFIG=CONTIG)")
 
 
 def _scans(content: bytes) -> int:

@@ -34,7 +34,31 @@ _VALUES = 4096  # of one image that percentiles are made of
 
 _EXACT = tuple((0, top) for top in TOPS)
 
+_ROWS = 2**20  # pixels that are scaled at a time
+
 Window = tuple[float, float]
+
+
+class Values(NamedTuple):
+    """What is known of the values of an image: kind 'i' or 'f', extremes, and up to _VALUES in between.
+
+    Only finite ones count.
+    """
+
+    kind: str
+    low: float
+    high: float
+    some: np.ndarray
+
+    @classmethod
+    def of(cls, levels: np.ndarray) -> Values:
+        """Of the levels of an image."""
+        values, kind = levels.ravel(), _kind(levels)
+        if kind == "f" and not np.isfinite(values).all():
+            values = values[np.isfinite(values)]
+        if not values.size:
+            values = np.zeros(1, levels.dtype)
+        return cls(kind, values.min().item(), values.max().item(), values[::-(-values.size // _VALUES)])
 
 
 class Reading(NamedTuple):
@@ -150,7 +174,7 @@ class Reader:
 
     def _window(self, levels: np.ndarray) -> Window:
         if self._source is None:
-            return find_window([levels])
+            return find_window([Values.of(levels)])
         kind = _kind(levels)
         if kind not in self._windows:
             self._find()
@@ -159,12 +183,16 @@ class Reader:
     def _find(self) -> None:
         """Looks at the values of the data set; the same whatever image asked for it."""
         seen = _look(self._source, SEEN)
-        for kind in {_kind(values) for values in seen}:
-            low, high = find_window([v for v in seen if _kind(v) == kind])
+        for kind in sorted({values.kind for values in seen}):
+            mine = [values for values in seen if values.kind == kind]
+            low, high = find_window(mine)
             self._windows[kind] = low, high
             name = getattr(self._source, "name", None) or getattr(self._source, "path", "")
+            top = max(values.high for values in mine)
+            dark = f"; all are below {top:g}, so that they are dark: set data.window=(0, {top:g})" if (
+                top < high / 4) else ""
             print(f"{name}: its images have {'float' if kind == 'f' else 'more than 8 bit'} values; {low:g}..{high:g} "
-                  "becomes 0..255 (data.window)", file=sys.stderr)
+                  f"becomes 0..255 (data.window){dark}", file=sys.stderr)
 
 
 class _Probe(Reader):
@@ -172,12 +200,12 @@ class _Probe(Reader):
 
     def __init__(self, reading: Reading):
         super().__init__(reading)
-        self.seen: list[np.ndarray] = []
+        self.seen: list[Values] = []
 
     def image(self, image: Any) -> np.ndarray:
         opened = images.open_image(image, self.max_pixels)
         if images.is_deep(opened):
-            self.seen.append(_spread(images.image_levels(opened, image)))
+            self.seen.append(Values.of(images.image_levels(opened, image)))
         raise SampleError("only looked at")
 
     def mask(self, path: Any) -> np.ndarray:
@@ -186,8 +214,8 @@ class _Probe(Reader):
     ids = mask
 
 
-def _look(source: Any, most: int) -> list[np.ndarray]:
-    """Some values of the first image of up to `most` samples, of those that are deep."""
+def _look(source: Any, most: int) -> list[Values]:
+    """The values of the first image of up to `most` samples, of those that are deep."""
     probe = _Probe(source.reader.reading)
     source = copy.copy(source)
     source.reader = probe
@@ -199,28 +227,18 @@ def _look(source: Any, most: int) -> list[np.ndarray]:
     return probe.seen
 
 
-def _spread(levels: np.ndarray) -> np.ndarray:
-    """[n]: up to _VALUES of the finite values, spread evenly, the smallest and largest among them."""
-    values = levels.ravel()
-    values = values[np.isfinite(values)] if _kind(levels) == "f" else values
-    if not values.size:
-        return np.zeros(1, levels.dtype)
-    some = values[::-(-values.size // _VALUES)]
-    return np.concatenate([some, [values.min(), values.max()]])
-
-
 def _kind(levels: np.ndarray) -> str:
     return "f" if levels.dtype.kind == "f" else "i"
 
 
-def find_window(seen: Sequence[np.ndarray]) -> Window:
-    """(low, high) for images with these values; see the module's text."""
-    values = np.concatenate([_spread(levels) for levels in seen])
-    low, high = values.min(), values.max()
-    for top in (1,) if _kind(values) == "f" else TOPS:
+def find_window(seen: Sequence[Values]) -> Window:
+    """(low, high) for images with these values, of one kind; see the module's text."""
+    low, high = min(values.low for values in seen), max(values.high for values in seen)
+    for top in (1,) if seen[0].kind == "f" else TOPS:
         if low >= 0 and high <= top:
             return 0, top
-    low, high = (float(x) for x in np.percentile(values.astype(np.float64), (1, 99)))
+    some = np.concatenate([values.some for values in seen]).astype(np.float64)
+    low, high = (float(x) for x in np.percentile(some, (1, 99)))
     return low, high if high > low else low + 1
 
 
@@ -230,13 +248,16 @@ def to_bytes(levels: np.ndarray, window: Window) -> np.ndarray:
     if levels.dtype == np.uint16:
         grey = _scaled(np.arange(65536), low, high)[levels]
     else:
-        grey = _scaled(levels, low, high)
+        grey = np.empty(levels.shape, np.uint8)
+        rows = max(_ROWS // levels.shape[1], 1)
+        for y in range(0, len(levels), rows):
+            grey[y:y + rows] = _scaled(levels[y:y + rows], low, high)
     return grey if grey.ndim == 3 else np.repeat(grey[..., None], 3, axis=-1)
 
 
 def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):  # floats of any size
-        scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
+        scaled = (values.astype(np.float64) - low) * (255 / (high - low))
     return np.rint(np.clip(np.nan_to_num(scaled, posinf=255, neginf=0), 0, 255)).astype(np.uint8)
 
 

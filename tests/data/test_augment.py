@@ -1,9 +1,18 @@
 """Augmentation: image and mask move together, left and right keep their meaning."""
+import dataclasses
+import io
+import re
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from argenseg_jax.data.augment import Augment, recolour
+from argenseg_jax.data import sources
+from argenseg_jax.data.augment import Augment, recolour, recompress
+from argenseg_jax.data.interactive import InteractiveSource
+from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.errors import SampleError
 
 
 def sample(text="Segment the car.", images=1):
@@ -44,6 +53,85 @@ def test_same_rng_same_sample_and_several_images_stay():
     assert Augment()(pair, np.random.default_rng(0)) is pair
 
 
+@pytest.mark.parametrize("text", [
+    "the left car", "the rightmost car", "Left-hand side", "the TOP shelf", "the lower half", "in the middle",
+    "at the centre", "in the corner", "the eastern wing", "请分割左边的圆形。", "右上角的车", "中间的人",
+    "What is in <box>[[1,2,3,4]]</box>?", "the object at [[500, 20]]", "the object at (120, 80)", "within [0.1, 0.2, 0.5, 0.6]"])
+def test_nothing_moves_where_a_text_speaks_of_places(text):
+    moved = Augment(jitter=0)
+    asked, answered = sample(text), dataclasses.replace(sample(), conversations=[
+        {"from": "user", "value": "Where is it?"}, {"from": "gpt", "value": text}])
+    for each in (asked, answered):
+        for seed in range(5):
+            out = moved(each, np.random.default_rng(seed))
+            np.testing.assert_array_equal(out.images[0], each.images[0])
+            np.testing.assert_array_equal(out.masks[0], each.masks[0])
+
+
+def test_nothing_moves_without_a_mask():
+    """An answer in words may be about what a crop leaves out, or about writing."""
+    chat = dataclasses.replace(sample("How many cars are there?"), masks=())
+    np.testing.assert_array_equal(Augment(jitter=0)(chat, np.random.default_rng(0)).images[0], chat.images[0])
+
+
+def test_recompression_is_jpegs():
+    rng = np.random.default_rng(0)
+    image = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((80, 60)))
+    first = Sample([{"from": "human", "value": "the left car"}], (image, image), (image[..., 0],), {})
+    seen = [recompress(first, np.random.default_rng(seed)) for seed in range(40)]
+    assert all(s.masks is first.masks and s.images[0].shape == image.shape for s in seen)
+    known = {np.asarray(Image.open(jpeg(image, quality))).tobytes(): quality for quality in range(75, 101)}
+    qualities = [known[each.tobytes()] for s in seen for each in s.images]
+    assert len(set(qualities)) > 20 and {75, 100} <= set(qualities)
+
+
+def jpeg(image, quality):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=quality)
+    return file
+
+
+def test_data_augment_of_a_meta_json_is_the_references():
+    """JPEG of the image and nothing else; data.augment is our own; kept codes go with the first alone."""
+    geometry, rng = Geometry(32, 16, 64, 64), np.random.default_rng(0)
+    marked = dataclasses.replace(sample(), meta={"augment": True})
+    same = Encoder(DataConfig(), geometry).change(sample(), rng)
+    assert same.images[0] is not None and (same.images[0] == sample().images[0]).all()
+    changed = Encoder(DataConfig(codes=True), geometry).change(marked, rng)
+    assert (changed.masks[0] == marked.masks[0]).all() and changed.images[0].shape == marked.images[0].shape
+    assert 0 < np.abs(changed.images[0].astype(int) - marked.images[0]).max() < 60
+    assert Encoder(DataConfig(augment=True), geometry).change(sample(), rng).images[0].shape != (60, 90, 3)
+    with pytest.raises(SampleError, match="data.augment or data.codes"):
+        Encoder(DataConfig(augment=True, codes=True), geometry).change(sample(), rng)
+
+
+@pytest.mark.parametrize("prompt", ["box", "point", "box-drawn", "mask"])
+def test_an_interactive_prompt_is_made_of_the_changed_sample(prompt):
+    source = InteractiveSource([sample("Please segment car in this image.")], prompt)
+    sizes = set()
+    for seed in range(30):
+        out = sources.draw(source, 0, np.random.default_rng(seed), Augment(jitter=0))
+        mask, (height, width) = out.masks[0] >= 128, out.masks[0].shape
+        sizes.add((height, width))
+        numbers = [int(n) for n in re.findall(r"\d+", out.conversations[0]["value"])]
+        if prompt == "box":
+            ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            want = (xs[0] / width, ys[0] / height, (xs[-1] + 1) / width, (ys[-1] + 1) / height)
+            np.testing.assert_allclose(numbers, np.multiply(want, 1000), atol=0.51)
+        elif prompt == "point":
+            assert mask[int(numbers[1] / 1000 * height), int(numbers[0] / 1000 * width)]
+        else:
+            assert ((out.images[0] == (255, 0, 0)).all(-1)).any()
+    assert len(sizes) > 20
+
+
+def test_a_crop_that_loses_the_object_is_not_taken():
+    far = Augment(scale=(0.01, 0.02), jitter=0)
+    source = InteractiveSource([sample()], "point")
+    shapes = [sources.draw(source, 0, np.random.default_rng(seed), far).masks[0].shape for seed in range(30)]
+    assert (60, 90) in shapes and len(set(shapes)) > 2
+
+
 def test_tiny_pictures():
     dot = Sample(conversations=[], images=(np.zeros((1, 1, 3), np.uint8),),
                  masks=(np.zeros((1, 1), np.uint8),))
@@ -58,7 +146,11 @@ def test_recolour_spares_texts_about_colours():
         sample = Sample([{"from": "human", "value": text}], images=(image,))
         return recolour(sample, np.random.default_rng(seed)).images[0]
 
-    assert (painted("Segment the Red circle.") == image).all()
+    for text in ("Segment the Red circle.", "分割红色的圆形", "the violet one", "Which colour is it?"):
+        assert (painted(text) == image).all()
+    answer = Sample([{"from": "user", "value": "Describe it."}, {"from": "gpt", "value": "It is blue."}],
+                    images=(image,))
+    assert recolour(answer, np.random.default_rng(1)).images[0] is image
     red = [np.corrcoef(image[..., 0].ravel() - image.mean(-1).ravel(),
                        (x := painted("Segment all circles.", seed))[..., 0].ravel() - x.mean(-1).ravel()
                        )[0, 1] for seed in range(20)]

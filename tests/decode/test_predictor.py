@@ -6,9 +6,13 @@ from PIL import Image
 
 import argenseg_jax
 from argenseg_jax.data import transforms
+from argenseg_jax.data.pipeline import DataConfig, Encoder
+from argenseg_jax.data.sample import Sample
 from argenseg_jax.decode.choice import Sampling
 from argenseg_jax.decode.predictor import Predictor, Request, pixels
 from argenseg_jax.errors import UserError
+from argenseg_jax.eval import evaluator
+from argenseg_jax.train import run
 from tests import tiny
 
 WORDS = tiny.tokenizer()
@@ -133,6 +137,24 @@ def test_settings_of_the_run_are_used():
     tokens, tiles = encode(max_tiles=4)
     assert tiles.shape == (4, 32, 32, 3) and len(slots(tokens)) == 16  # 3 and the thumbnail
     assert np.any(encode(pad_to_square=True)[1] != encode()[1])
+
+
+@pytest.mark.parametrize("data, own, tiles", [
+    ({}, 0, 1), ({"max_tiles": 2}, 0, 1), ({"max_tiles": 8}, 0, 7), ({"max_tiles": 8, "sample_tiles": 1}, 0, 1),
+    ({"max_tiles": 8, "sample_tiles": 5}, 0, 5), ({"max_tiles": 5, "sample_tiles": 8}, 0, 5),
+    ({"max_tiles": 8}, 1, 1), ({"max_tiles": 8}, 4, 5), ({"max_tiles": 8, "pad_to_square": True}, 0, 5),
+], ids=str)
+def test_tiles_are_those_of_training(data, own, tiles):
+    """640x480, as README's packing recipe sets it; `own`: max_dynamic_patch of the data set's meta JSON."""
+    model, params = tiny.made()
+    config = {"system": "", "max_tokens": 256, **data}
+    sample = Sample([{"from": "human", "value": "<image>\nSegment it."}, {"from": "gpt", "value": "It is."}],
+                    (tiny.picture(0, 480, 640),), (), {"max_tiles": own} if own else {})
+    piece = Encoder(DataConfig(**config), run.geometry(model), WORDS).piece(sample, np.random.default_rng(0))
+    words, cut = Predictor(model, params, WORDS, {"data": config})._encode(evaluator.request(sample))
+    assert len(cut) == tiles
+    np.testing.assert_array_equal(cut, piece["tiles"])
+    np.testing.assert_array_equal(words, piece["tokens"][:len(words)])
 
 
 @pytest.mark.parametrize("request_, text", [
