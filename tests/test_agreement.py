@@ -134,7 +134,8 @@ def test_evaluation_marks_the_pixels_that_training_learns(data, low, high):
 @pytest.mark.parametrize("pad", [False, True])
 def test_a_picture_is_compared_with_what_training_learns(pad):
     """Of a wide picture to be generated: a model that draws exactly the target of training is right."""
-    sample = dataclasses.replace(tiny.sample(), images=(), masks=(tiny.picture(3, 20, 60),), meta={"metric": "fidelity"})
+    sample = dataclasses.replace(tiny.sample(), images=(), masks=(tiny.picture(3, 20, 60),),
+                                 meta={"metric": "fidelity"})
     (target,) = tiny.encoder(tiny.made()[0], pad_to_square=pad)._masks(sample)
     answer = type("R", (), dict(masks=[], text="", scores=[], scales=[], images=[target]))
     got = Evaluator(lambda requests: [answer], pad=pad).run([sample]).scores

@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
 
 from argenseg_jax import files
 from argenseg_jax.ckpt import orbax_io
@@ -48,15 +49,15 @@ def write(path, lines):
 
 @pytest.fixture
 def model(monkeypatch):
-    """In place of the model: answers by empty masks, notes what was `asked`, and stops after `most` samples."""
-    noted = types.SimpleNamespace(asked=[], most=100)
+    """In place of the model: answers by masks of nothing (of all: `fill`), and stops after `most` samples."""
+    noted = types.SimpleNamespace(asked=[], most=100, fill=False)
 
     def answer(self, requests, **options):
         if len(noted.asked) >= noted.most:
             raise UserError("stopped")
         noted.asked += [request.name for request in requests]
-        return [types.SimpleNamespace(masks=[np.zeros(r.image.shape[:2], bool)], scores=[1.0], text="It is <mask>.",
-                                      images=[], scales=[]) for r in requests]
+        return [types.SimpleNamespace(masks=[np.full(r.image.shape[:2], noted.fill)], scores=[1.0], images=[],
+                                      text="It is <mask>.", scales=[]) for r in requests]
 
     monkeypatch.setattr(Predictor, "segment_batch", answer)
     return noted
@@ -130,3 +131,25 @@ def test_a_full_disk_at_the_end_loses_no_answer(place, workdir, model, capfd, mo
     monkeypatch.setattr(files, "write", real)
     model.asked.clear()
     assert evaluate(capfd, *args)[0]["n"] == 1 and not model.asked
+
+
+def test_results_of_coco_are_read_beside_coco(place, workdir, model, capfd):
+    """Ids of pictures and categories that are not 1, 2, 3: pycocotools finds each mask at its own place."""
+    os.makedirs("coco/val2017")
+    os.mkdir("coco/annotations")
+    for image_id in (139, 785):
+        Image.fromarray(tiny.picture(image_id)).save(f"coco/val2017/{image_id}.jpg")
+    annotations = {"images": [{"id": k, "file_name": f"{k}.jpg", "height": 40, "width": 30} for k in (139, 785)],
+                   "categories": [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}],
+                   "annotations": [{"id": n, "image_id": image, "category_id": category, "iscrowd": 0, "area": 100,
+                                    "bbox": [2, 3, 10, 10], "segmentation": [[2, 3, 12, 3, 12, 13, 2, 13]]}
+                                   for n, (image, category) in enumerate(((139, 17), (139, 18), (785, 17)), 1)]}
+    write("coco/annotations/instances_val2017.json", [annotations])
+    model.fill = True
+    said, _ = evaluate(capfd, "--workdir", workdir, "--data", "coco:coco", "--out", "out", "--batch", "3")
+    folder = os.path.dirname(said["predictions"])
+    truth = COCO("coco/annotations/instances_val2017.json")
+    found = truth.loadRes(f"{folder}/coco_results.json")
+    assert {(a["image_id"], a["category_id"]) for a in found.anns.values()} == {(139, 17), (139, 18), (785, 17)}
+    assert all(found.annToMask(a).all() for a in found.anns.values())
+    assert files.read_json(f"{folder}/scores.json")["coco_results"] == "image_id and category_id are those of the data"

@@ -92,8 +92,8 @@ def test_uncompressed_counts_of_other_tools_are_read(tmp_path):
     assert saved.rescore(path)["gIoU"] == pytest.approx(2 / 3)
 
 
-SCORES = {"data": "val.jsonl", "checkpoint": "nano", "step": 3, "n": 2, "gIoU": 0.5, "cIoU": 0.25, "metric": "referring",
-          "baseline_gIoU": 0.1, "by_kind": {"left": {"n": 1, "gIoU": 0.5}}, "breakdown": {
+SCORES = {"data": "val.jsonl", "checkpoint": "nano", "step": 3, "n": 2, "gIoU": 0.5, "cIoU": 0.25,
+          "metric": "referring", "baseline_gIoU": 0.1, "by_kind": {"left": {"n": 1, "gIoU": 0.5}}, "breakdown": {
               "histogram": [0, 2], "by_size": {"none": {"n": 1, "gIoU": 1.0}}, "by_length": {}},
           "pictures": [{"group": "scales", "file": "best_0.png", "question": "Which?", "answer": "Sure.",
                         "iou": 0.5, "scales": "best_0.png"}]}
