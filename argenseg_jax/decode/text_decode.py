@@ -55,7 +55,7 @@ def prefill(m: ARGenSeg, tokens: Array, lengths: Array, tiles: Array | None, rul
     if features is not None and len(features) < len(tokens):
         features = rules.paired(features)
     x, coords = m.embed(tokens, features)
-    hidden, cache = m.extend(x, coords, m.empty_cache(len(tokens), capacity), lengths)
+    hidden, cache = m.extend(x, coords, m.empty_cache(len(tokens), capacity), lengths, "first")
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     token = rules.next_words(m.logits(last)[:, 0], cache.length)
     b = len(tokens) if rules.guidance is None else len(tokens) // 2

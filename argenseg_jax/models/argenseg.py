@@ -139,14 +139,14 @@ class ARGenSeg(nn.Module):
         return x, coords
 
     def hidden(self, tokens: Array, positions: Array, segment_ids: Array,
-               features: Array | None = None, codes: Array | None = None) -> Array:
+               features: Array | None = None, codes: Array | None = None, packed: bool = True) -> Array:
         """Teacher-forced pass over whole rows: [B, T, D] after the final norm.
 
-        tokens, positions, segment_ids: int32[B, T] (segment 0 = padding).
+        tokens, positions, segment_ids: int32[B, T] (segment 0 = padding). packed: see attention.Mask.
         """
         x, coords = self.embed(tokens, features, codes)
         last = self.last_visible(tokens) if self.block_causal else None
-        y, _, _ = self.llm(x, positions, mask=attention.Mask(segment_ids, last), coords=coords)
+        y, _, _ = self.llm(x, positions, mask=attention.Mask(segment_ids, last, packed), coords=coords)
         return y
 
     def last_visible(self, tokens: Array) -> Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from argenseg_jax import sharding
+from argenseg_jax.models import gpu_attention
 from argenseg_jax.models.kv_cache import BLOCK, KVCache
 
 Array = jax.Array
@@ -27,10 +28,12 @@ class Mask:
     Attributes:
       segments: int32[B, T], 0 at padding.
       last: int32[B, T], index of the last key that each query sees; None = the query itself.
+      packed: whether a row may have several segments, or padding in front of its segment.
     """
 
     segments: Array
     last: Array | None = None
+    packed: bool = flax.struct.field(pytree_node=False, default=True)
 
     def dense(self) -> Array:
         """bool[B, T, T]."""
@@ -40,18 +43,26 @@ class Mask:
         return same & (self.segments[:, None, :] > 0) & (place[None, None, :] <= last[:, :, None])
 
 
-def choose(q: Array, *, plain: bool = True, platform: str | None = None) -> str:
+def choose(q: Array, *, sees: str = "causal", kv_heads: int = 1, capacity: int | None = None,
+           platform: str | None = None) -> str:
     """How attention is computed for queries [B, T, N, H]: 'xla', 'cudnn' (GPU) or 'splash' (TPU).
 
     Args:
-      plain: whether the mask is a causal one of whole rows, which is all that splash is given.
+      sees: what the queries see: the keys of their segment up to themselves ('causal') or up to `last`
+        ('last') in whole rows, 'all', or a 'cache'.
+      kv_heads: K.
+      capacity: S, of the cache.
       platform: where it will run; default: `sharding.platform`.
     """
     platform = platform or sharding.platform()
     _, t, _, h = q.shape
-    if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and h <= 128 and h % 8 == 0:
-        return "cudnn"
-    if platform == "tpu" and plain and t % 128 == 0 and h % 128 == 0:
+    if platform == "gpu":
+        reason = ("scales that see themselves whole need a mask of [T, T]" if sees == "last"
+                  else gpu_attention.refusal(q, kv_heads, capacity))
+        if reason is None:
+            return "cudnn"
+        gpu_attention.say(reason)
+    if platform == "tpu" and sees == "causal" and t % 128 == 0 and h % 128 == 0:
         return "splash"
     return "xla"
 
@@ -66,14 +77,18 @@ def attention(q: Array, k: Array, v: Array, mask: Mask | None, how: str | None =
     Returns:
       [B, T, N, H] in the dtype of q.
     """
-    how = how or choose(q, plain=mask is not None and mask.last is None)
+    causal = mask is not None and mask.last is None
+    how = how or choose(q, sees="all" if mask is None else "causal" if causal else "last",
+                        kv_heads=k.shape[2])
     if how == "splash":
         return _splash(q, k, v, mask.segments)
-    dense = None if mask is None else mask.dense()
     if how == "cudnn":
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=None if dense is None else dense[:, None], implementation="cudnn")
-    causal = mask is not None and mask.last is None
+        if mask is None:
+            return gpu_attention.rows(q, k, v, None, packed=False)
+        if not causal:
+            raise ValueError("cuDNN is given no mask of `last`")
+        return gpu_attention.rows(q, k, v, mask.segments, mask.packed)
+    dense = None if mask is None else mask.dense()
     y = _rows(_grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2), dense, causal)
     return _ungrouped(y.astype(q.dtype))
 
@@ -184,22 +199,24 @@ def cached(q: Array, k: Array, v: Array, cache: KVCache, layer: Array | int, wit
 
     Args:
       q: [B, T, N, H];  k, v: [B, T, K, H], of the new places.
-      within: how the new places see each other: 'causal' or 'full'.
+      within: how the new places see each other: 'causal' or 'full'; 'first' is 'causal' in a cache that
+        holds nothing else.
     """
     t = q.shape[1]
-    how = how or choose(q, plain=False)
+    first = {"sees": "causal"} if within == "first" else {"sees": "cache", "capacity": cache.capacity}
+    how = how or choose(q, kv_heads=cache.kv_heads, **first)
+    if how == "cudnn" and within == "first":
+        return attention(q, k, v, Mask(jnp.ones(q.shape[:2], jnp.int32), packed=False), how)
     if how == "cudnn":
-        last = cache.length[:, None] + (jnp.arange(t) if within == "causal" else jnp.full(t, t - 1))
-        k, v = cache.read(layer, 0, cache.capacity)
-        seen = jnp.arange(cache.capacity) <= last[:, None, :, None]
-        return jax.nn.dot_product_attention(
-            q, k.astype(q.dtype), v.astype(q.dtype), mask=seen, implementation="cudnn",
-            query_seq_lengths=jnp.full_like(cache.length, t), key_value_seq_lengths=cache.length + t)
+        k, v = (x.astype(q.dtype) for x in cache.read(layer, 0, cache.capacity))
+        return gpu_attention.cached(q, k, v, cache.length, within)
     grouped = _grouped(q, cache.kv_heads)
-    if within == "causal":
-        part = _causal_part(grouped, k, v, jnp.tril(jnp.ones((1, t, t), bool)))
-    else:
+    if within == "full":
         part = _part(grouped, k, v, None)
+    else:
+        part = _causal_part(grouped, k, v, jnp.tril(jnp.ones((1, t, t), bool)))
+    if within == "first":
+        return _whole(part, q.dtype)
 
     def step(i: Array, part: _Part) -> _Part:
         old = (x.astype(q.dtype) for x in cache.read(layer, i * BLOCK, BLOCK))

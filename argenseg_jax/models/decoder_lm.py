@@ -148,7 +148,8 @@ class DecoderLM(nn.Module):
           coords: f32[B, T, 2], picture coordinates for rope_2d.
           cache: appended to; a row's places beyond advance[b] are overwritten by its next call.
           advance: int32[B], how many of the T places are real (default all).
-          within: how the new places see each other through the cache: 'causal' or 'full'.
+          within: how the new places see each other through the cache: 'causal', 'full', or 'first',
+            which is 'causal' where the cache holds nothing yet.
 
         Returns:
           ([B, T, D] after the final norm, the new cache or None, hidden states or None). The hidden

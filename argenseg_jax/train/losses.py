@@ -83,6 +83,7 @@ class LMOptions:
       max_labels: most targets that a row may have; the head reads so many places only. 0 = all.
       grad_dtype: of the gradients of the head and of dense layers, in which they are summed over
         devices (that of the head over chunks always in f32); '' = that of the computation.
+      packed: whether rows may hold several samples; no row does where this is False.
     """
 
     soft_targets: float = 0.0
@@ -94,6 +95,7 @@ class LMOptions:
     scale_accuracy: bool = False
     max_labels: int = 0
     grad_dtype: str = ""
+    packed: bool = True
 
 
 def targets(model: ARGenSeg, labels: Array, codes: Array | None) -> tuple[Array, Array, Array]:
@@ -252,7 +254,8 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
         hit = jax.random.uniform(noise, codes.shape) < share
         random_codes = jax.random.randint(which, codes.shape, 0, model.vocab.num_codes)
         inputs = jnp.where(hit, random_codes, codes)
-    hidden = run("hidden", batch["tokens"], batch["positions"], batch["segment_ids"], features, inputs)
+    hidden = run("hidden", batch["tokens"], batch["positions"], batch["segment_ids"], features, inputs,
+                 packed=opts.packed)
     ids, is_code, index = targets(model, batch["labels"], codes)
     if 0 < opts.max_labels < ids.shape[1]:
         # The places with a target first, in order; the data pipeline has checked that they are enough.

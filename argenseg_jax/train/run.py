@@ -220,7 +220,8 @@ def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer | None,
     if lm["steps"]:
         if lm["grad_dtype"] not in ("", "float32", "bfloat16"):
             raise UserError(f"train.grad_dtype='{lm['grad_dtype']}'; there are float32, bfloat16, ''")
-        options = losses.LMOptions(**lm["loss"], max_labels=data["max_labels"], grad_dtype=lm["grad_dtype"])
+        options = losses.LMOptions(**lm["loss"], max_labels=data["max_labels"], grad_dtype=lm["grad_dtype"],
+                                   packed=bool(data["pack"]))
         task = losses.lm_task(model, options, adapters(cfg))
         draws = sampler(cfg, model, tokenizer, parts[0]) if parts and lm["sample_every"] else None
         listed.append(Phase(task, lm["steps"], lm["global_batch"], lm["microbatch"], cfg["optim"],

@@ -10,7 +10,9 @@ import pytest
 from argenseg_jax import trees
 from argenseg_jax.decode import scale_decode, text_decode
 from argenseg_jax.decode.choice import Rules
+from argenseg_jax.errors import UserError
 from argenseg_jax.models import variants
+from argenseg_jax.train import losses
 from tests import tiny
 
 
@@ -68,6 +70,42 @@ def test_teacher_forcing_equals_scale_by_scale_decoding(form, block_causal):
     likely = jax.nn.softmax(logits).max(-1).mean(-1)
     np.testing.assert_allclose(mask.confidence, likely, atol=1e-5)
     assert len(np.unique(mask.codes)) > 3
+
+
+def test_a_mask_of_a_single_code():
+    """One scale: no <MASK_CONTEXT>, no ramp of guidance; training and decoding still agree."""
+    sizes = tiny.config("nano", block_causal=True)
+    sizes["vqvae"] |= {"patch_nums": (1,), "patch_size": 8}
+    model = variants.build(sizes)
+    params = tiny.params(model)
+    batch = tiny.batch(model, [tiny.sample(0)])
+    start = int(np.argmax(batch["tokens"][0] == model.vocab.ge_start))
+    assert batch["tokens"][0, start + 1] == model.vocab.ge_end
+    prompt = np.full((1, 64), model.vocab.pad, np.int32)
+    prompt[0, :start] = batch["tokens"][0, :start]
+    mask, cached, length = apply(model, params, decode_with_logits, prompt, np.array([start]), batch["tiles"])
+    assert mask.codes.shape == (1, 1) and length.tolist() == [start + 1]
+
+    def forced(m, codes):
+        hidden = m.hidden(batch["tokens"], batch["positions"], batch["segment_ids"],
+                          m.encode_images(batch["tiles"]), codes[:, None])
+        return m.code_logits(hidden[:, start:start + 1]), m.last_visible(batch["tokens"])
+
+    logits, last = apply(model, params, forced, mask.codes)
+    np.testing.assert_allclose(logits, cached, atol=1e-4)
+    np.testing.assert_array_equal(last, np.arange(96)[None])
+    task = losses.lm_task(model, losses.LMOptions(scale_accuracy=True))
+    loss = jax.jit(lambda p: task.loss(p, None, batch, jax.random.key(0), task.normalizer(batch))[0])
+    value, grads = jax.value_and_grad(loss)(params)
+    assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_the_first_scale_has_one_code():
+    """<ge_start> is all of its input; four codes there would have no input of their own."""
+    sizes = tiny.config()
+    sizes["vqvae"] |= {"patch_nums": (2, 4)}
+    with pytest.raises(UserError, match=r"model.vqvae.patch_nums=\(2, 4\): the first scale has a single code"):
+        variants.build(sizes)
 
 
 def test_logits_of_a_batch_are_those_of_its_rows():

@@ -104,7 +104,10 @@ def test_who_is_chosen_where():
     q = jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16)
     half = jax.ShapeDtypeStruct((2, 100, 4, 64), jnp.float32)
     assert [attention.choose(q, platform=p) for p in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
-    assert attention.choose(q, plain=False, platform="tpu") == "xla"
+    assert {attention.choose(q, sees=sees, platform="tpu") for sees in ("last", "all", "cache")} == {"xla"}
+    gpu = {sees: attention.choose(q, sees=sees, platform="gpu") for sees in ("causal", "all", "last")}
+    assert gpu == {"causal": "cudnn", "all": "cudnn", "last": "xla"}
+    assert attention.choose(q, sees="cache", capacity=512, platform="gpu") == "cudnn"
     assert {attention.choose(half, platform=p) for p in ("cpu", "gpu", "tpu")} == {"xla"}
 
 
@@ -119,14 +122,30 @@ def test_splash_agrees():
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-def test_cudnn_agrees():
+@pytest.mark.parametrize("t", [255, 256])
+@pytest.mark.parametrize("kind", ["single", "packed", "all"])
+def test_cudnn_agrees(kind, t):
+    """Values and gradients of whole rows, odd and even, in bfloat16."""
+    q, k, v = heads(t, h=64, dtype=jnp.bfloat16)
+    segments = {"single": [[1] * t, [1] * 100 + [0] * (t - 100)], "packed": [[1] * t, [1] * 100 + [2] * (t - 100)]}
+    mask = None if kind == "all" else Mask(jnp.array(segments[kind]), packed=kind == "packed")
+    real = jnp.ones((2, t, 1, 1), bool) if mask is None else (mask.segments > 0)[..., None, None]
+
+    def outcome(how):
+        loss = lambda *x: jnp.sum(jnp.where(real, attention.attention(*x, mask, how).astype(jnp.float32), 0) ** 2)
+        return loss(q, k, v), *jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    for got, want in zip(outcome("cudnn"), outcome("xla")):
+        got, want = (np.asarray(x, np.float32) for x in (got, want))
+        assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("within, new", [("causal", 9), ("causal", 1), ("full", 9)])
+def test_cudnn_agrees_on_a_cache(within, new):
     q, k, v = heads(256, h=64, dtype=jnp.bfloat16)
-    mask = Mask(jnp.array([[1] * 256, [1] * 100 + [2] * 156]))
-    for m in (mask, None):
-        np.testing.assert_allclose(attention.attention(q, k, v, m, "cudnn").astype(jnp.float32),
-                                   attention.attention(q, k, v, m, "xla").astype(jnp.float32), atol=2e-2)
     cache = KVCache.empty(1, 2, 2 * BLOCK, 2, 64, jnp.bfloat16).append(0, k, v)
-    cache = cache.replace(length=jnp.array([100, 7])).append(0, k[:, :9], v[:, :9])
-    both = [attention.cached(q[:, :9], k[:, :9], v[:, :9], cache, 0, "causal", how).astype(jnp.float32)
+    cache = cache.replace(length=jnp.array([100, 7])).append(0, k[:, :new], v[:, :new])
+    both = [attention.cached(q[:, :new], k[:, :new], v[:, :new], cache, 0, within, how).astype(jnp.float32)
             for how in ("cudnn", "xla")]
     np.testing.assert_allclose(*both, atol=2e-2)
