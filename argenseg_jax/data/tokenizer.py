@@ -24,6 +24,7 @@ Part = str | int  # a text to be encoded, or the id of a control token
 MARKUP = tuple(t for t in vocab_lib.SPECIAL_TOKENS if re.fullmatch(r"</?(quad|ref|box|mask)>", t))
 VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json")  # a folder has one, by preference
 _MAX_IDS = 2**24
+_PROBE = "Segment the 1st café, 中文 \U0001f600\n"  # some vocabularies load, and fail at the first text
 _CODE_WORD = r"<visual token \d{6}>"
 _QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -170,7 +171,9 @@ class Tokenizer:
         elif not path.exists():
             raise UserError(f"{path}: no such tokenizer file")
         try:
-            return cls(_open(path, folder), num_codes)
+            made = cls(_open(path, folder), num_codes)
+            made.decode(made.encode_text(_PROBE))
+            return made
         except UserError as error:
             raise UserError(str(error) if str(folder) in str(error) else f"{path}: {error}") from error
         except BaseException as error:  # the libraries raise bare Exception, RuntimeError and Rust's panics
@@ -252,7 +255,10 @@ def _open(path: epath.Path, folder: epath.Path) -> _SentencePiece | _Fast:
         return _qwen(ids("vocab.json"), files.read_text(folder / "merges.txt"), ids("added_tokens.json"), config)
     if path.suffix == ".json":
         slow = all((folder / name).exists() for name in ("vocab.json", "merges.txt"))
-        return _Fast(tokenizers.Tokenizer.from_str(files.read_text(path)), config, slow)
+        content = files.read_text(path)
+        if re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', content):  # the library panics where merges lack it
+            raise UserError(f"{path}: pieces with a prefix; a byte-level BPE is expected")
+        return _Fast(tokenizers.Tokenizer.from_str(content), config, slow)
     listed = config.get("added_tokens_decoder") or {}
     with located(str(folder / "tokenizer_config.json"), "list of added words", UserError):
         added = {word["content"]: int(i) for i, word in listed.items()}

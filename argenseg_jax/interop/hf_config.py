@@ -231,7 +231,7 @@ def _vocab(llm: Mapping[str, Any], num_codes: int, image_token: int | None,
             raise UserError(f"config.json: image_token_id={image_token}, but the tokenizer beside it has "
                             f"{IMG_CONTEXT} at {known['base'] + SPECIAL_TOKENS.index(IMG_CONTEXT)}")
         return known
-    if type(base) is int and base < 1:
+    if own_base is None and base < 1:
         raise UserError(f"config.json: vocab_size={size} is of no released model and too small for {num_codes} codes; "
                         "the tokenizer's files have to be beside it to tell the ids")
     return {"base": base, "eos": _end_id(llm, "eos_token_id"), "pad": _end_id(llm, "pad_token_id")}

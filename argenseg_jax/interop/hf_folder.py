@@ -111,7 +111,7 @@ def open_tensors(path: epath.PathLike) -> Tensors:
     lazy: dict[str, Lazy] = {}
     for file in parts:
         if not file.exists():
-            raise UserError(f"{file} does not exist, though the files beside it need it")
+            raise UserError(f"{file} does not exist, though the checkpoint's other files refer to it")
         tensors = tensor_files.open_file(file)
         for key in tensors:
             if key in lazy:

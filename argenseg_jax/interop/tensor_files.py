@@ -167,6 +167,9 @@ def _header_length(first: bytes) -> int:
     if len(first) < 8:
         raise ValueError("it has less than 8 bytes")
     length = int.from_bytes(first, "little")
+    if first.isascii() and first.decode().isprintable():
+        raise ValueError(f"it is a text that begins with {first.decode()!r}, such as a page or a pointer of Git LFS, "
+                         "and no tensors: download it again")
     if length > MAX_HEADER:
         raise ValueError(f"its header would have {length} bytes; at most {MAX_HEADER} are read")
     return length

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from argenseg_jax import config_keys
-from argenseg_jax.errors import UserError
+from argenseg_jax.errors import UserError, brief
 from argenseg_jax.models.argenseg import ARGenSeg, VisualEmbed
 from argenseg_jax.models.connector import Connector
 from argenseg_jax.models.decoder_lm import DecoderLM
@@ -112,12 +112,12 @@ def _check_together(spec: Mapping[str, Any]) -> None:
 
     def refuse(wrong: bool, text: str, *keys: str) -> None:
         if wrong:
-            raise UserError(" and ".join(f"model.{key}={field(key)!r}" for key in keys) + f": {text}")
+            raise UserError(" and ".join(f"model.{key}={brief(repr(field(key)), 60)}" for key in keys) + f": {text}")
 
     for large, small in (("llm.heads", "llm.kv_heads"), ("vision.width", "vision.heads")):
         refuse(field(large) % field(small) != 0, "the first must be a multiple of the second", large, small)
     refuse(field("llm.head_dim") % 2 != 0, "rotary positions need an even number", "llm.head_dim")
-    shuffle = round(1 / field("connector.ratio"))
+    shuffle = round(1 / max(field("connector.ratio"), 1 / _MAX_GRID))
     refuse(abs(shuffle * field("connector.ratio") - 1) > 1e-6, "1 divided by a whole number is expected",
            "connector.ratio")
     for key in ("image_size", "vision.image_size"):
