@@ -56,12 +56,13 @@ def get_config(spec: str) -> tuple[ModuleType, ConfigDict]:
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config() returns {type(config).__name__}; a ConfigDict such as "
                         "common.base() is expected")
-    config = ConfigDict(config) if isinstance(config, FrozenConfigDict) else copy.deepcopy(config)
+    with _located(path):  # values that cannot be copied
+        config = ConfigDict(config) if isinstance(config, FrozenConfigDict) else copy.deepcopy(config)
     try:
-        config_keys.check(config_keys.plain(config.to_dict()))
         plain = config_keys.flattened(config)
         # Only what is not plain yet: an assignment ends what a derived reference follows.
         override(config, {k: v for k, v in plain.items() if repr(config_keys.lookup(config, k)) != repr(v)})
+        config_keys.check(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return module, config.lock()

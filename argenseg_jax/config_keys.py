@@ -432,7 +432,9 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in settings.items():
         key = f"{prefix}{name}"
-        if key in SECTIONS and _is_section(value):
+        if key in SECTIONS:
+            if not _is_section(value):
+                raise UserError(f"{key}={shown(value)}: a section of keys is expected")
             found |= flattened(value, f"{key}.")
             continue
         if key not in KEYS:

@@ -21,9 +21,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from argenseg_jax import config_files, config_keys, files
+from argenseg_jax.ckpt import orbax_io
 from argenseg_jax.ckpt.orbax_io import newest_step
 from argenseg_jax.errors import UserError
-from argenseg_jax.train.metrics_log import METRICS
+from argenseg_jax.models import variants
+from argenseg_jax.train import loop
+from argenseg_jax.train.metrics_log import METRICS, read_lines
 
 SCORES = "scores.json"  # in a point's folder: what `evaluate` said, and of which step
 _NAME_LENGTH = 100
@@ -37,10 +40,12 @@ class Point:
     Attributes:
       settings: {'optim.lr': value}, what differs from the config.
       steps: of all phases together.
+      config: the whole config, as nested dicts.
     """
 
     settings: Mapping[str, Any]
     steps: int
+    config: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -64,7 +69,7 @@ def expand(module: ModuleType, config: ConfigDict) -> list[Point]:
             config_keys.check(point)
         except UserError as error:
             raise UserError(f"{module.__file__}: sweep adds {config_keys.shown(settings)}: {error}") from None
-        points.append(Point(plain, point.vqvae.steps + point.train.steps))
+        points.append(Point(plain, point.vqvae.steps + point.train.steps, point.to_dict()))
 
     config_files.call(module, "sweep", add)
     names = [point.name for point in points]
@@ -136,24 +141,34 @@ def _launcher(name: str) -> str:
 
 
 def is_trained(folder: epath.PathLike, point: Point) -> bool:
-    """Whether the last step of a point's run is saved."""
-    return (newest_step(folder) or 0) >= point.steps
+    """Whether the last step of a run of the point's own config is saved.
+
+    Of a run of another config `train` says what differs.
+    """
+    if (newest_step(folder) or 0) < point.steps:
+        return False
+    resolved = {**point.config, "model": variants.resolve(point.config["model"])}
+    try:
+        loop.check_config(epath.Path(folder) / orbax_io.CONFIG, resolved, resumed=True)
+    except UserError:
+        return False
+    return True
 
 
 def scores(folder: epath.PathLike, point: Point, data: str) -> dict[str, Any] | None:
     """What `evaluate` on `data` said of the trained point, or None."""
     path = epath.Path(folder) / SCORES
     saved = files.read_json(path) if path.exists() else {}
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} holds no scores; remove it")
     return saved if (saved.get("data"), saved.get("step")) == (data, point.steps) else None
 
 
 def numbers(folder: epath.PathLike, point: Point, data: str | None) -> dict[str, Any]:
     """The last line of a trained point's metrics, and its scores; {} where it is not trained."""
     path = epath.Path(folder) / METRICS
-    if not is_trained(folder, point) or not path.exists():
-        return {}
-    return {**json.loads(path.read_text().splitlines()[-1]),
-            **((data and scores(folder, point, data)) or {})}
+    logged = read_lines(path) if is_trained(folder, point) else []
+    return {**logged[-1], **((data and scores(folder, point, data)) or {})} if logged else {}
 
 
 def best(rows: Sequence[Mapping[str, Any]], metric: str) -> int | None:

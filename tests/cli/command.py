@@ -1,11 +1,13 @@
 """Runs a command inside the test's process: what it printed, and its exit code."""
 from __future__ import annotations
 
+import importlib
 import sys
 
 from absl import flags
 
 from argenseg_jax.cli import __main__ as cli
+from argenseg_jax.cli import parsing
 
 
 def call(capfd, *args) -> tuple[int, str, list[str]]:
@@ -32,3 +34,18 @@ def refused(capfd, *args) -> str:
     assert (code, out, len(err)) == (2, "", 1), (code, out, err)
     assert err[0].startswith("error: ")
     return err[0]
+
+
+def config_of(*args) -> dict:
+    """The config that a command line of `train` or the like stands for, as nested dicts."""
+    known = set(flags.FLAGS)
+    argv, module = sys.argv, importlib.import_module(f"argenseg_jax.cli.{args[0]}")
+    try:
+        parsing.parse(args[0], [str(a) for a in args[1:]])
+        return flags.FLAGS.config.to_dict()
+    finally:
+        sys.argv = argv
+        flags.FLAGS.unparse_flags()
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+        sys.modules.pop(module.__name__, None)
