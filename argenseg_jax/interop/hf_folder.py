@@ -168,7 +168,13 @@ def _indexed(index: epath.Path) -> set[str]:
 
 def param_shapes(model: Any) -> dict[str, Any]:
     """Abstract parameters (jax.ShapeDtypeStruct leaves) of an ARGenSeg; nothing is computed."""
-    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    return trees.unflatten(_flat_shapes(model))
+
+
+@functools.lru_cache(maxsize=8)
+def _flat_shapes(model: Any) -> dict[str, Any]:
+    """Tracing takes a second, and a conversion asks several times."""
+    return trees.flatten(jax.eval_shape(functools.partial(init_params, model), jax.random.key(0)))
 
 
 def load_params(path: epath.PathLike, model_or_shapes: Any, *, optional: Sequence[str] = (),

@@ -26,7 +26,7 @@ from argenseg_jax.interop.weight_map import HITS, IGNORED, TABLE, Row, full_name
 Params = Mapping[str, Any]
 HEAD, EMBEDDING = "llm/lm_head/kernel", "llm/embed/embedding"
 _FLOATS = {np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
-_SHOWN = 8  # faults that one message names
+_SHOWN = 5  # faults that one message names
 _LONG = 200  # characters of a key
 _FIRST_ROWS = 64
 

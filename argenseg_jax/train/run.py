@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from argenseg_jax import config_keys, sharding, trees
 from argenseg_jax.ckpt import checkpoint, orbax_io
+from argenseg_jax.ckpt.steps import newest_step
 from argenseg_jax.data import pipeline, sources
 from argenseg_jax.data.batches import BatchIterator
 from argenseg_jax.data.tokenizer import Tokenizer
@@ -70,7 +71,7 @@ def begin(cfg: Mapping[str, Any], model: ARGenSeg, workdir: str, checksums: bool
 
     A workdir with a complete step has both itself: `init_from` may be gone by then.
     """
-    if orbax_io.newest_step(workdir) is not None:
+    if newest_step(workdir, training=True) is not None:
         loop.check_config(epath.Path(workdir) / orbax_io.CONFIG, cfg, resumed=True)
         saved = checkpoint.open_checkpoint(workdir, checksums=checksums)
         if saved.has_tokenizer():
