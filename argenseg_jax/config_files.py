@@ -80,9 +80,9 @@ def _located(path: str) -> Iterator[None]:
     """Any exception of a config file as a UserError that names the line in it. Ctrl-C passes."""
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # SystemExit and GeneratorExit too: it is the file's
         line, text = _line(error, path), error.msg if isinstance(error, SyntaxError) else error
         if isinstance(error, SyntaxError) and not _same(error.filename, path):
             text = f"{error.msg} ({error.filename}, line {error.lineno})"
