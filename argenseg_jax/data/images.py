@@ -144,12 +144,17 @@ def orientations(*paths: epath.PathLike) -> str:
     said = []
     for path in paths:
         try:
-            turned = orientation(open_image(path))
+            value = orientation(open_image(path))
         except SampleError:
             continue
-        if turned != 1:
-            said.append(f"{epath.Path(path).name} has EXIF orientation {turned} and was {TURNED[turned][1]}")
+        if value != 1:
+            said.append(turned(path, value))
     return "; ".join(said)
+
+
+def turned(path: epath.PathLike, value: int) -> str:
+    """What its orientation, 2..8, did to an image, in words."""
+    return f"{epath.Path(path).name} has EXIF orientation {value} and was {TURNED[value][1]}"
 
 
 # ---------------------------------------------------------------------------------- pixels
@@ -166,8 +171,13 @@ def image_levels(image: Image.Image, name: Any = "the image", turn: bool = True)
     Args:
       image: as Pillow opened it.
       name: for messages.
-      turn: upright; False leaves it as it is stored.
+      turn: upright; False leaves it as it is stored (but for TIFF, which Pillow turns).
     """
+    return read_levels(image, name, turn)[0]
+
+
+def read_levels(image: Image.Image, name: Any, turn: bool = True) -> tuple[np.ndarray, int]:
+    """(`image_levels`, the EXIF orientation that it was stored in)."""
     try:
         low = _low_bytes(image)
         deep = image.mode.startswith("I") or image.mode == "F"
@@ -188,19 +198,23 @@ def mask_values(image: Image.Image, name: Any = "the mask", ids: bool = False) -
       ids: the values are class numbers or ids, not an outline: colours that vary are never replaced
         by alpha, and values of 1, 2 or 4 bits are not spread over 0..255.
     """
-    return _upright(image, name, (lambda image, raw=_raw_mode(image): _ids(image, raw)) if ids else _outline)
+    return _upright(image, name, (lambda image, raw=_raw_mode(image): _ids(image, raw)) if ids else _outline)[0]
 
 
 def _upright(image: Image.Image, name: Any, decode: Callable[[Image.Image], np.ndarray],
-             turn: bool = True) -> np.ndarray:
+             turn: bool = True) -> tuple[np.ndarray, int]:
+    """(decoded and turned array, the orientation as stored)."""
     try:
-        turned = TURNED.get(orientation(image)) if turn else None
+        stored = orientation(image) if image.format == "TIFF" else 1  # Pillow itself turns TIFF when it decodes
         array = decode(image)
+        left = orientation(image)  # PNG may tell it behind the pixels
     except SampleError as fault:
         raise SampleError(f"{name}: {fault}") from None
     except Exception as fault:  # of any decoder, MemoryError too
         raise _unreadable(name, fault) from None
-    return np.ascontiguousarray(turned[0](array)) if turned else array
+    if turn and left in TURNED:
+        array = np.ascontiguousarray(TURNED[left][0](array))
+    return array, left if left in TURNED else stored
 
 
 def _colours(image: Image.Image) -> np.ndarray:

@@ -97,7 +97,7 @@ class Reader:
         self.reading, self._source = reading, source
         self.max_pixels = reading.max_pixels or images.MAX_PIXELS
         self._windows: dict[str, Window] = {}  # by the kind of number
-        self._told = False
+        self._told: set[str] = set()
 
     def image(self, image: epath.PathLike | Image.Image | np.ndarray) -> np.ndarray:
         """u8[H, W, 3] of an image file, a PIL image, or an array (see `array_levels`).
@@ -111,7 +111,12 @@ class Reader:
     def levels(self, image: epath.PathLike | Image.Image | np.ndarray) -> np.ndarray:
         """The image before the window: see images.image_levels."""
         if isinstance(image, (str, os.PathLike)):
-            return images.image_levels(images.open_image(image, self.max_pixels), image)
+            opened = images.open_image(image, self.max_pixels)
+            levels, turned = images.read_levels(opened, image)
+            if self._source is not None and turned != 1:
+                self._tell("EXIF", f"{images.turned(image, turned)}, as every such image of this data set: its masks "
+                           "belong to the upright image")
+            return levels
         if isinstance(image, Image.Image):
             return images.image_levels(image)
         return array_levels(image)
@@ -166,11 +171,16 @@ class Reader:
         if levels.dtype == np.uint8:
             return levels
         window = self.reading.window or self._window(levels)
-        if not self.reading.window and not self._told and window in _EXACT and levels.max() > window[1]:
-            self._told = True
-            print(f"{image}: has values up to {levels.max()}; those seen before end at {window[1]}, and larger ones "
-                  "become white: set data.window to the range of all", file=sys.stderr)
+        if not self.reading.window and window in _EXACT and levels.max() > window[1]:
+            self._tell("window", f"{image}: has values up to {levels.max()}; those seen before end at {window[1]}, and "
+                       "larger ones become white: set data.window to the range of all")
         return to_bytes(levels, window)
+
+    def _tell(self, what: str, text: str) -> None:
+        """A line on stderr, once per data set."""
+        if what not in self._told:
+            self._told.add(what)
+            print(text, file=sys.stderr)
 
     def _window(self, levels: np.ndarray) -> Window:
         if self._source is None:

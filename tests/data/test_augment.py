@@ -56,7 +56,8 @@ def test_same_rng_same_sample_and_several_images_stay():
 @pytest.mark.parametrize("text", [
     "the left car", "the rightmost car", "Left-hand side", "the TOP shelf", "the lower half", "in the middle",
     "at the centre", "in the corner", "the eastern wing", "请分割左边的圆形。", "右上角的车", "中间的人",
-    "What is in <box>[[1,2,3,4]]</box>?", "the object at [[500, 20]]", "the object at (120, 80)", "within [0.1, 0.2, 0.5, 0.6]"])
+    "What is in <box>[[1,2,3,4]]</box>?", "the object at [[500, 20]]", "the object at (120, 80)",
+    "within [0.1, 0.2, 0.5, 0.6]"])
 def test_nothing_moves_where_a_text_speaks_of_places(text):
     moved = Augment(jitter=0)
     asked, answered = sample(text), dataclasses.replace(sample(), conversations=[

@@ -184,6 +184,19 @@ def test_flags_of_the_commands(tmp_path, capfd):
     assert "8x8 pixels; at most 63 are read" in message
 
 
+def test_turned_images_are_said_once(tmp_path, capsys):
+    """Of a mask at 180 degrees, or of a square, no size tells that it was drawn on the stored image."""
+    exif = Image.Exif()
+    exif[0x112] = 3
+    name = own(tmp_path / "x", levels(255, np.uint8), levels(255, np.uint8))
+    for k in range(2):
+        Image.fromarray(levels(255, np.uint8)).save(tmp_path / "x" / "images" / f"{k}.tif", exif=exif)
+    np.testing.assert_array_equal(all_images(name)[1], scaled(levels(255, np.uint8)[::-1, ::-1], 0, 255))
+    assert capsys.readouterr().err.splitlines() == [
+        "0.tif has EXIF orientation 3 and was turned by 180 degrees, as every such image of this data set: its masks "
+        "belong to the upright image"]
+
+
 def test_sizes_that_disagree_name_the_orientation(tmp_path):
     """The rule: everything is turned upright by its own file; a mask of the stored pixels does not fit."""
     exif = Image.Exif()

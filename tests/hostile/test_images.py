@@ -96,7 +96,8 @@ def test_the_beginning_of_one_file_and_the_end_of_another(first, second, at):
 @given(st.binary(max_size=200))
 def test_noise_behind_every_magic(noise):
     for magic in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBPVP8 ", b"BM", b"GIF89a",
-                  b"II*\0", b"MM\0*", b"II+\0", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"P6 ", b"qoif", b"DDS ", b"\0\0\0\x20ftypavif", b""):
+                  b"II*\0", b"MM\0*", b"II+\0", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"P6 ",
+                  b"qoif", b"DDS ", b"\0\0\0\x20ftypavif", b""):
         read(magic + noise)
 
 
