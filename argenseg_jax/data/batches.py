@@ -21,6 +21,7 @@ from grain.experimental import ThreadPrefetchIterDataset
 
 from argenseg_jax import processes
 from argenseg_jax.data import packing
+from argenseg_jax.data.order import Order
 from argenseg_jax.errors import UserError, located
 
 Batch = dict[str, np.ndarray]
@@ -50,13 +51,13 @@ class BatchIterator(Iterator[Batch]):
       close: call it to end the reading threads and processes; otherwise they end with the iterator.
     """
 
-    def __init__(self, order: grain.MapDataset, rows: packing.Packing, batch_size: int,
+    def __init__(self, order: Order, rows: packing.Packing, batch_size: int,
                  places: Sequence[int], *, max_broken: float = 0.01, workers: int = 0,
                  threads: int = 2):
         """Starts at the beginning.
 
         Args:
-          order: the endless order of pieces (dicts of arrays) and Broken.
+          order: of pieces (dicts of arrays) and Broken, without end.
           rows: how pieces become rows.
           batch_size: B, rows of the global batch.
           places: the rows of it that come out here.
@@ -80,11 +81,12 @@ class BatchIterator(Iterator[Batch]):
         return dict(total)
 
     def get_state(self) -> dict[str, Any]:
-        """{"taken", "waiting", "broken": {place: ...}} of this process; that of a run has all places.
+        """{"taken", "waiting", "broken": {place: ...}, "order"} of this process; that of a run has all places.
 
         Which samples wait is said by their numbers among those that the place has taken.
         """
-        return {"taken": {str(place): t.count for place, t in self._taken.items()},
+        return {"order": self._order.get_state(),
+                "taken": {str(place): t.count for place, t in self._taken.items()},
                 "waiting": {str(place): list(t.waiting) for place, t in self._taken.items() if t.waiting},
                 "broken": {str(place): dict(t.broken) for place, t in self._taken.items() if t.broken}}
 
@@ -95,12 +97,15 @@ class BatchIterator(Iterator[Batch]):
             if (found := sorted(state["taken"])) != rows:
                 raise UserError(f"of {len(found)} rows a batch, not of the {self._size} of this run")
             taken = {p: _Taken.of(state, str(p)) for p in self._taken}
+            counts = {p: _Taken.of(state, str(p)).count for p in range(self._size)}
+            used = max((p + self._size * (count - 1) + 1 for p, count in counts.items() if count), default=0)
+            self._order.set_state(state.get("order", {}), used)
         self.close()
         self._open(taken)
 
     def _open(self, taken: dict[int, _Taken]) -> None:
         self._taken = taken
-        rows = _Rows(self._order, self._packing, self._size, taken, self._max_broken,
+        rows = _Rows(self._order.dataset(), self._packing, self._size, taken, self._max_broken,
                      threads=0 if self._workers else self._threads)
         shares, workers = _Shares(rows), 0
         if self._workers:

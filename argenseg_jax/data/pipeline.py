@@ -16,6 +16,7 @@ from argenseg_jax.data import packing, prompt, sources, transforms
 from argenseg_jax.data.augment import Augment, recolour, recompress
 from argenseg_jax.data.batches import Batch, BatchIterator, Broken
 from argenseg_jax.data.reader import FEW, Reading
+from argenseg_jax.data.order import Order, Share
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.tokenizer import Tokenizer
 from argenseg_jax.errors import SampleError, UserError, brief
@@ -247,10 +248,8 @@ def train_iterator(config: Mapping[str, Any] | DataConfig, tokenizer: Tokenizer 
     else:
         encode, rows = encoder.mask_row, packing.Packing({}, lambda piece: {}, lambda pieces: pieces[0])
     parts = sources.open_mixture(config.sources, config.root, reading=config.reading())
-    seeds = np.random.SeedSequence(seed).generate_state(len(parts))
-    mixed = [_stream(part, encoder.change, encode, int(s)) for part, s in zip(parts, seeds)]
-    order = (mixed[0] if len(mixed) == 1 else
-             grain.MapDataset.mix(mixed, weights=[part.weight for part in parts]))
+    order = Order([Share(sources.name_of(p.source), p.length, p.weight) for p in parts],
+                  lambda k, length, seed: _stream(parts[k].source, length, encoder.change, encode, seed), seed)
     return BatchIterator(order, rows, batch_size, range(batch_size) if places is None else places,
                          max_broken=config.max_broken, workers=config.workers,
                          threads=config.threads)
@@ -266,12 +265,12 @@ def batch_shapes(config: Mapping[str, Any] | DataConfig, geometry: Geometry, row
             "masks": ((rows, config.max_masks, *mask), dtype)}
 
 
-def _stream(part: sources.Part, change: sources.Change, encode, seed: int) -> grain.MapDataset:
-    """An endless shuffled stream of pieces (or Broken) of one source."""
+def _stream(source: sources.Source, length: int, change: sources.Change, encode, seed: int) -> grain.MapDataset:
+    """An endless shuffled stream of pieces (or Broken) of the first samples of one source."""
     def load(index: int, rng: np.random.Generator) -> packing.Piece | Broken:
-        where = f"{sources.name_of(part.source)}: sample {index}"
+        where = f"{sources.name_of(source)}: sample {index}"
         try:
-            sample = sources.draw(part.source, index, rng, change)
+            sample = sources.draw(source, index, rng, change)
             where = _name(sample)
             return encode(sample, rng)
         except SampleError as error:
@@ -281,4 +280,4 @@ def _stream(part: sources.Part, change: sources.Change, encode, seed: int) -> gr
         except Exception as error:  # one bad sample never ends a run; too many of them do
             return Broken(f"{where}: not a sample ({type(error).__name__}: {brief(error)})")
 
-    return grain.MapDataset.range(part.length).seed(seed).shuffle().random_map(load).repeat()
+    return grain.MapDataset.range(length).seed(seed).shuffle().random_map(load).repeat()

@@ -363,3 +363,85 @@ def test_user_turns_are_human_turns(tokenizer):
         encoder = Encoder(DataConfig.of({"max_tokens": 96, "system": "", "prompt_drop": 1.0}), GEOMETRY, tokenizer)
         piece = encoder.piece(Sample(turns, (), (image,)), np.random.default_rng(0))
         assert "about nothing" in tokenizer.decode(piece["tokens"])
+
+
+# ---------------------------------------------------------------------------------- data that changed
+
+
+def taken(iterator, tokenizer, batches):
+    return [row for _ in range(batches) for row in answers(next(iterator), tokenizer)]
+
+
+def resumed(config, tokenizer, state):
+    iterator = iterate(config, tokenizer, batch_size=2)
+    iterator.set_state(json.loads(json.dumps(state)))
+    return iterator
+
+
+def test_data_that_grew(tokenizer, tmp_path, capfd):
+    """The epoch under way ends as it began; all samples take part from the next one on."""
+    config = {"sources": numbered(tmp_path, [10]), "max_tokens": 64, "system": ""}
+    whole, first = (iterate(config, tokenizer, batch_size=2) for _ in range(2))
+    want, seen = taken(whole, tokenizer, 5), taken(first, tokenizer, 3)
+    state = first.get_state()
+    assert state["order"] == {"0": {"spans": [[10, None]], "weight": 10}}
+    capfd.readouterr()
+    numbered(tmp_path, [20])
+    grown = resumed(config, tokenizer, state)
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and "0.jsonl: 20 samples, 10 when this run was saved; the epoch under way" in said[0]
+    assert taken(grown, tokenizer, 2) == want[6:] and sorted(seen + want[6:]) == sorted(f"0 {k}" for k in range(10))
+    middle = taken(grown, tokenizer, 4)
+    later = grown.get_state()
+    assert later["order"]["0"]["spans"] == [[10, 10], [20, None]]
+    rest = taken(grown, tokenizer, 6)
+    assert sorted(middle + rest) == sorted(f"0 {k}" for k in range(20))  # one epoch of all
+    again = resumed(config, tokenizer, later)  # the state knows of both lengths
+    assert taken(again, tokenizer, 6) == rest and not capfd.readouterr().err
+    for iterator in (whole, first, grown, again):
+        iterator.close()
+
+
+def test_one_part_of_a_mixture_grew(tokenizer, tmp_path):
+    names = numbered(tmp_path, [6, 18])
+    config = {"sources": names, "max_tokens": 64, "system": ""}
+    whole, first = (iterate(config, tokenizer, batch_size=2) for _ in range(2))
+    want, seen = taken(whole, tokenizer, 12), taken(first, tokenizer, 5)
+    numbered(tmp_path, [6, 30])
+    grown = resumed(config, tokenizer, first.get_state())
+    rows = seen + taken(grown, tokenizer, 7)
+    assert rows == want  # one epoch of both parts, as it would have been
+    later = collections.Counter(taken(grown, tokenizer, 20))
+    assert all(later[f"1 {k}"] == 1 for k in range(30)) and sum(n for r, n in later.items() if r[0] == "0") == 10
+    for iterator in (whole, first, grown):
+        iterator.close()
+
+
+def test_data_that_shrank(tokenizer, tmp_path, capfd):
+    """What is missing counts as broken; the rest keeps its order."""
+    config = {"sources": numbered(tmp_path, [10]), "max_tokens": 64, "system": "", "max_broken": 0.5}
+    whole, first = (iterate(config, tokenizer, batch_size=1) for _ in range(2))
+    want = taken(whole, tokenizer, 10)
+    taken(first, tokenizer, 2)
+    numbered(tmp_path, [8])
+    shrunk = iterate(config, tokenizer, batch_size=1)
+    shrunk.set_state(first.get_state())
+    assert "8 samples, 10 when this run was saved; those that are missing" in capfd.readouterr().err
+    gone = {"0 8", "0 9"}
+    left = [row for row in want[2:] if row not in gone]
+    assert taken(shrunk, tokenizer, len(left)) == left
+    next(shrunk)
+    assert sum(shrunk.broken.values()) >= len(gone & set(want[2:]))
+    for iterator in (whole, first, shrunk):
+        iterator.close()
+
+
+def test_damaged_orders_are_one_line(tokenizer, tmp_path):
+    config = {"sources": numbered(tmp_path, [4]), "max_tokens": 64, "system": ""}
+    iterator = iterate(config, tokenizer, batch_size=1)
+    for order in ({"0": {"spans": [[0, None]], "weight": 1}}, {"0": {"spans": [["x", None]], "weight": 1}}, {"0": 5},
+                  {"0": {"spans": [], "weight": 1}}, {"0": {"spans": [[4]], "weight": 1}}, 5):
+        with pytest.raises(UserError, match="the saved iterator state"):
+            iterator.set_state({**iterator.get_state(), "order": order})
+    iterator.set_state({**iterator.get_state(), "order": {"0": {}, "1": {}}})  # of other sources
+    iterator.close()
