@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import fsspec
 import numpy as np
 from etils import epath
 
@@ -58,6 +59,16 @@ def to_path(path: epath.PathLike, error: type[UserError] = UserError) -> epath.P
         return epath.Path(path)
     except (KeyError, ImportError) as fault:
         raise error(f"{path}: {_no_file_system(path, fault)}") from None
+
+
+def check_file_system(path: epath.PathLike) -> None:
+    """UserError where what opens gs://, s3://, ... is not installed, which `to_path` cannot tell yet."""
+    path = to_path(path)
+    if is_remote(path):
+        try:
+            fsspec.get_filesystem_class(os.fspath(path).partition("://")[0])
+        except (ImportError, ValueError) as fault:
+            raise UserError(f"{path}: {_no_file_system(path, fault)}") from None
 
 
 def join(root: epath.PathLike, path: epath.PathLike, error: type[UserError] = UserError) -> epath.Path:

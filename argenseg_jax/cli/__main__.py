@@ -37,6 +37,7 @@ COMMANDS = {
 }
 _CTRL_C_EXIT = 128 + signal.SIGINT
 _LINE = 1000  # letters of an error
+_BUCKET = re.compile(r"\b(gcsfs|s3fs|adlfs|fsspec)\b")
 _MACHINE = re.compile(r"RESOURCE_EXHAUSTED|No space left on device|Disk quota exceeded|Read-only file system")
 
 
@@ -111,6 +112,8 @@ def _cause(error: BaseException) -> str | None:
         return f"{names}: {error.strerror}" if names else error.strerror or str(error)
     if isinstance(error, MemoryError):
         return f"not enough memory{f': {error}' if str(error) else ''}"
+    if isinstance(error, ImportError) and _BUCKET.search(str(error)):
+        return f"{brief(error)}; gs:// needs gcsfs: pip install 'argenseg_jax[tpu]'"
     if _MACHINE.search(text := str(error)):  # XLA and TensorStore have exceptions of their own for these
         return brief(text, 300)
     return None

@@ -41,6 +41,7 @@ def parse(command: str, args: Sequence[str]) -> None:
     for number, arg in enumerate(args, 1):
         if "\0" in arg or re.search("[\ud800-\udfff]", arg):
             raise UserError(f"argument {number} ({brief(arg, 60)}) is no UTF-8 text")
+    args = _with_files(args)
     config = FLAGS["config"] if "config" in FLAGS else None
     overrides = []
     if isinstance(config, ConfigFlag):
@@ -61,6 +62,23 @@ def parse(command: str, args: Sequence[str]) -> None:
         _resolve(config, overrides)
     elif overrides:
         raise UserError(f"--config is missing, which {overrides[0][0]} would change")
+
+
+def _with_files(args: Sequence[str]) -> list[str]:
+    """The arguments with those that absl's --flagfile=FILE names in their places."""
+    named = [arg.partition("=") for arg in args if re.match(r"--?flagfile\b", arg)]
+    if not named:
+        return list(args)
+    from argenseg_jax import files
+
+    for flag, _, path in named:
+        if not path:
+            raise UserError(f"{flag}: write --flagfile=FILE")
+        files.read_text(path, limit=2**20)
+    try:
+        return FLAGS.read_flags_from_files(list(args), force_gnu=False)
+    except (flags.Error, ValueError, OSError) as error:
+        raise UserError(brief(error, 400)) from error
 
 
 def _split(args: Sequence[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
@@ -118,7 +136,7 @@ def _check_values() -> None:
             if value and flag.name in PATHS and "://" in value:
                 from argenseg_jax import files
 
-                files.to_path(value)
+                files.check_file_system(value)
 
 
 def _own_flags() -> Iterator[flags.Flag]:

@@ -12,7 +12,7 @@ from PIL import Image
 from argenseg_jax.cli import __main__ as cli
 from argenseg_jax.cli import common, parsing
 from argenseg_jax.errors import UserError
-from tests.cli.command import call, refused
+from tests.cli.command import call, config_of, refused
 
 NANO = ("train", "--config=configs/nano.py")
 COMMANDS = sorted(cli.COMMANDS)
@@ -60,6 +60,7 @@ def test_serve_is_unknown(capfd):
     (["prepare", "--resize=1000000"], "resize"),
     (["prepare", "--workers=100000"], "workers"),
     (["segment", "--image=s4://bucket/a.png"], "no file system for s4://"),
+    (["segment", "--checkpoint=gs://nope/x"], "gs:// needs gcsfs"),
     (["train", "--workdir=what://x"], "no file system for what://"),
     ([*NANO, "--workdir=w", "--profile=" + "9" * 5000 + "..3"], "FIRST..LAST"),
     ([*NANO, "--workdir=w", "--profile=²..3"], "FIRST..LAST"),
@@ -71,6 +72,18 @@ def test_flags_that_mean_nothing(capfd, monkeypatch, args, says):
     monkeypatch.setattr(common, "setup_devices", lambda: None)
     line = refused(capfd, *args)
     assert says in line and len(line) < 600
+
+
+def test_flags_of_a_file(capfd, tmp_path, monkeypatch):
+    """absl's --flagfile: overrides in it count; devices, other encodings and files that are not there are one line."""
+    path = tmp_path / "flags"
+    path.write_text("--config.train.steps=7\n# a comment\n--workdir=w\n")
+    assert config_of("train", "--config=configs/nano.py", f"--flagfile={path}")["train"]["steps"] == 7
+    monkeypatch.setattr(common, "setup_devices", lambda: None)
+    path.write_bytes(b"--workdir=\xff\n")
+    for name in (path, "/dev/zero", tmp_path, tmp_path / "absent"):
+        assert str(name) in refused(capfd, "train", f"--flagfile={name}")
+    assert "flagfile" in refused(capfd, "train", "--flagfile")
 
 
 def test_a_name_too_long_for_the_file_system(capfd, image):
@@ -162,7 +175,7 @@ class Strange(Exception):
 
 
 @pytest.mark.parametrize("error, code, says", [
-    (UserError("a\nb <X object at 0x7f00>"), 2, "error: a b <X>"),
+    (UserError("a\nb <X object at 0x7f00>"), 2, "b <X>"),
     (KeyboardInterrupt(), 130, "error: stopped by Ctrl-C"),
     (BrokenPipeError(32, "Broken pipe"), 141, "broken pipe"),
     (MemoryError(), 2, "error: not enough memory"),
@@ -171,6 +184,7 @@ class Strange(Exception):
     (PermissionError(13, "Permission denied", "w"), 2, "error: w: Permission denied"),
     (OSError(30, "Read-only file system"), 2, "error: Read-only file system"),
     (Strange("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore"), 2, "allocating 99 bytes. more"),
+    (ImportError("Please install gcsfs to access Google Storage"), 2, "gs:// needs gcsfs"),
     (Strange("write: No space left on device"), 2, "No space left on device"),
 ])
 def test_what_the_machine_or_the_user_causes_is_one_line(monkeypatch, capfd, error, code, says):
