@@ -134,8 +134,11 @@ def read_bytes(path: epath.PathLike, limit: int = MAX_BYTES,
     """
     path = to_path(path, error)
     with _reading(path, error):
-        check_regular(path, limit, error)
-        return path.read_bytes()
+        size = check_regular(path, limit, error)
+        if is_remote(path):
+            return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(size)  # not to the end: files of /proc (kmsg) have a size of 0 and may have none
 
 
 @contextlib.contextmanager
@@ -181,6 +184,8 @@ def read_text(path: epath.PathLike, limit: int = MAX_BYTES, error: type[UserErro
 def decode_text(content: bytes, where: str, error: type[UserError] = UserError) -> str:
     """bytes -> text by its byte order mark, UTF-8 without one; `error` names `where` and the byte."""
     encoding = next((name for mark, name in _BOMS.items() if content.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and (at := content.find(b"\0")) >= 0:
+        raise error(f"{where}: byte {at} is 0, as in UTF-16 without a byte order mark; save the file as UTF-8")
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as fault:
@@ -196,7 +201,8 @@ def read_lines(path: epath.PathLike, error: type[UserError] = UserError) -> Iter
     """
     path, number = to_path(path, error), 0
     with _reading(path, error):
-        check_regular(path, None, error)
+        if not check_regular(path, None, error):  # as /proc/kmsg, whose end never comes
+            return
         with path.open("rb") as file:
             start = file.read(4)
             encoding = next((name for mark, name in _BOMS.items() if start.startswith(mark)), "utf-8")

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from argenseg_jax import files
+from argenseg_jax.data.sources import open_source
 from argenseg_jax.errors import UserError
 
 
@@ -31,6 +32,22 @@ def test_what_is_no_text_is_named_by_its_line(tmp_path, monkeypatch):
     for other in ("/dev/zero", tmp_path, tmp_path / "none", f"{tmp_path}\0"):
         with pytest.raises(UserError):
             list(files.read_lines(other))
+
+
+def test_text_without_a_byte_order_mark_is_utf_8(tmp_path):
+    (tmp_path / "f").write_bytes("wall\n".encode("utf-16-le"))  # all bytes of it are UTF-8, too
+    with pytest.raises(UserError, match="f: byte 1 is 0, as in UTF-16 without a byte order mark"):
+        files.read_text(tmp_path / "f")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_files_of_no_size_are_empty_whatever_reading_them_would_give():
+    # As /proc/kmsg, a regular file that never ends: this one would give text.
+    assert os.stat("/proc/self/status").st_size == 0
+    assert files.read_bytes("/proc/self/status") == b""
+    assert not list(files.read_lines("/proc/self/status"))
+    with pytest.raises(UserError, match="no samples"):
+        open_source("jsonl:/proc/self/status")
 
 
 def test_a_file_of_parts_is_whole_or_not_there(tmp_path):

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import codecs
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +14,7 @@ from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample, is_generated
 from argenseg_jax.errors import SampleError, UserError, brief, located
 
+MOST_TIMES = 1e9  # that a data set is repeated; sums of weights stay finite, and none disappears beside them
 _BLANK = tuple(b" \t\r\n\v\f")
 # Encodings by the first bytes of a file: (name, bytes of a unit). UTF-16's mark begins as UTF-32's.
 _MARKS = {codecs.BOM_UTF32_LE: ("utf-32-le", 4), codecs.BOM_UTF32_BE: ("utf-32-be", 4),
@@ -39,8 +39,9 @@ class Part(NamedTuple):
 
     def repeated(self, times: float, name: str) -> Part:
         """The part counted `times` times; below 1 only the first part of its samples is used."""
-        if not 0 < times < math.inf:
-            raise UserError(f"{name}: the weight (repeat_time) must be above 0, not {times:g}")
+        if not 1 / MOST_TIMES <= times <= MOST_TIMES:
+            raise UserError(f"{name}: the weight (repeat_time) must be above 0 (from {1 / MOST_TIMES:g} to "
+                            f"{MOST_TIMES:g}), not {times:g}")
         length = min(self.length, max(1, int(self.length * times))) if times < 1 else self.length
         return Part(self.source, length, self.weight * times)
 
@@ -156,7 +157,9 @@ class MetaSource:
             if type(most) is not int or not 0 < most < 2**16:
                 raise UserError(f"max_dynamic_patch {brief(repr(most), 40)} is no number of tiles")
             extra["max_tiles"] = most
-        if entry.get("data_augment"):
+        if (changed := entry.get("data_augment") or False) not in (True, False):
+            raise UserError(f"data_augment {brief(repr(changed), 40)} is neither true nor false")
+        if changed:
             extra["augment"] = True  # data_augment: JPEG re-compression, see augment.recompress
         annotation = self._found(entry["annotation"], "file", reading)
         source = JsonlSource(annotation, self._found(entry["root"], "folder", reading), extra, reading)
@@ -197,13 +200,14 @@ def _listed(value: Any, key: str) -> list[str]:
 
 def _index_lines(path: epath.Path, block: int = 1 << 24) -> tuple[str, np.ndarray, np.ndarray]:
     """(encoding, (start, end) i64[n, 2], line number i64[n]) of every line that is not blank."""
-    files.check_regular(path)
+    left = files.check_regular(path)  # bytes; files of /proc (kmsg) have none and may have no end
     breaks, first, size, start = [np.array([-1])], [], 0, 0
     with path.open("rb") as file:
-        mark = file.read(4)
+        mark = file.read(min(4, left))
         encoding, unit = next((found for bom, found in _MARKS.items() if mark.startswith(bom)), ("utf-8", 1))
         file.seek(0)
-        while content := file.read(block * unit):
+        while content := file.read(min(block * unit, left)):
+            left -= len(content)
             units = np.frombuffer(content, f"{'>' if encoding.endswith('be') else '<'}u{unit}", len(content) // unit)
             at = np.flatnonzero(units == ord("\n")) + size
             starts = np.concatenate([[start], at + 1])

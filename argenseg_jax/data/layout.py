@@ -1,6 +1,7 @@
 """What sources of published layouts share: finding files, naming faults, the words of a sample."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import unicodedata
@@ -186,8 +187,10 @@ def each(entries: Sequence[Any], make: Callable[[Any], Made], where: str) -> lis
 
 
 def an_id(value: Any) -> int | str:
-    """An id as it is: a number or a text; ValueError otherwise."""
-    if type(value) not in (int, str) and not (type(value) is float and value.is_integer()):
+    """An id: a whole number, also one written as 139.0 (pandas does), or a text; ValueError otherwise."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) not in (int, str):
         raise ValueError(f"{brief(repr(value), 40)} is no id, which is a whole number or a text")
     return value
 
@@ -239,7 +242,11 @@ def text(value: Any, what: str) -> str:
 
 def ids_of(**ids: Any) -> dict[str, int | str]:
     """image_id and category_id of a data set's own for `Sample.meta`, where they are ids."""
-    return {key: value for key, value in ids.items() if type(value) in (int, str)}
+    found = {}
+    for key, value in ids.items():
+        with contextlib.suppress(ValueError):
+            found[key] = an_id(value)
+    return found
 
 
 def spoken(name: str) -> str:

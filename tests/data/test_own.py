@@ -47,6 +47,18 @@ def test_forms(forms, form):
         assert (sample.meta["kind"], sample.meta["metric"]) == (name, "semantic")
 
 
+@pytest.mark.parametrize("written, read", [(1.0, 1), ("1", "1"), (2**62, 2**62), (-1, -1)])
+def test_ids_of_any_kind_are_kept(forms, written, read):
+    path = forms / "polygons/annotations.json"
+    content = json.loads(path.read_text())
+    content["images"][0]["id"] = written  # pandas writes 1.0
+    for annotation in content["annotations"]:
+        annotation["image_id"] = written
+    path.write_text(json.dumps(content))
+    meta = open_source(f"own:{forms}/polygons")[0].meta
+    assert meta["image_id"] == read and type(meta["image_id"]) is type(read)
+
+
 def test_a_black_mask_teaches_absence(forms):
     Image.new("L", (WIDTH, HEIGHT)).save(forms / "masks/masks/road/street.png")
     assert not open_source(f"own:{forms}/masks")[0].masks[0].any()

@@ -238,3 +238,18 @@ def test_faulty_psalm_entries_are_named(folder, bad, fault):
     with pytest.raises(SampleError, match=fault) as caught:
         open_source(str(path))[1]
     assert "p.json: entry 1" in str(caught.value)
+
+
+@pytest.mark.parametrize("key, value, fault", [
+    ("repeat_time", 1e308, "must be above 0"), ("repeat_time", 1e-300, "must be above 0"),
+    ("repeat_time", 0, "must be above 0"), ("data_augment", "false", "'false' is neither true nor false")])
+def test_entries_of_a_meta_json_that_mean_nothing(tmp_path, key, value, fault):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "meta.json").write_text(json.dumps({"a": {"root": ".", "annotation": "a.jsonl", key: value}}))
+    with pytest.raises(UserError, match=f"data set 'a': .*{fault}"):
+        open_source(f"{tmp_path}/meta.json")
+
+
+def test_weights_of_a_mixture_stay_finite():
+    with pytest.raises(UserError, match="must be above 0"):
+        open_mixture([f"shapes:simple:test:4*{10**300}", "shapes:simple:val:4"])
