@@ -194,7 +194,8 @@ def _listed(value: Any, key: str) -> list[str]:
     if value in (None, ""):
         return []
     if not isinstance(value, (str, list)):
-        raise SampleError(f"not a sample: `{key}` is {brief(repr(value), 60)}, where a file name or a list of them is expected")
+        raise SampleError(f"not a sample: `{key}` is {brief(repr(value), 60)}, where a file name or a list of "
+                          "them is expected")
     return [value] if isinstance(value, str) else value
 
 

@@ -37,7 +37,7 @@ from argenseg_jax.data.prepared import FORMAT, MANIFEST, PLAN, SHARDS, SUMMARY, 
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.statistics import Statistics
-from argenseg_jax.errors import SampleError, UserError
+from argenseg_jax.errors import SampleError, UserError, brief, located
 
 GROUP = 16  # samples whose masks are tokenised together
 _SHOWN = 100  # broken samples that summary.json names
@@ -312,10 +312,12 @@ def _claim(out: epath.Path, plan: Mapping[str, Any]) -> None:
     """Notes the plan in the folder; UserError where it holds another one, or something else."""
     if (out / PLAN).exists():
         old, new = files.read_json(out / PLAN), json.loads(json.dumps(plan))
+        if not isinstance(old, Mapping):
+            raise UserError(f"{out / PLAN} is damaged: remove {out}, or name another folder")
         differs = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
         if differs:
             shown = "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in differs)
-            raise UserError(f"--out: {out} was begun differently ({shown}); name another folder, or "
+            raise UserError(f"--out: {out} was begun differently ({brief(shown, 500)}); name another folder, or "
                             "remove it")
     elif any(path.name != locks.FILE for path in (out.iterdir() if out.exists() else ())):
         raise UserError(f"--out: {out} is not empty and holds no {PLAN}; name another folder")
@@ -326,7 +328,7 @@ def _claim(out: epath.Path, plan: Mapping[str, Any]) -> None:
 def _finish(job: Job, items: _Items, plan: Mapping[str, Any], total: int) -> dict[str, Any]:
     """Adds up the notes of the shards, and writes what makes the folder a data set."""
     out = epath.Path(job.out)
-    notes = [files.read_json(out / SHARDS / f"{number:05d}.json") for number in range(total)]
+    notes = [_note(out / SHARDS / f"{number:05d}.json") for number in range(total)]
     broken = [fault for note in notes for fault in note["broken"]]
     samples = sum(note["samples"] for note in notes)
     if not samples:
@@ -379,8 +381,23 @@ def _serializer(job: Job) -> Any:
 def _is_whole(target: epath.Path, note: epath.Path) -> bool:
     if not (target.exists() and note.exists()):
         return False
-    said = files.read_json(note)
+    try:
+        said = _note(note)
+    except UserError:  # damaged: the shard is written again
+        return False
     return target.stat().length == said["bytes"] and checksum(target) == said["sha256"]
+
+
+def _note(path: epath.Path) -> Mapping[str, Any]:
+    """What was noted of a shard; UserError where it is not as `write_shard` notes it."""
+    said = files.read_json(path)
+    with located(str(path), "note of a shard", UserError):
+        total = sum(said["parts"].values())
+        if total != said["samples"] or not {"file", "bytes", "sha256"} <= set(said):
+            raise ValueError("numbers of samples that do not add up")
+        [(int(k), fault["reason"]) for k in said["parts"] for fault in said["broken"]]
+        Statistics.from_json(said["statistics"]).summary()
+    return said
 
 
 def _numbers(job: Job, shard: int, total: int) -> range:

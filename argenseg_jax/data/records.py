@@ -23,6 +23,7 @@ from argenseg_jax.errors import SampleError, UserError, brief, located
 
 META_IMAGES = "meta_images"
 CODES = "codes"
+COLOURS = "colour_masks"  # in meta: which masks have three channels, though these are equal
 
 
 def features(num_codes: int = 0) -> tfds.features.FeaturesDict:
@@ -51,6 +52,8 @@ def encode(sample: Sample) -> dict[str, Any]:
     if arrays:
         meta[META_IMAGES] = {name: None if isinstance(value, np.ndarray) else len(value)
                              for name, value in arrays.items()}
+    if colours := [k for k, mask in enumerate(sample.masks) if mask.ndim == 3 and _grey(mask).ndim == 2]:
+        meta[COLOURS] = colours
     flat = [a for value in arrays.values() for a in ([value] if isinstance(value, np.ndarray) else value)]
     record = {
         "conversations": [{key: turn[key] for key in ("from", "value")} for turn in sample.conversations],
@@ -69,11 +72,13 @@ def decode(record: Mapping[str, Any], max_pixels: int = images.MAX_PIXELS) -> Sa
     arrays = iter([_grey(array) for array in _pictures(record[META_IMAGES], META_IMAGES, max_pixels)])
     for name, count in meta.pop(META_IMAGES, {}).items():
         meta[name] = next(arrays) if count is None else [next(arrays) for _ in range(count)]
+    colours = set(meta.pop(COLOURS, ()))
+    shown, masks = (tuple(_pictures(record[c], c, max_pixels)) for c in ("images", "masks"))
     return Sample(
         conversations=[{"from": who.decode(), "value": value.decode()}
                        for who, value in zip(turns["from"], turns["value"], strict=True)],
-        images=tuple(_pictures(record["images"], "images", max_pixels)),
-        masks=tuple(map(_grey, _pictures(record["masks"], "masks", max_pixels))),
+        images=shown,
+        masks=tuple(mask if k in colours else _grey(mask) for k, mask in enumerate(masks)),
         meta=meta,
         codes=record.get(CODES),
     )

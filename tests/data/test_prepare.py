@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -18,6 +19,7 @@ from argenseg_jax.data.shapes import ShapesSource, corpus
 from argenseg_jax.data.statistics import Statistics, table
 from argenseg_jax.data.tokenizer import nano_tokenizer
 from argenseg_jax.errors import SampleError, UserError
+from tests.hostile.folders import fill
 from tests.data.test_shapes import assert_same
 
 SHAPES = "shapes:full:train:23"
@@ -304,3 +306,64 @@ def test_codes_are_kept_beside_the_masks(tmp_path):
         with pytest.raises(UserError, match=says):
             next(iterator)
         iterator.close()
+
+
+# ------------------------------------------------------------------- as training reads it directly
+
+
+def test_what_is_stored_is_what_is_read_directly(tmp_path):
+    """Every kind of source; also the arrays that scores need."""
+    names = [name.format(tmp_path / "in") for name in fill(tmp_path / "in")]
+    names += ["shapes:simple:train:3", "shapes-draw:full:train:3", "shapes-chat:full:train:3"]
+    prepare.prepare(prepare.Job(tuple(names), str(tmp_path / "out")))
+    stored = iter(sources.open_source(str(tmp_path / "out"))[k] for k in range(10**6))
+    for part in sources.open_mixture(names):
+        for k in range(part.length):
+            want, found = part.source[k], next(stored)
+            assert [dict(turn) for turn in want.conversations] == list(found.conversations)
+            assert len(want.images) == len(found.images) and len(want.masks) == len(found.masks)
+            for a, b in zip((*want.images, *want.masks), (*found.images, *found.masks), strict=True):
+                assert a.dtype == b.dtype and np.array_equal(a, b)
+            assert want.meta.keys() == found.meta.keys()
+            for key, value in want.meta.items():
+                if isinstance(value, (np.ndarray, list)):
+                    assert np.array_equal(value, found.meta[key]), key
+                else:
+                    assert value == found.meta[key], key
+
+
+def test_broken_samples_write_the_same_bytes_every_time(tmp_path):
+    """F29: messages held the addresses of objects in memory."""
+    fill(tmp_path / "in")
+    (tmp_path / "in/own/images/a.png").write_bytes(b"no picture")
+    names = (f"own:{tmp_path / 'in/own'}", f"own:{tmp_path / 'in/masks'}")
+    for out in ("one", "two"):
+        prepare.prepare(prepare.Job(names, str(tmp_path / out)))
+    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
+    assert len(files) == 7
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
+    """F30: every builder of TFDS left an empty folder there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    prepare.prepare(prepare.Job(("shapes:simple:test:4",), str(tmp_path / "out"), shard_samples=2))
+    sources.open_source(str(tmp_path / "out"))[0]
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("name", ("plan.json", "shards/00000.json"))
+@pytest.mark.parametrize("content", ("[]", "null", "{", "5", "{}", '{"samples": "x"}', "[" * 10**5))
+def test_damaged_notes_are_one_line(tmp_path, name, content):
+    job = prepare.Job(("shapes:simple:test:4",), str(tmp_path / "out"), shard_samples=2)
+    prepare.prepare(job)
+    (tmp_path / "out/prepared.json").unlink()
+    (tmp_path / "out" / name).write_text(content)
+    try:
+        prepare.prepare(job)  # a damaged note of a shard: the shard is written again
+    except UserError as error:
+        assert name.startswith("plan") and "\n" not in str(error)
+    else:
+        assert len(sources.open_source(str(tmp_path / "out"))) == 4
