@@ -22,8 +22,10 @@ INDEXES = {  # file -> the sources that read it
     "panoptic/annotations/panoptic_val2017.json": ("panoptic:{}/panoptic", "panoptic:{}/panoptic:val2017:shown",
                                                    "panoptic:{}/panoptic:val2017:every"),
     "reason/val/a.json": ("reasonseg:{}/reason",)}
-LINES = {"chat": {"id": 3, "image": "a.png", "mask": "m.png", "kind": "box", "conversations": TURNS, "reference": ["x"]},
-         "classes": {"image": "a.png", "mask": "p.png", "seg_info": [{"id": 1, "category_id": 45}, {"id": 2, "category_id": 0}],
+LINES = {"chat": {"id": 3, "image": "a.png", "mask": "m.png", "kind": "box", "conversations": TURNS,
+                  "reference": ["x"]},
+         "classes": {"image": "a.png", "mask": "p.png",
+                     "seg_info": [{"id": 1, "category_id": 45}, {"id": 2, "category_id": 0}],
                      "conversations": [{"from": "user", "value": "<image>\nSegment {}."}, TURNS[1]]},
          "video": {"video": "clip", "conversations": [{"from": "human", "value": "<video>\nWhat?"},
                                                       {"from": "gpt", "value": "a"}]}}
@@ -107,8 +109,8 @@ def test_texts_of_any_bytes(root, encoder, content, mark):
 
 
 @given(st.text(alphabet=":*/.~²{}[]?\0\ud83d\n aso,=1-", max_size=20), st.sampled_from(
-    ("", "shapes:", "shapes:simple:train:", "shapes-object:full:", "reasonseg:{}/reason:", "own:{}/own:", "refer:{}/refer:",
-     "mvtec:{}/mvtec:", "t2i:{}/t2i:", "interactive:", "interactive:box:", "tfds:{}", "jsonl:", "coco:{}/coco:")))
+    ("", "shapes:", "shapes:simple:train:", "shapes-object:full:", "reasonseg:{}/reason:", "own:{}/own:",
+     "refer:{}/refer:", "mvtec:{}/mvtec:", "t2i:{}/t2i:", "interactive:", "interactive:box:", "tfds:{}", "jsonl:", "coco:{}/coco:")))
 def test_odd_source_names(root, encoder, name, start):
     if "train:" not in start or len(name) < 3:  # an endless source has samples
         read(start.format(root) + name, root, encoder)
