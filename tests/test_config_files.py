@@ -8,7 +8,6 @@ import pytest
 
 from argenseg_jax import config_files
 from argenseg_jax.cli import common
-from argenseg_jax.errors import UserError
 from argenseg_jax.train import sweep
 from configs import common as defaults
 from configs import nano
@@ -16,6 +15,12 @@ from tests.cli.command import call, config_of, refused
 
 HEAD = "from configs import common\n"
 NANO = "configs/nano.py"
+
+
+def changes(text):
+    """A file that changes the defaults, in its fourth line."""
+    return f"{HEAD}def get_config():\n    c = common.base()\n    {text}\n    return c\n"
+
 
 
 @pytest.fixture
@@ -50,22 +55,22 @@ def config(tmp_path):
     ("get_config = 5\n", " has no get_config()"),
     ("def get_config():\n    return None\n", "get_config() returns NoneType"),
     ("def get_config():\n    return {'train': {}}\n", "get_config() returns dict"),
-    (HEAD + "def get_config():\n    c = common.base()\n    del c.train\n    return c\n", "the config has no train.steps"),
-    (HEAD + "def get_config():\n    c = common.base()\n    del c.optim.ema\n    return c\n", "the config has no optim.ema"),
-    (HEAD + "def get_config():\n    c = common.base()\n    c.train.nope = 1\n    return c\n",
+    (changes("del c.train"), "the config has no train.steps"),
+    (changes("del c.optim.ema"), "the config has no optim.ema"),
+    (changes("c.train.nope = 1"),
      "no such config key: train.nope"),
-    (HEAD + "def get_config():\n    c = common.base()\n    c.trian = {}\n    return c\n", "no such config key: trian; did you"),
-    (HEAD + "def get_config():\n    c = common.base()\n    c.train.steps = 'x'\n    return c\n",
+    (changes("c.trian = {}"), "no such config key: trian; did you"),
+    (changes("c.train.steps = 'x'"),
      ":4: TypeError: Could not override field 'steps'"),
-    (HEAD + "def get_config():\n    c = common.base()\n    c.optim.lr = float('nan')\n    return c\n", "optim.lr=nan: write"),
-    (HEAD + "def get_config():\n    c = common.base()\n    c.model.llm = dict(remat='full')\n    return c\n",
+    (changes("c.optim.lr = float('nan')"), "optim.lr=nan: write"),
+    (changes("c.model.llm = dict(remat='full')"),
      "no such config key: model.llm.remat"),
-    (HEAD + "def get_config():\n    c = common.base()\n    c.train.loss = c\n    return c\n", "no such config key: train.loss."),
-    (HEAD + "def get_config():\n    c = common.base()\n    c.data.lock = __import__('threading').Lock()\n    return c\n",
+    (changes("c.train.loss = c"), "no such config key: train.loss."),
+    (changes("c.data.lock = __import__('threading').Lock()"),
      ": TypeError: cannot pickle"),
-    (HEAD + "def get_config():\n    c = common.base()\n    c.unlock()\n    c.train = 5\n    return c\n", "TypeError"),
-    (HEAD + "def get_config():\n    c = common.base()\n    del c.train\n    c.train = 5\n    return c\n", "train=5: a section"),
-    (HEAD + "def get_config():\n    c = common.base()\n    c.data.sources = (c,)\n    return c\n", "data.sources="),
+    (changes("c.unlock(); c.train = 5"), "TypeError"),
+    (changes("del c.train; c.train = 5"), "train=5: a section"),
+    (changes("c.data.sources = (c,)"), "data.sources="),
 ])
 def test_a_file_that_raises_is_one_line(config, capfd, monkeypatch, text, says):
     monkeypatch.setattr(common, "setup_devices", lambda: pytest.fail("went on"))

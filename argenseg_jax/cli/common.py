@@ -1,6 +1,7 @@
 """What commands share: flags, the choice of devices, progress on stderr, the result on stdout."""
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import glob
 import importlib.util
@@ -145,7 +146,11 @@ def check_outputs(inputs: Mapping[str, str | None], outputs: Mapping[str, Sequen
             other = taken.setdefault(same(path), flag)
             if other != flag:
                 raise UserError(f"--{flag} would write {path}, a file of --{other}; name another file")
-            if not files.is_remote(path) and os.path.isdir(path):
+            if files.is_remote(path):
+                continue
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.lstat(path)  # an OSError: a name too long for the file system
+            if os.path.isdir(path):
                 raise UserError(f"--{flag}: {path} is a folder")
         for folder in dict.fromkeys(epath.Path(path).parent for path in paths):
             files.check_writable(folder)

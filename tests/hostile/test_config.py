@@ -99,9 +99,9 @@ def test_an_unknown_key_is_refused(key, text):
 STATEMENTS = ["x = 1", "x = nope", "1 / 0", "raise SystemExit", "def f(): return f()", "f()", "import nope", "  x = 1",
               "from configs import common", "def get_config(arg=None): return common.base()", "get_config = 3",
               "def get_config(): return {}", "raise MemoryError('m')", "raise GeneratorExit", "x = '\\ud83d'", "\0",
-              "raise StopIteration", "é = 'ü'", "(" * 300, "raise Exception('\\ud83d' * 9)", "lambda: (yield)", "await x",
-              "return", "# coding: nope", "raise UnicodeDecodeError('utf-8', b'a', 0, 1, 'x')", "nonlocal x",
-              "class get_config: pass", "import sys; sys.exit('a\\nb')", "assert 0, object()", "9" * 5000, "\ud83d"]
+              "x = [", "raise StopIteration", "é = 'ü'", "(" * 300, "raise Exception('\\ud83d' * 9)",
+              "lambda: (yield)", "await x", "return", "# coding: nope", "raise UnicodeDecodeError('utf-8', b'a', 0, 1, 'x')",
+              "nonlocal x", "class get_config: pass", "import sys; sys.exit('a\\nb')", "assert 0, object()", "9" * 5000, "\ud83d"]
 
 
 @given(st.lists(st.sampled_from(STATEMENTS), max_size=6))
@@ -130,5 +130,6 @@ def test_settings_of_a_sweep_are_their_command_line(keys, data):
         return
     config_files.override(config, plain)
     again = common.base()
-    config_files.override(again, {key: config_keys.parse(key, config_keys.spell(value)) for key, value in plain.items()})
+    texts = {key: config_keys.spell(value) for key, value in plain.items()}
+    config_files.override(again, {key: config_keys.parse(key, text) for key, text in texts.items()})
     assert again.to_dict() == config.to_dict()
