@@ -8,9 +8,11 @@
 shapes:full:unseen, ...; shapes:test, shapes:unseen and nano:test are of the shipped model's level. It
 may be given several times, and METRIC@DATA scores it by a metric of eval/table.py; --metric does so for
 all. Writes OUT/eval/NAME/{scores.json, predictions.jsonl, coco_results.json, pictures/}, OUT/report.html
-and OUT/table.md, where OUT is --out or else the workdir; with neither, nothing is written. An evaluation
-that was stopped goes on where it was when the same command comes again. Saved predictions are scored
-again without the model:
+and OUT/table.md, where OUT is --out or else the workdir; with neither, nothing is written. NAME is that of
+the file or source, with the folders above it in front where another data set has results under it. An
+evaluation that was stopped goes on where it was when the same command comes again; answers of other
+weights, and to samples that have changed since, are not used. Saved predictions, also of other tools, are
+scored again without the model:
 
   python -m argenseg_jax evaluate --rescore runs/nano/eval/val/predictions.jsonl --metric grefcoco
 
