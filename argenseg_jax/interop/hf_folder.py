@@ -25,6 +25,7 @@ from argenseg_jax.models.argenseg import init_params
 from argenseg_jax.vocab import MASK
 
 SHARD_BYTES = 4 << 30
+MAX_CONFIG = 64 << 20  # bytes of a config.json or an index; an index has some 100 a tensor
 # What the keys of ARGenSeg's own parts start with; a released InternVL has none of them.
 OWN_PARTS = ("image_tokenizer.", "word_embed.", "lvl_embed.", "pos_1LC")
 # They stand apart in a folder for transformers, which complains of tensors that it does not know.
@@ -56,7 +57,7 @@ def read_config(path: epath.PathLike) -> dict[str, Any]:
         raise UserError(f"{file} does not exist; an HF-style folder needs it" + (
             f". {file.parent} holds LoRA adapters alone: merge them into the weights of their model first"
             if adapters else ""))
-    config = files.read_json(file)
+    config = files.read_json(file, MAX_CONFIG)
     if not isinstance(config, dict):
         raise UserError(f"{file} is no object of fields")
     return config
@@ -100,7 +101,7 @@ def open_tensors(path: epath.PathLike) -> Tensors:
       UserError: no such file, no weights in the folder, a broken or incomplete file, a key in two
         files, or a PyTorch file where torch is absent.
     """
-    path = epath.Path(path)
+    path = files.to_path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if not path.is_dir():
@@ -154,7 +155,7 @@ def _weight_files(folder: epath.Path) -> list[epath.Path]:
 
 def _indexed(index: epath.Path) -> set[str]:
     """The files that an index names: weight files in its own folder."""
-    content = files.read_json(index)
+    content = files.read_json(index, MAX_CONFIG)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index} has no weight_map {{key: file}}")

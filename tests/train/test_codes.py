@@ -5,7 +5,9 @@ import jax
 import numpy as np
 import pytest
 
+from argenseg_jax.ckpt import checkpoint
 from argenseg_jax.data import pipeline, prepare
+from argenseg_jax.decode import codes
 from argenseg_jax.decode.codes import MaskCoder, fingerprint
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder
@@ -31,6 +33,17 @@ def folder(tmp_path_factory):
 
 def section(source, **changes):
     return {"sources": (str(source),), "max_tokens": 96, "system": "", **changes}
+
+
+def test_the_coder_loads_the_vqvae_alone(folder, monkeypatch):
+    """Here and in each worker: the language model has no business in `prepare --codes`."""
+    parts, load = [], checkpoint.Checkpoint.load_part
+    monkeypatch.setattr(checkpoint.Checkpoint, "load_params", None)
+    monkeypatch.setattr(checkpoint.Checkpoint, "load_part", lambda self, part: parts.append(part) or load(self, part))
+    codes._tokenizer.cache_clear()
+    coder = MaskCoder.of(str(folder / "run"))
+    assert coder.vqvae == fingerprint(tiny.made()[1]["vqvae"])
+    assert coder([np.zeros((9, 9), np.uint8)]).shape == (1, coder.num_codes) and parts == ["vqvae", "vqvae"]
 
 
 def test_losses_are_bit_equal(folder):
