@@ -73,12 +73,15 @@ def check_file_system(path: epath.PathLike) -> None:
 
 def join(root: epath.PathLike, path: epath.PathLike, error: type[UserError] = UserError) -> epath.Path:
     """root/path; a path with `://` or from the root (/...) stands alone, as it is."""
-    if is_remote(path) or os.path.isabs(path) or not os.fspath(root):
+    root, path = os.fspath(root), os.fspath(path)
+    if is_remote(path) or os.path.isabs(path) or not root:
         return to_path(path, error)
-    root = to_path(root, error)
-    for step in pathlib.PurePosixPath(path).parts if is_remote(root) else (path,):
-        root = root.parent if step == ".." else root / step  # a bucket knows no `..`
-    return root
+    if not is_remote(root):
+        return to_path(os.path.join(root, path), error)
+    place = to_path(root, error)
+    for step in pathlib.PurePosixPath(path).parts:
+        place = place.parent if step == ".." else place / step  # a bucket knows no `..`
+    return place
 
 
 def inside(root: epath.PathLike, path: epath.PathLike, allow_outside: bool = False,
@@ -87,16 +90,20 @@ def inside(root: epath.PathLike, path: epath.PathLike, allow_outside: bool = Fal
 
     Both by `..` and by a symbolic link. Absolute paths and `://` say plainly where they lead.
     """
+    root, path = os.fspath(root), os.fspath(path)
     whole = join(root, path, error)
     if allow_outside or is_remote(path) or os.path.isabs(path):
         return whole
     way = ""
     if os.path.normpath(path).split(os.sep)[0] == os.pardir:
         way = "`..`"
-    elif not is_remote(whole):
+    elif not is_remote(root):
+        full = os.path.join(os.path.abspath(root), path)
         with _reading(whole, error):
-            base, real = _real(os.path.abspath(root)), os.path.realpath(whole)
-        if os.path.commonpath((base, real)) != base:
+            base, (folder, name) = _real(os.path.abspath(root)), os.path.split(full)
+            plain = name not in ("", os.curdir, os.pardir) and not os.path.islink(full)
+            real = f"{_real(folder)}/{name}" if plain else os.path.realpath(full)
+        if not f"{real}/".startswith(f"{base.rstrip('/')}/"):
             way = f"a symbolic link to {real}"
     if way:
         raise error(f"{path}: leads out of {root} ({way}); data.allow_outside=true (--allow_outside) reads it "
@@ -105,8 +112,8 @@ def inside(root: epath.PathLike, path: epath.PathLike, allow_outside: bool = Fal
 
 
 @functools.lru_cache(maxsize=1024)
-def _real(root: str) -> str:
-    return os.path.realpath(root)
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def kind_of(path: epath.PathLike, error: type[UserError] = UserError) -> str:

@@ -108,8 +108,9 @@ class Root(NamedTuple):
             return [name]
         plain = name.replace("\\", "/").removeprefix("./")
         found = [name, plain] if "\\" in name else [name]
-        if plain.startswith(f"{self.folder.name}/"):
-            found.append(plain.partition("/")[2])
+        front, _, rest = plain.partition("/")
+        if rest and front == self.folder.name:
+            found.append(rest)
         if not name.isascii():
             found += [unicodedata.normalize(form, n) for n in list(found) for form in ("NFC", "NFD")]
         return list(dict.fromkeys(found))
