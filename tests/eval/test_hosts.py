@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 def test_two_processes_give_the_results_of_one(tmp_path, capfd):
     """Also where one of them was killed, and the command comes again."""
     run = tiny.workdir(tmp_path / "run")
-    args = ("evaluate", "--workdir", run, "--data", "shapes:simple:test", "--limit", 7, "--batch", 2, "--previews", 2,
+    args = ("evaluate", "--workdir", run, "--data", "shapes:simple:test", "--limit", 7, "--batch", 2, "--previews", 0,
             "--save_every", 0)
     code, out, err = call(capfd, *args, "--out", tmp_path / "one")
     assert code == 0, err
