@@ -7,9 +7,11 @@ import pytest
 from PIL import Image
 
 from argenseg_jax.data import prepare, reader, sources
+from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry
 from argenseg_jax.data.reader import Reading, Values, array_levels, find_window, read_image, to_bytes
 from argenseg_jax.decode.predictor import Predictor, pixels
 from argenseg_jax.errors import SampleError, UserError
+from argenseg_jax.eval import evaluator
 from argenseg_jax.train import run
 from tests import tiny
 from tests.cli import tiny_config
@@ -211,3 +213,28 @@ def test_sizes_that_disagree_name_the_orientation(tmp_path):
     assert sources.open_source(str(tmp_path / "upright.jsonl"))[0].masks[0].shape == (9, 6)
     with pytest.raises(SampleError, match="mask stored.png is 9x6, its image 6x9 pixels .i.jpg has EXIF orientation 6"):
         sources.open_source(str(tmp_path / "stored.jsonl"))[0]
+
+
+# ---------------------------------------------------------------------------------- what is generated
+
+
+def test_images_to_be_generated_pass_unchanged(tmp_path):
+    """Dark ones were stretched to white; a mask with the same values still is. In every form, prepared too."""
+    dark = np.where(np.eye(8) > 0, 90, 30).astype(np.uint8)
+    (tmp_path / "t" / "cat").mkdir(parents=True)
+    for name in ("d.png", "t/cat/0.png"):
+        Image.fromarray(dark).save(tmp_path / name)
+    turns = [{"from": "human", "value": "A cat."}, {"from": "gpt", "value": "<mask>"}]
+    lines = [{"mask": "d.png"}, {"image": "d.png", "mask": "d.png", "metric": "fidelity"},
+             {"image": "d.png", "mask": "d.png"}]
+    (tmp_path / "j.jsonl").write_text("".join(json.dumps({**line, "conversations": turns}) + "\n" for line in lines))
+    prepare.prepare(prepare.Job((str(tmp_path / "j.jsonl"),), str(tmp_path / "p")))
+    encoder = Encoder(DataConfig(max_masks=1, codes=False), Geometry(8, 4, 8, 4))
+    for name in (str(tmp_path / "j.jsonl"), str(tmp_path / "p")):
+        drawn, edited, masked = (sources.open_source(name)[k] for k in range(3))
+        for sample, want in ((drawn, dark), (edited, dark), (masked, np.eye(8) * 255)):
+            np.testing.assert_array_equal(encoder.mask_row(sample, RNG)["masks"], scaled(want, 0, 255))
+        assert len(np.unique(prepare.resized(drawn, 16).masks[0])) > 3  # no mask: not cut at 128
+    target = sources.open_source(f"t2i:{tmp_path / 't'}")[0]
+    np.testing.assert_array_equal(encoder.mask_row(target, RNG)["masks"], scaled(dark, 0, 255))
+    assert evaluator._likeness([scaled(dark, 0, 255)], target, False)["ssim"] == pytest.approx(1)
