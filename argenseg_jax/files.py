@@ -98,9 +98,10 @@ def inside(root: epath.PathLike, path: epath.PathLike, allow_outside: bool = Fal
     if os.path.normpath(path).split(os.sep)[0] == os.pardir:
         way = "`..`"
     elif not is_remote(root):
-        full = os.path.join(os.path.abspath(root), path)
         with _reading(whole, error):
-            base, (folder, name) = _real(os.path.abspath(root)), os.path.split(full)
+            base = _real(os.path.join(os.getcwd(), root))
+            full = os.path.join(base, path)
+            folder, name = os.path.split(full)
             plain = name not in ("", os.curdir, os.pardir) and not os.path.islink(full)
             real = f"{_real(folder)}/{name}" if plain else os.path.realpath(full)
         if not f"{real}/".startswith(f"{base.rstrip('/')}/"):

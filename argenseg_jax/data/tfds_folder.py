@@ -179,4 +179,7 @@ def _has_own_client(path: str) -> bool:
     if not path.startswith("gs://"):
         return False
     import fsspec
-    return fsspec.get_filesystem_class("gs").__module__.startswith("gcsfs")
+    try:
+        return fsspec.get_filesystem_class("gcs").__module__.startswith("gcsfs")  # as etils asks for it
+    except (ImportError, ValueError):
+        return False

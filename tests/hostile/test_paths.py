@@ -216,6 +216,20 @@ def test_meta_json_from_the_working_directory(tmp_path, monkeypatch):
     assert open_source(f"{tmp_path}/example/meta.json")[0].masks[0].any()
 
 
+def test_folders_of_pictures_may_be_links(tmp_path):
+    """What a user links into a published layout is found there; PACO's names start above train2017/."""
+    fill(tmp_path / "disk")
+    (tmp_path / "paco").mkdir()
+    os.symlink(tmp_path / "disk/coco/val2017", tmp_path / "paco/val2017")
+    image = {**COCO["images"][0], "file_name": "val2017/a.png"}
+    put(tmp_path / "paco/annotations/paco_lvis_v1_val.json", {**COCO, "images": [image]})
+    assert open_source(f"paco:{tmp_path}/paco")[0].masks[0].any()
+    put(tmp_path / "paco/annotations/instances_val2017.json", COCO)
+    assert open_source(f"coco:{tmp_path}/paco")[0].masks[0].any()
+    os.symlink(tmp_path / "disk", tmp_path / "link")
+    assert open_source(f"{tmp_path}/link/flat/d.jsonl")[0].images
+
+
 def test_candidates_of_published_layouts_may_lead_up(tmp_path):
     fill(tmp_path)
     root = layout.find(epath.Path(tmp_path / "coco"), "pictures", "../panoptic/val2017", "val2017")
