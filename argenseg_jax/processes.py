@@ -2,6 +2,7 @@
 their parent."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import pathlib
 import re
+import signal
 import socket
 import threading
 import time
@@ -111,6 +113,14 @@ def end_with_parent() -> None:
     pid = int(named) if named.isdigit() else parent.pid if parent else None
     if pid is not None:
         _watch(pid)
+
+
+def begin_worker(*_: int) -> None:
+    """What a worker process of multiprocessing calls first: it ends with its parent, and leaves Ctrl-C, which
+    a terminal sends to both, to it."""
+    with contextlib.suppress(ValueError):  # not in the main thread: then Python hands no signal to it anyway
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 @functools.cache

@@ -113,7 +113,7 @@ class BatchIterator(Iterator[Batch]):
                 flags.FLAGS.mark_as_parsed()
             # Every worker has its own places; grain takes their shares of a batch in turn.
             workers = max(n for n in range(1, self._workers + 1) if len(taken) % n == 0)
-            shares = shares.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
+            shares = shares.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), processes.begin_worker)
         self._iterator = ThreadPrefetchIterDataset(
             _Batches(shares, taken, self._max_broken, workers), prefetch_buffer_size=2).__iter__()
         # Also at exit: grain's threads must not outlive the modules that they use.
@@ -317,11 +317,6 @@ class _BatchesIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Never called: a new iterator is made for a new place in the data."""
-
-
-def _begin_worker(index: int, count: int) -> None:
-    """What grain calls first in each of its worker processes."""
-    processes.end_with_parent()
 
 
 def _close(iterator: grain.DatasetIterator) -> None:

@@ -276,17 +276,22 @@ def _run(job: Job, numbers: Sequence[int], workers: int, runner: str, beam_optio
 
 def _processes(write: functools.partial, numbers: Sequence[int], workers: int) -> Iterator[int]:
     spawn = multiprocessing.get_context("spawn")  # a forked jax hangs
-    with concurrent.futures.ProcessPoolExecutor(
-            min(workers, len(numbers)), mp_context=spawn, initializer=processes.end_with_parent) as pool:
-        try:
-            for future in concurrent.futures.as_completed([pool.submit(write, n) for n in numbers]):
-                yield future.result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise UserError("a worker process was ended from outside (too little memory?); the same "
-                            "command goes on with the shards that are missing") from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    others = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(numbers)), mp_context=spawn,
+                                                  initializer=processes.begin_worker)
+    try:
+        for future in concurrent.futures.as_completed([pool.submit(write, n) for n in numbers]):
+            yield future.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError("a worker process was ended from outside (too little memory?); the same "
+                        "command resumes with the shards that are missing") from None
+    except BaseException:  # an error, or Ctrl-C: nobody waits for shards that are half-written
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in set(multiprocessing.active_children()) - others:
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown()
 
 
 def _beam(write: functools.partial, numbers: Sequence[int], runner: str, options: Sequence[str]

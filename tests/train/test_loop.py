@@ -229,7 +229,8 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(tmp_path, monkeypatch, wher
     ("config.json", "[]", "config.json is no configuration of a run"),
     ("config.json", "{", "config.json is no valid JSON"),
     ("metrics.jsonl", '{"step": 2}\n{\n{"step": 3}\n', "metrics.jsonl:2"),
-    ("checkpoints/6/meta/metadata", '{"phase": "lm", "data": {"index": 1}, "interval": 3, "frozen": 3}', "step 6 .* state of a run"),
+    ("checkpoints/6/meta/metadata", '{"phase": "lm", "data": {"index": 1}, "interval": 3, "frozen": 3}',
+     "step 6 .* state of a run"),
     ("checkpoints/6/meta/metadata", '{"phase": "lm", "data": {}, "frozen": 3}', "step 6 .* state of a run"),
     ("checkpoints/6/meta/metadata", '{"phase": "x", "data": {}}', "its checkpoint is of phase 'x'")])
 def test_damaged_files_of_a_workdir_are_one_line(tmp_path, name, content, line):
