@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import re
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from logging import getLogger
 from typing import Any
 
 import jax
@@ -69,6 +72,7 @@ class Checkpointer:
             step_name_format=steps.WholeSteps(), enable_async_checkpointing=not read_only,
             cleanup_tmp_directories=not read_only and not files.is_remote(workdir))
         self._dir = files.absolute(workdir) / DIRECTORY
+        _quiet_disk_faults()
         if not read_only and files.is_remote(workdir) and hosts.is_first():
             _clean_bucket(self._dir)
         with self._writing():
@@ -140,6 +144,7 @@ class Checkpointer:
             with files.writing(self._dir):
                 yield
         except UserError as fault:
+            _wait_for_orbax()
             newest = newest_step(self._dir.parent, training=True)
             raise UserError(f"{fault}; " + ("there is no whole step yet" if newest is None else
                             f"the newest whole step is {newest}: the same command resumes there")) from fault
@@ -226,6 +231,29 @@ class Checkpointer:
                 self._manager.close()
             if self._checksums:
                 self._checksums.close()
+
+
+@functools.cache
+def _quiet_disk_faults() -> None:
+    """Leaves the news of a full disk to the one line that tells of it: without this each of Orbax's threads
+    logs a traceback, and TensorStore prints one for each array that it reports to a loop closed meanwhile."""
+    for logger in (logging.get_absl_logger(), getLogger("asyncio")):
+        logger.addFilter(lambda record: not (
+            record.exc_info and record.exc_info[1] and files.disk_fault(record.exc_info[1])))
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def _wait_for_orbax() -> None:
+    """Until the threads of a save that has failed have ended: at the exit of the process they would fail anew."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            thread.join(10)
 
 
 def _aside(folder: epath.Path, number: int) -> epath.Path:

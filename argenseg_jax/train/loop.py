@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import shutil
 import signal
 import sys
 import time
@@ -89,6 +91,7 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
         runners = [_PhaseRunner(cfg, *pair, shapes, mesh, rules) for pair in zip(phases, begins)]
     with _locked(root) as lock:
         saved = _newest_of_all(root)
+        _check_room(root, runners)
         check_config(root / CONFIG, cfg, resumed=saved is not None)
         params = None
         if saved is None:
@@ -320,6 +323,17 @@ def _newest_of_all(root: epath.Path) -> int | None:
     if found[0] is None:
         _check_unused(root)
     return found[0]
+
+
+def _check_room(root: epath.Path, runners: Sequence[_PhaseRunner]) -> None:
+    """UserError where the disk has not even half the room of a checkpoint (compression may save some)."""
+    if files.is_remote(root) or not hosts.is_first():
+        return
+    sizes = [sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(runner.program.shapes))
+             for runner in runners]
+    if (free := shutil.disk_usage(root).free) < max(sizes) / 2:
+        raise UserError(f"{root}: a checkpoint takes about {max(sizes) / 1e6:,.1f} MB, and the disk has "
+                        f"{free / 1e6:,.1f} MB left; make room, or use another --workdir")
 
 
 def _check_unused(root: epath.Path) -> None:
