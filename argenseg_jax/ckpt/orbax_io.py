@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import itertools
 import re
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from logging import getLogger
 from typing import Any
 
 import jax
@@ -30,7 +27,7 @@ from etils import epath
 
 from argenseg_jax import files, hosts, trees
 from argenseg_jax.ckpt import checksums as checksum_files
-from argenseg_jax.ckpt import steps
+from argenseg_jax.ckpt import orbax_threads, steps
 from argenseg_jax.ckpt.arrays import StoredLeaf, read_layout, spec
 from argenseg_jax.ckpt.steps import DIRECTORY, FROZEN, find_step, newest_step, read_meta
 from argenseg_jax.errors import UserError, brief
@@ -72,7 +69,7 @@ class Checkpointer:
             step_name_format=steps.WholeSteps(), enable_async_checkpointing=not read_only,
             cleanup_tmp_directories=not read_only and not files.is_remote(workdir))
         self._dir = files.absolute(workdir) / DIRECTORY
-        _quiet_disk_faults()
+        orbax_threads.quiet_disk_faults()
         if not read_only and files.is_remote(workdir) and hosts.is_first():
             _clean_bucket(self._dir)
         with self._writing():
@@ -144,7 +141,7 @@ class Checkpointer:
             with files.writing(self._dir):
                 yield
         except UserError as fault:
-            _wait_for_orbax()
+            orbax_threads.wait()
             newest = newest_step(self._dir.parent, training=True)
             raise UserError(f"{fault}; " + ("there is no whole step yet" if newest is None else
                             f"the newest whole step is {newest}: the same command resumes there")) from fault
@@ -231,29 +228,6 @@ class Checkpointer:
                 self._manager.close()
             if self._checksums:
                 self._checksums.close()
-
-
-@functools.cache
-def _quiet_disk_faults() -> None:
-    """Leaves the news of a full disk to the one line that tells of it: without this each of Orbax's threads
-    logs a traceback, and TensorStore prints one for each array that it reports to a loop closed meanwhile."""
-    for logger in (logging.get_absl_logger(), getLogger("asyncio")):
-        logger.addFilter(lambda record: not (
-            record.exc_info and record.exc_info[1] and files.disk_fault(record.exc_info[1])))
-    before = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            before(kind, error, trace)
-
-    sys.excepthook = hook
-
-
-def _wait_for_orbax() -> None:
-    """Until the threads of a save that has failed have ended: at the exit of the process they would fail anew."""
-    for thread in threading.enumerate():
-        if type(thread).__module__.startswith("orbax."):
-            thread.join(10)
 
 
 def _aside(folder: epath.Path, number: int) -> epath.Path:

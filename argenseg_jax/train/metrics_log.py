@@ -55,9 +55,10 @@ class MetricsLog:
         else:
             with files.writing(self._path), open(self._path, "a") as f:
                 f.write(json.dumps(line) + "\n")
-            for name, value in line.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._board.add_scalar(name, value, step)
+            with files.writing(self._path.parent / "tensorboard"):
+                for name, value in line.items():
+                    if isinstance(value, (int, float)) and name != "step":
+                        self._board.add_scalar(name, value, step)
         shown = {k: f"{v:.4f}" for k, v in line.items() if k.endswith("loss") and v is not None}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
@@ -84,7 +85,8 @@ class MetricsLog:
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
-            self._board.close()
+            with files.writing(self._path.parent / "tensorboard"):
+                self._board.close()
 
     def _rewrite(self) -> None:
         files.write(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
