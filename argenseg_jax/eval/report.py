@@ -9,7 +9,6 @@ import base64
 import collections
 import html
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +39,7 @@ HEADLINES = {"referring": ("cIoU", "gIoU"), "grefcoco": ("cIoU", "gIoU", "N-acc"
              "pope": ("accuracy", "F1")}
 DECIBELS = {"PSNR"}  # all other scores are shares of 1
 CURVES = ("loss", "text_loss", "gen_loss")  # drawn first; other logged numbers follow
+DRAWN = 1e100  # larger numbers are no measurement, and their differences are infinite
 NOT_CURVES = {"step", "phase", "skipped", "seconds_per_step", "rows_per_second"}
 
 
@@ -222,7 +222,7 @@ def _charts(logged: Iterable[Mapping[str, Any]]) -> list[str]:
     for row in logged:
         for key, value in row.items():
             if (key not in NOT_CURVES and isinstance(value, (int, float))
-                    and not isinstance(value, bool) and math.isfinite(value)):
+                    and not isinstance(value, bool) and abs(value) < DRAWN):
                 series[str(row.get("phase", "")), key].append((row["step"], value))
     phases = list(dict.fromkeys(phase for phase, _ in series))
     rank = {key: i for i, key in enumerate(CURVES)}

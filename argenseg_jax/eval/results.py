@@ -25,7 +25,7 @@ def say(text: str) -> None:
 
 
 def logged(path: epath.PathLike, note: Say = say) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, each with a number `step`; [] where there is no such file."""
+    """The lines of a metrics.jsonl, each with a whole number `step`; [] where there is no such file."""
     path = epath.Path(path)
     if not path.exists():
         return []
@@ -40,8 +40,8 @@ def logged(path: epath.PathLike, note: Say = say) -> list[dict[str, Any]]:
             continue
         try:
             row = files.parse_json(line, f"{path}:{k}")
-            if not isinstance(row, dict) or not _is_number(row.get("step")):
-                raise UserError(f"{path}:{k}: no object with a number `step`")
+            if not isinstance(row, dict) or not _is_count(row.get("step")):
+                raise UserError(f"{path}:{k}: no object with a whole number `step`")
             found.append(row)
         except UserError as fault:
             note(f"left out: {fault}")
