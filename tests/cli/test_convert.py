@@ -12,13 +12,13 @@ import safetensors.numpy
 
 from argenseg_jax import trees
 from argenseg_jax.ckpt import checkpoint, orbax_io, transfer
-from argenseg_jax.cli import __main__ as cli
 from argenseg_jax.data import shapes
 from argenseg_jax.data.tokenizer import Tokenizer, nano_tokenizer
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.models import variants
 from tests import tiny
+from tests.cli import command
 
 CFG = {"variant": "nano"}
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "G_preprocess"
@@ -40,8 +40,7 @@ def folder(tmp_path_factory):
 
 
 def convert(source, target, *more):
-    return cli.main(["convert", f"--from={source}", f"--to={target}", "--save_dtype=float32",
-                     *more])  # absl flags keep their values between tests
+    return command.main("convert", f"--from={source}", f"--to={target}", "--save_dtype=float32", *more)
 
 
 def test_there_and_back_again(folder, tmp_path, capsys):

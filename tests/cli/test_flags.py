@@ -1,4 +1,5 @@
 """Flags that would destroy, hang or mean nothing: refused in one line before any work; and how commands end."""
+import importlib
 import os
 import pathlib
 import signal
@@ -12,7 +13,7 @@ from PIL import Image
 from argenseg_jax.cli import __main__ as cli
 from argenseg_jax.cli import common, parsing
 from argenseg_jax.errors import UserError
-from tests.cli.command import call, config_of, refused
+from tests.cli.command import call, config_of, own_flags, refused
 
 NANO = ("train", "--config=configs/nano.py")
 COMMANDS = sorted(cli.COMMANDS)
@@ -132,25 +133,18 @@ def test_a_chat_does_not_replace_its_picture(capfd, image):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_number_has_limits(command, capfd):
+def test_every_number_has_limits(command):
     """No whole number beyond 32 bits, nothing that is not finite, reaches a command."""
-    call(capfd, command, "--help")
-    known = set(flags.FLAGS)
-    importlib = __import__("importlib")
-    module = importlib.import_module(f"argenseg_jax.cli.{command}")
-    try:
-        numbers = [flag for flag in flags.FLAGS.flags_by_module_dict().get(module.__name__, [])
+    with own_flags(command):
+        module = importlib.import_module(f"argenseg_jax.cli.{command}")
+        numbers = [flag for name in (module.__name__, "argenseg_jax.cli.common")
+                   for flag in flags.FLAGS.flags_by_module_dict().get(name, [])
                    if isinstance(flag.parser, (flags.FloatParser, flags.IntegerParser))]
         for flag in numbers:
             for value in ("nan", "inf", "1e999", *([] if isinstance(flag.parser, flags.FloatParser) else [2**40])):
                 with pytest.raises(UserError, match=flag.name):
                     parsing.parse(command, [f"--{flag.name}={value}"])
                 flag.unparse()
-    finally:
-        flags.FLAGS.unparse_flags()
-        for name in set(flags.FLAGS) - known:
-            delattr(flags.FLAGS, name)
-        sys.modules.pop(module.__name__, None)
 
 
 # ------------------------------------------------------------------------------ how commands end

@@ -1,7 +1,6 @@
 """The command line: whatever the arguments are, the work begins with flags that mean something, or one line ends it."""
 import importlib
 import math
-import sys
 
 import pytest
 from absl import flags
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from argenseg_jax.cli import __main__ as cli
 from argenseg_jax.cli import common, parsing
 from argenseg_jax.errors import UserError
+from tests.cli.command import own_flags
 
 COMMANDS = sorted(cli.COMMANDS)
 VALUES = st.one_of(
@@ -22,14 +22,9 @@ VALUES = st.one_of(
 @pytest.fixture(params=COMMANDS)
 def command(request):
     """The name of a command whose flags are defined; they are gone afterwards."""
-    known, argv = set(flags.FLAGS), sys.argv
-    module = importlib.import_module(f"argenseg_jax.cli.{request.param}")
-    yield request.param
-    sys.argv = argv
-    flags.FLAGS.unparse_flags()
-    for name in set(flags.FLAGS) - known:
-        delattr(flags.FLAGS, name)
-    sys.modules.pop(module.__name__, None)
+    with own_flags(request.param):
+        importlib.import_module(f"argenseg_jax.cli.{request.param}")
+        yield request.param
 
 
 def own(command):

@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from argenseg_jax.cli import __main__ as cli
 from argenseg_jax.errors import UserError
 from argenseg_jax.parity import recording
 from argenseg_jax.parity.verify import verify
+from tests.cli import command
 from tests.parity import recorder
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -55,7 +55,7 @@ def test_a_difference_is_a_miss_and_exit_code_1(copy, capsys):
         arrays["tf/out112"][0, 1, 2] += 1e-2
 
     folder = copy(change)
-    assert cli.main(["verify", f"--case={folder}"]) == 1
+    assert command.main("verify", f"--case={folder}") == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["ok"] is False and result["misses"] == ["tf/out112"] and result["worst"] > 1
 
