@@ -111,10 +111,12 @@ def target_ratios(max_tiles: int) -> tuple[tuple[int, int], ...]:
     """Every (columns, rows) of 1..max_tiles tiles, in the official order.
 
     That order sorts a Python set by the number of tiles, so ties keep the set's own order: it is
-    part of the contract, because the first of two equally close grids wins.
+    part of the contract, because the first of two equally close grids wins. Grids enter the set as in the
+    official loop over n, i and j up to n, which meets most of them again and again.
     """
-    grids = {(i, j) for n in range(1, max_tiles + 1)
-             for i in range(1, n + 1) for j in range(1, n + 1) if 1 <= i * j <= max_tiles}
+    grids = {grid for n in range(1, max_tiles + 1) for grid in (
+        *((i, n) for i in range(1, min(n - 1, max_tiles // n) + 1)),
+        *((n, j) for j in range(1, min(n, max_tiles // n) + 1)))}
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 

@@ -97,7 +97,7 @@ def test_train_names_the_key(data, tmp_path, capfd, args, says):
 
 def test_train_refuses_the_workdir_of_another_run(run, capfd):
     before = {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
-    assert "is of another run" in refused(capfd, *TRAIN, f"--workdir={run}")
+    assert "no run can resume" in refused(capfd, *TRAIN, f"--workdir={run}")
     assert before == {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
 
 
@@ -137,4 +137,4 @@ def test_one_line_of_a_real_process(run, tmp_path):
     done = argenseg("segment", f"--workdir={run}", f"--image={tmp_path / 'a.npy'}", "--prompt=It.")
     assert "a.npy: not a readable picture" in error_of(done)
     done = argenseg(*TRAIN[:2], f"--workdir={run}")
-    assert "is of another run" in error_of(done)
+    assert "no run can resume" in error_of(done)

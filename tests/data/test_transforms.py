@@ -154,3 +154,11 @@ def test_bad_files_are_named(tmp_path):
     for path in (tmp_path / "missing.png", tmp_path):
         with pytest.raises(SampleError, match="cannot be read"):
             transforms.read_image(path)
+
+
+def test_the_order_of_grids_is_that_of_the_official_loop():
+    for most in (*range(1, 41), 100):
+        grids = {(i, j) for n in range(1, most + 1) for i in range(1, n + 1) for j in range(1, n + 1)
+                 if 1 <= i * j <= most}
+        assert transforms.target_ratios(most) == tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+    assert len(transforms.target_ratios(1024)) == 7262  # of data.max_tiles' limit, without minutes of work
