@@ -72,7 +72,8 @@ def test_odd_configs(operators, data):
 
 ODD_ARRAYS = {
     "gone": lambda x: None, "empty": lambda x: x[:0], "a scalar": lambda x: x.reshape(-1)[0],
-    "nan": lambda x: x * np.nan, "inf": lambda x: x + np.inf, "whole numbers": lambda x: x.astype(np.int64), "half": lambda x: x.astype(np.float16),
+    "nan": lambda x: x * np.nan, "inf": lambda x: x + np.inf, "whole numbers": lambda x: x.astype(np.int64),
+    "half": lambda x: x.astype(np.float16),
     "an axis more": lambda x: x[None], "flat": lambda x: x.reshape(-1), "bools": lambda x: x > 0,
     "bytes": lambda x: x.astype(np.float16).view("V2")}
 
