@@ -23,13 +23,12 @@ Params = Mapping[str, Any]
 
 
 def compare_decoding(record: Recording, model: ARGenSeg, params: Params) -> None:
-    """`infer/` (rows of their own) and `infer_cfg/` (conditional rows, then as many unconditional ones)."""
-    for part in ("infer", "infer_cfg"):
-        if f"{part}/input_ids" in record:
-            guidance = float(record.config["cfg_scale"]) if part == "infer_cfg" else None
-            replay = _Replay(record, model, params, f"{part}/", guidance)
-            replay.run()
-            _compare_engine(record, model, params, replay)
+    """Parts as `infer/` (rows of their own) and `infer_cfg/` (conditional rows, then unconditional ones)."""
+    for m in record.names(r"(infer\w*)/input_ids"):
+        guidance = float(record.config["cfg_scale"]) if "cfg" in m[1] else None
+        replay = _Replay(record, model, params, f"{m[1]}/", guidance)
+        replay.run()
+        _compare_engine(record, model, params, replay)
 
 
 def _compare_engine(record: Recording, model: ARGenSeg, params: Params, replay: _Replay) -> None:
@@ -119,11 +118,12 @@ class _Replay:
         record, name, model = self.record, self.name, self.model
         rows, _ = unpadded(self.tokens, self.real)
         counts = tile_counts(record, f"{name}input_ids", rows, model)
-        if not counts.any() and f"{name}vit_embeds" not in record:
+        if not counts.any() and not (f"{name}vit_embeds" in record and f"{name}pixel_values" in record):
             return None, None
         pixels = flagged_tiles(record, name, model)
-        features = np.asarray(self.call("encode_images", pixels[None]))
-        features = features.reshape(len(pixels), model.image_tokens, -1)
+        features = np.zeros((0, model.image_tokens, model.llm.width), np.float32)
+        if len(pixels):
+            features = np.asarray(self.call("encode_images", pixels[None])).reshape(-1, *features.shape[1:])
         self.check("vit_embeds", features)
         if not counts.any():
             return None, None

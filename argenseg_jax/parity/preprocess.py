@@ -47,23 +47,24 @@ def _compare_tokenizer(record: Recording, variant: str, cases: dict[str, Any]) -
         if f"{variant}/{name}/input_ids" not in record:
             continue
         if "query" in case:
-            ids = prompt.encode_query(_turns(case["query"]), tokenizer, case["num_patches_list"],
-                                      image_tokens=case["num_image_token"])
+            ids = prompt.encode_query(_turns(case["query"]), tokenizer, case.get("num_patches_list") or (),
+                                      image_tokens=case["num_image_token"], system="")  # it spells its own out
             record.check(f"{variant}/{name}/input_ids", ids)
         else:
-            _check_sample(record, f"{variant}/{name}", *_sample(case, tokenizer), vocab.pad)
+            _check_sample(record, f"{variant}/{name}", *_sample(record, case, tokenizer), vocab.pad)
     for m in record.names(rf"{variant}/padded(\d+)/input_ids"):
         first = next(iter(cases.values()))
-        _check_sample(record, m[0].removesuffix("/input_ids"), *_sample(first, tokenizer),
+        _check_sample(record, m[0].removesuffix("/input_ids"), *_sample(record, first, tokenizer),
                       vocab.pad, length=int(m[1]))
     if f"{variant}/batch_chat/attention_mask" in record:
         _compare_batch_chat(record, f"{variant}/batch_chat/", tokenizer)
 
 
-def _sample(case: dict[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def _sample(record: Recording, case: dict[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     answers = [turn["value"] for turn in case["conversations"] if turn["from"] == "gpt"]
     return prompt.encode_training(
-        case["conversations"], tokenizer, case["tiles_per_image"] or (),
+        case["conversations"], tokenizer, case.get("tiles_per_image") or (),
+        system=record.config.get("system_message"),
         image_tokens=case["num_image_tokens_per_tile"], code_tokens=case["num_mask_token"],
         num_masks=sum(text.count(MASK) for text in answers))
 
@@ -88,13 +89,13 @@ def _turns(query: str) -> list[dict[str, str]]:
 
 def _compare_batch_chat(record: Recording, name: str, tokenizer: Tokenizer) -> None:
     """Left padded queries; their texts are read back from the recorded ids."""
-    rows, real = (record.input(f"{name}{x}") for x in ("input_ids", "attention_mask"))
+    rows, real = (record.ints(f"{name}{x}", 2) for x in ("input_ids", "attention_mask"))
     header = tokenizer.encode([tokenizer.im_start, "user\n"])
     ours = np.full_like(rows, tokenizer.vocab.pad)
     for out, ids in zip(ours, (row[keep == 1].tolist() for row, keep in zip(rows, real))):
         start = next(i for i in range(len(ids)) if ids[i:i + len(header)] == header) + len(header)
         text = tokenizer.decode(ids[start:ids.index(tokenizer.vocab.eos, start)])
-        query = prompt.encode_query(text, tokenizer, image_tokens=0)
+        query = prompt.encode_query(text, tokenizer, image_tokens=0, system=record.config.get("system_message"))
         out[-len(query):] = query
     record.compare(f"{name}input_ids", ours, rows, EQUAL)
 
@@ -106,7 +107,7 @@ def _compare_geometry(record: Recording) -> None:
         found = re.fullmatch(r"target_ratios_max(\d+)", name)
         if found:
             record.compare(name, transforms.target_ratios(int(found[1])), cfg[name], EQUAL)
-    if "system_message" in cfg:
+    if cfg.get("system_message"):  # '' is a template without one
         record.same("system_message", prompt.OFFICIAL_SYSTEM, cfg["system_message"])
     for case in cfg.get("tiling_cols_rows", ()):
         for most in (m for m in (re.fullmatch(r"max(\d+)", key) for key in case) if m):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ from argenseg_jax.errors import DATA_FAULTS, UserError, brief
 from argenseg_jax.parity import lm, preprocess, vit, vq, whole
 from argenseg_jax.parity.recording import Recording, Row
 
-# Kind (the part of `case` before the first underscore) -> comparer.
+# Kind (the letter of `case` before the first underscore) -> comparer.
 KINDS = {
     "A": vq.compare_vqvae,
     "B": vq.compare_vqvae,
@@ -26,7 +27,7 @@ KINDS = {
 
 
 # What odd sizes and shapes raise on their way through flax, jax and numpy.
-_FAULTS = (*DATA_FAULTS, MemoryError, RuntimeError, AssertionError, flax.errors.FlaxError)
+_FAULTS = (*DATA_FAULTS, MemoryError, RuntimeError, AssertionError, StopIteration, flax.errors.FlaxError)
 
 
 def verify(folder: epath.PathLike) -> tuple[dict[str, Any], list[Row]]:
@@ -44,7 +45,8 @@ def verify(folder: epath.PathLike) -> tuple[dict[str, Any], list[Row]]:
     start = time.monotonic()
     record = Recording(folder)
     case = str(record.config.get("case", ""))
-    kind = case.partition("_")[0]
+    found = re.match(r"([A-Z])\d*(?:_|$)", case)  # F_argenseg, or another of the kind: F2_argenseg
+    kind = found[1] if found else ""
     if kind not in KINDS:
         raise UserError(f"{record.folder / 'config.json'}: case '{brief(case)}' is of no known kind; "
                         f"there are {', '.join(KINDS)}")
