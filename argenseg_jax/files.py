@@ -184,6 +184,15 @@ def check_regular(path: epath.PathLike, limit: int | None = None,
     return size
 
 
+def check_all_regular(folder: epath.PathLike, error: type[UserError] = UserError) -> None:
+    """`error` where a local folder, at any depth, holds a device, pipe or socket: libraries would wait for it."""
+    for place, _, names in os.walk(folder) if not is_remote(folder) else ():
+        for name in names:
+            path = epath.Path(place) / name
+            if path.exists():  # a link that leads nowhere is its reader's matter
+                check_regular(path, None, error)
+
+
 def read_text(path: epath.PathLike, limit: int = MAX_BYTES, error: type[UserError] = UserError) -> str:
     """The text of a file: UTF-8, with or without a byte order mark, or UTF-16 with one."""
     return decode_text(read_bytes(path, limit, error), str(path), error)

@@ -64,7 +64,10 @@ def check(folder: epath.Path, items: Sequence[str], share: tuple[int, int] = (0,
     def fault(name: str) -> str | None:
         size, digest, note = wanted[name]
         try:
+            files.check_regular(folder / name)
             found = _digest(folder / name)
+        except UserError as reason:
+            return str(reason)
         except OSError:
             return f"{folder / name} is missing or cannot be read"
         if found != [size, digest]:

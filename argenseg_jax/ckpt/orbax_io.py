@@ -463,6 +463,7 @@ def _saved_shapes(folder: epath.Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _readable(folder: epath.Path) -> Iterator[None]:
     """Orbax's errors about a damaged folder, as one line."""
+    files.check_all_regular(folder)
     try:
         yield
     except (ValueError, KeyError, OSError) as error:

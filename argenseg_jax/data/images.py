@@ -276,8 +276,13 @@ def _mask_values(image: Image.Image, ids: bool) -> np.ndarray:
         if values.min() < 0:
             raise SampleError(f"mask values {values.min()}..{values.max()}; none below 0 expected")
         return values
+    low = _low_bytes(image)
     alpha = image.has_transparency_data or mode in ("LA", "La", "RGBA", "RGBa")
     values = np.array(image.convert("RGBA" if alpha else "RGB"))
+    if low is not None and (not alpha or values[..., 3].min() == 255):
+        whole = values[..., :3].astype(np.uint16) << 8 | _colours(low)
+        if (whole == whole[..., :1]).all():
+            return whole[..., 0].copy()
     return _by_alpha(values, ids) if alpha else _one_channel(values)
 
 

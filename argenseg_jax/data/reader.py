@@ -24,7 +24,7 @@ from etils import epath
 from PIL import Image
 
 from argenseg_jax.data import images
-from argenseg_jax.errors import SampleError, UserError
+from argenseg_jax.errors import SampleError, UserError, brief
 
 LOOKED_AT, SEEN = 8, 64  # samples of a data set: for whether it has deep images; for their values
 TOPS = (255, 4095, 65535)  # of 8, 12 and 16 bits
@@ -249,7 +249,7 @@ def find_window(seen: Sequence[Values]) -> Window:
             return 0, top
     some = np.concatenate([values.some for values in seen]).astype(np.float64)
     low, high = (float(x) for x in np.percentile(some, (1, 99)))
-    return low, high if high > low else low + 1
+    return low, high if high > low else max(low + 1, float(np.nextafter(low, np.inf)))
 
 
 def to_bytes(levels: np.ndarray, window: Window) -> np.ndarray:
@@ -278,7 +278,11 @@ def array_levels(array: Any) -> np.ndarray:
       array: u8[H, W, 3], RGB; also u8[H, W, 4] (alpha is dropped), grey u8 or bool [H, W] or
         [H, W, 1] or [H, W, 2] (grey and alpha), and of more bits u16, i32 or f32 [H, W] or u16[H, W, 3].
     """
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except ValueError as fault:  # rows of unlike length
+        raise UserError(f"a picture is an array, a PIL image or a file, not {brief(repr(array), 60)} "
+                        f"({brief(fault, 100)})") from None
     plain = array[..., 0] if array.ndim == 3 and array.shape[2] in (1, 2) else array
     plain = plain[..., :3] if plain.ndim == 3 and plain.shape[2] == 4 else plain
     grey, colour = plain.ndim == 2, plain.ndim == 3 and plain.shape[2] == 3

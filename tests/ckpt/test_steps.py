@@ -202,6 +202,16 @@ def test_cut_and_missing_files_are_named(work):
         orbax_io.restore_params(work)
 
 
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("name", ["params/_METADATA", "params/manifest.ocdbt", "meta/metadata"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(work, name, checked):
+    path = work / "checkpoints" / "4" / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="a device, pipe or socket"):
+        orbax_io.restore_params(work / "checkpoints" / "4", checksums=checked)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": {"params/_METADATA": 3}}', "\x00"])
 def test_damaged_checksums_are_one_line(work, content):
     (work / "checkpoints" / "4" / "checksums-00000.json").write_text(content)

@@ -137,6 +137,16 @@ def test_masks_of_every_mode(tmp_path, name):
     np.testing.assert_array_equal(read_mask(tmp_path / "m"), SHAPE)
 
 
+@pytest.mark.parametrize("make", [deep_png, deep_tiff])
+@pytest.mark.parametrize("high", [1, 200, 4095, 65535])
+def test_grey_masks_in_colours_of_16_bits(tmp_path, make, high):
+    """Pillow keeps the high bytes, of which values below 256 have none."""
+    values = np.where(SHAPE > 0, high, 0).astype(np.uint16)
+    (tmp_path / "m").write_bytes(make(np.dstack([values] * 3)))
+    np.testing.assert_array_equal(read_mask(tmp_path / "m"), SHAPE)
+    np.testing.assert_array_equal(images.mask_values(images.open_image(tmp_path / "m"), ids=True), values)
+
+
 def test_masks_keep_soft_edges_and_dark_ones_are_stretched():
     ramp = np.arange(0, 256, 5, dtype=np.uint8)[None]
     np.testing.assert_array_equal(images.stretch(ramp), ramp)

@@ -120,8 +120,13 @@ def test_arrays_are_read_as_files_are(array, want):
     np.testing.assert_array_equal(pixels(array), want)
 
 
+def test_a_constant_image_of_any_value_is_black():
+    for value in (2**62, -(2**62), -5.0):  # steps of floats are far more than 1 there
+        assert not pixels(np.full((2, 3), value)).any()
+
+
 @pytest.mark.parametrize("array", [np.zeros((0, 5, 3), np.uint8), np.zeros((4, 4, 3)), np.zeros(5, np.uint8), "x" * 0,
-                                   np.zeros((2, 2, 5), np.uint8), np.zeros((2, 2), complex), [["a"]], object()])
+                                   np.zeros((2, 2, 5), np.uint8), np.zeros((2, 2), complex), [["a"]], [[1], [2, 3]], object()])
 def test_what_is_no_image(array):
     with pytest.raises(UserError):
         pixels(array)
