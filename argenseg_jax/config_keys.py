@@ -260,8 +260,10 @@ KEYS: dict[str, Key] = {
     "eval.masks": choice("first", "union"),
 }
 SECTIONS = {key.rpartition(".")[0] for key in KEYS} - {""} | {"model"}  # 'train', 'train.lora', ...
-# What is read of a saved config.json; the rest told how a run was trained.
-_READ_BACK = re.compile(r"(model|data|decode|eval|train\.lora)(\.|$)|train\.dtype$|train$")
+# What every user of a saved config.json reads; the rest tells how the run was trained, or is checked by
+# `evaluate` alone.
+_READ_BACK = re.compile(r"(model|decode|train\.lora)(\.|$)|train\.dtype$|(train|data|eval)$|data\.(sources|root|"
+                        r"system|image_last|max_tiles|sample_tiles|pad_to_square|window|max_pixels)$")
 
 
 # ---------------------------------------------------------------------------------- checks

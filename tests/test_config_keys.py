@@ -136,6 +136,8 @@ def test_a_saved_config_of_another_version_passes():
     """Keys may be missing or unknown; how the run was trained is not judged again; what is used is."""
     saved = json.loads(json.dumps(common.base().to_dict()))
     saved["train"] |= {"keep": -1, "log_every": 0, "later": 1}
+    saved["eval"] |= {"prompt": "no place", "masks": "x", "data": [5]}  # `evaluate` says so
+    saved["data"]["pack"] = -1
     saved["data"]["later"] = saved["later"] = {"x": 1}
     del saved["optim"], saved["data"]["max_broken"]
     config_keys.check(saved, saved="w/config.json")

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from argenseg_jax import config_keys
 from argenseg_jax.cli import common
 from argenseg_jax.errors import UserError
 
@@ -84,11 +85,14 @@ def run() -> dict[str, Any]:
     checkpoint = open_checkpoint(FLAGS.checkpoint or FLAGS.workdir, checksums=FLAGS.checksums)
     settings = {"prompt": "referring", "masks": "first", "metric": "", "data": (),
                 **checkpoint.config.get("eval", {})}
+    for key, flag in (("prompt", "config.eval.prompt"), ("masks", "config.eval.masks"), ("metric", "metric")):
+        settings[key] = FLAGS[flag].value or settings[key]
+    for key in ("masks", "data"):  # of the saved config; prompt and metric are checked with the data
+        if problem := config_keys.fault(f"eval.{key}", settings[key]):
+            raise UserError(f"{checkpoint.path}: {problem}")
     names = list(dict.fromkeys(FLAGS.data or settings["data"]))
     if not names:
         common.require("data")
-    for key, flag in (("prompt", "config.eval.prompt"), ("masks", "config.eval.masks"), ("metric", "metric")):
-        settings[key] = FLAGS[flag].value or settings[key]
     out, each = FLAGS.out or FLAGS.workdir, {}
     for job in _jobs(names, settings, checkpoint, out):
         start = time.perf_counter()

@@ -123,6 +123,14 @@ def test_evaluate_names_the_flag(run, data, tmp_path, capfd, args, says):
     assert (code, out) == (2, "") and err[-1].startswith("error: ") and says in err[-1], err
 
 
+@pytest.mark.parametrize("wrong, says", [({"masks": "x"}, "eval.masks 'x' is unknown"), ({"data": [5]}, "eval.data="),
+                                         ({"data": 5}, "eval.data=5"), ({"metric": "x"}, "metric 'x' is unknown")])
+def test_a_saved_config_that_evaluate_cannot_use(tmp_path, capfd, wrong, says):
+    saved = tiny.workdir(tmp_path / "run", eval=wrong)
+    data = [] if "data" in wrong else ["--data=shapes:test"]
+    assert says in refused(capfd, "evaluate", "--workdir", saved, *data)
+
+
 def test_a_prompt_beyond_the_model_is_named_in_evaluate(run, data, tmp_path, capfd):
     path = data(line(question="<image>\n" + "red " * 3000))
     code, out, err = call(capfd, "evaluate", "--workdir", run, "--data", path, "--out", tmp_path / "o")
