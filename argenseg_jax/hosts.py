@@ -25,6 +25,17 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes)]
 
 
+def fetch(tree: Any) -> Any:
+    """The tree with whole numpy arrays for jax arrays, also for those whose shards other processes hold; all
+    must call it together."""
+    def whole(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return jax.device_get(leaf)
+
+    return jax.tree.map(whole, tree)
+
+
 def share(count: int) -> range:
     """Which of `count` items this process takes: every process_count-th."""
     return range(jax.process_index(), count, jax.process_count())

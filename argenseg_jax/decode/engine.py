@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from argenseg_jax import sharding
+from argenseg_jax import hosts, sharding
 from argenseg_jax.decode import scale_decode, text_decode
 from argenseg_jax.decode.choice import Rules, Sampling
 from argenseg_jax.decode.weights import for_inference
@@ -148,7 +148,7 @@ class Engine:
             tokens.shape[1], max_text, max_masks), max_text))
         found: list[tuple[np.ndarray, Any]] = []
         while len(found) < max_masks:
-            at_mask = np.asarray(answer.at_mask)
+            at_mask = hosts.fetch(answer.at_mask)
             if not at_mask.any():
                 break
             answer, mask = self.mask(answer, previews)
@@ -171,12 +171,12 @@ class Engine:
             out["floats"] = np.zeros((b, m, side, side, 3), np.float32)
         seen = np.zeros(b, np.int32)
         for at_mask, mask in found:
-            mask = jax.device_get(mask)
+            mask = hosts.fetch(mask)
             for row in np.flatnonzero(at_mask):
                 for key, array in out.items():
                     array[row, seen[row]] = mask[key][row]
             seen += at_mask
-        return Generated(ids=np.asarray(answer.ids), counts=np.asarray(answer.count), num_masks=num,
+        return Generated(ids=hosts.fetch(answer.ids), counts=hosts.fetch(answer.count), num_masks=num,
                          **{"scales": None, "floats": None, **out})
 
 

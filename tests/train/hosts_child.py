@@ -4,12 +4,15 @@
 
 sends itself SIGNAL before batch BATCH if it is that process (see tests/train/test_hosts.py).
 """
+import dataclasses
 import os
 import sys
 import time
 
 import jax
+import numpy as np
 
+from argenseg_jax import hosts
 from argenseg_jax.cli import __main__ as cli
 from argenseg_jax.train import loop
 from argenseg_jax.train import run as train_run
@@ -18,14 +21,21 @@ from tests.train import toy
 
 def config():
     """12 steps, weights sharded over all devices there are."""
-    cfg = toy.config(steps=12, checkpoint_every=2, log_every=1, keep_best="min:loss")
+    cfg = toy.config(steps=12, checkpoint_every=2, log_every=1, keep_best="min:loss", sample_every=12)
     cfg["mesh"].update(data=1, fsdp=-1)
     return cfg
 
 
 def train(workdir, data=toy.Data, devices=None):
     cfg = config()
-    return loop.run(cfg, str(workdir), toy.phases(cfg, data=data), toy.init, devices=devices)
+    phases = [dataclasses.replace(phase, samples=draw) for phase in toy.phases(cfg, data=data)]
+    return loop.run(cfg, str(workdir), phases, toy.init, devices=devices)
+
+
+def draw(params):
+    """The picture of a kernel of which every process holds a part."""
+    kernel = hosts.fetch(params["connector"]["fc1"]["kernel"])
+    return {"kernel": np.repeat(((kernel + 4) * 31).astype(np.uint8)[..., None], 3, -1)}
 
 
 def main(workdir, number=0, batch=0, process=0):

@@ -5,6 +5,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from argenseg_jax import trees
 from argenseg_jax.ckpt import orbax_io
@@ -63,3 +64,23 @@ def test_a_notice_to_one_process_stops_both_when_all_is_saved(whole, tmp_path):
     np.testing.assert_array_equal(kernel, params["connector"]["fc1"]["kernel"])
     hosts_child.train(tmp_path, devices=jax.devices()[:1])
     np.testing.assert_allclose(losses(tmp_path), whole[0], rtol=1e-5)
+
+
+def test_pictures_and_checksums_of_two_processes(whole, tmp_path):
+    """Each holds a part of the weights; the pictures show all of them, and each lists the files that it wrote."""
+    ended = processes.run(2, CHILD, tmp_path, devices=2)
+    assert [code for code, *_ in ended] == [0, 0], ended
+    np.testing.assert_allclose(losses(tmp_path), whole[0], rtol=1e-5)
+    drawn = np.asarray(Image.open(tmp_path / "samples" / "0000012_kernel.png"), int)
+    want = hosts_child.draw(trees.unflatten(whole[1]))["kernel"].astype(int)
+    assert drawn.shape == want.shape and np.abs(drawn - want).max() <= 1
+    step = tmp_path / "checkpoints" / "12"
+    parts = [json.loads((step / f"checksums-0000{k}.json").read_text())["files"] for k in range(2)]
+    assert all(any("process_1/" in name for name in part) == bool(k) for k, part in enumerate(parts))
+    stored = {str(p.relative_to(step)) for p in step.rglob("*") if p.is_file()}
+    assert parts[0].keys() | parts[1].keys() == stored - {"checksums-00000.json", "checksums-00001.json"}
+    damaged = next((step / "params" / "ocdbt.process_1" / "d").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    ended = processes.run(2, CHILD, tmp_path, devices=2)
+    assert [code for code, *_ in ended] == [2, 2], ended
+    assert all(f"{damaged} is damaged" in err and "Traceback" not in err for *_, err in ended)

@@ -1,4 +1,5 @@
 """The loop: files it leaves, phases, starting points, what a resumed run may change."""
+import contextlib
 import dataclasses
 import json
 import os
@@ -128,24 +129,35 @@ def test_a_finished_run_answers_at_once(tmp_path):
     assert {k: again[k] for k in ("step", "loss")} == {k: first[k] for k in ("step", "loss")}
 
 
-@pytest.mark.parametrize("number, at, step", [(signal.SIGINT, 3, 4), (signal.SIGTERM, 2, 3)])
-def test_a_signal_saves_and_the_run_resumes(tmp_path, number, at, step):
-    """Also Ctrl-C, and also at the last step of the first phase: there the second does not begin."""
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
+def test_a_signal_saves_and_the_run_resumes(tmp_path, number):
     class Interrupted(toy.Data):
         def __next__(self):
-            if self.index == at:
+            if self.index == 3:
                 os.kill(os.getpid(), number)
             return super().__next__()
 
     cfg = toy.config(checkpoint_every=100)
-    first = 3 if step == 3 else 0
-    with pytest.raises(loop.Preempted, match=f"step {step}") as caught:
-        run(cfg, tmp_path, first, data=Interrupted)
-    assert caught.value.signal == number and orbax_io.newest_step(tmp_path) == step
+    with pytest.raises(loop.Preempted, match="step 4") as caught:
+        run(cfg, tmp_path, data=Interrupted)
+    assert caught.value.signal == number and orbax_io.newest_step(tmp_path) == 4
     assert not (tmp_path / locks.FILE).exists()
-    result = run(cfg, tmp_path, first)
-    whole = run(cfg, tmp_path / "whole", first)
+    result = run(cfg, tmp_path)
+    whole = run(cfg, tmp_path / "whole")
     assert result["loss"] == whole["loss"]
+
+
+def test_a_notice_at_the_last_step_of_a_phase_is_not_forgotten(tmp_path, monkeypatch):
+    """Several hosts learn of it at one step only, which they have agreed on."""
+    @contextlib.contextmanager
+    def told_once():
+        yield lambda step: signal.SIGTERM if step in (3, 9) else 0
+
+    monkeypatch.setattr(loop, "_stop_signals", told_once)
+    with pytest.raises(loop.Preempted, match="stopped at step 3, all saved"):
+        run(toy.config(), tmp_path, first=3)
+    assert orbax_io.newest_step(tmp_path) == 3
+    assert run(toy.config(), tmp_path, first=3)["step"] == 9  # at the run's last step there is nothing to stop
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path, capfd):
