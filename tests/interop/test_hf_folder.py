@@ -54,7 +54,7 @@ def test_folder_round_trip(nano, tmp_path, monkeypatch, shard):
 
 
 def test_a_failed_write_leaves_nothing(nano, tmp_path):
-    with pytest.raises(UserError, match="absent.json cannot be read"):
+    with pytest.raises(UserError, match="absent.json: cannot be read"):
         hf_folder.save_folder(tmp_path / "out", nano[1], CFG, [tmp_path / "absent.json"])
     assert not list(tmp_path.iterdir())
 
