@@ -38,7 +38,7 @@ def run() -> dict[str, Any]:
     options = common.answering()
     names = ["turn_0.png", *re.findall(r"turn_\d+(?:_\d+)?\.png$", os.path.basename(FLAGS.image or ""))]
     common.check_outputs({"image": FLAGS.image}, {"out": [f"{FLAGS.out}/{name}" for name in names]})
-    checkpoint = FLAGS.checkpoint or FLAGS.workdir or "nano"
+    checkpoint = common.chosen_checkpoint()
     image = pixels(FLAGS.image, common.reading(open_checkpoint(checkpoint).config))  # before the weights are loaded
     predictor = argenseg_jax.load(checkpoint, FLAGS.dtype, checksums=FLAGS.checksums)
     history, answers, written = [], [], []

@@ -50,6 +50,13 @@ def define_checkpoint(default: str | None = None) -> None:
     flags.DEFINE_string("checkpoint", default, "Orbax step, workdir, HF folder, or 'nano'.")
 
 
+def chosen_checkpoint() -> str:
+    """--checkpoint, or --workdir, or else the shipped model; UserError where both were given."""
+    if FLAGS.checkpoint and FLAGS.workdir:
+        raise UserError("give one of --workdir and --checkpoint")
+    return FLAGS.checkpoint or FLAGS.workdir or "nano"
+
+
 def define_checksums() -> None:
     """--checksums, of the commands that read or write checkpoints."""
     flags.DEFINE_bool("checksums", True, "Check the files of a step against their checksums before they are "

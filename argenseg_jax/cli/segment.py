@@ -50,7 +50,7 @@ def run() -> dict[str, Any]:
     from argenseg_jax.decode.predictor import pixels
     from argenseg_jax.eval import pictures
 
-    checkpoint = FLAGS.checkpoint or FLAGS.workdir or "nano"
+    checkpoint = common.chosen_checkpoint()
     image = pixels(FLAGS.image, common.reading(open_checkpoint(checkpoint).config))  # before the weights are loaded
     predictor = argenseg_jax.load(checkpoint, FLAGS.dtype, checksums=FLAGS.checksums)
     begin = time.perf_counter()

@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import multiprocessing
@@ -302,8 +303,19 @@ def _beam(write: functools.partial, numbers: Sequence[int], runner: str, options
     except ImportError:
         raise UserError("--runner needs Apache Beam: pip install 'argenseg_jax[beam]' (here and on the "
                         "runner's workers), or use --workers") from None
+    if wrong := [option for option in options if not option.partition("=")[0].isidentifier()]:
+        raise UserError(f"--beam_options={brief(wrong[0], 60)}: name=value is expected")
     flags = [f"--runner={runner}", *(f"--{option}" for option in options)]
-    with beam.Pipeline(options=PipelineOptions(flags)) as pipeline:
+    said = io.StringIO()
+    try:
+        parsed = PipelineOptions(flags)
+        with contextlib.redirect_stderr(said):
+            parsed.get_all_options()  # now; a pipeline asks for them when it runs
+        pipeline = beam.Pipeline(options=parsed)
+    except (ValueError, TypeError, SystemExit) as fault:  # argparse ends the process with a page of usage
+        reason = said.getvalue().strip().rpartition("\n")[2] or str(fault)
+        raise UserError(f"--runner={runner}, --beam_options: Apache Beam refuses them ({brief(reason)})") from None
+    with pipeline:
         # What the shards hold is noted in files: nothing has to come back through the pipeline.
         _ = (pipeline | "Shards" >> beam.Create(list(numbers)) | beam.Reshuffle()
              | "Write" >> beam.Map(write))

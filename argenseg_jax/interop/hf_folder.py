@@ -236,6 +236,8 @@ def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None =
     if vqvae is None:
         _check_whole(tensors, path)
         return torch_convert.Import(tensors, shapes, **vocab, source=str(path))
+    if any(torch_convert.part(key) == "vqvae" for key in tensors):
+        raise UserError(f"{path} has a VQ-VAE: leave --vqvae={vqvae} out, which completes an InternVL as released")
     own = {"vqvae": shapes.pop("vqvae")}
     return (torch_convert.Import(tensors, shapes, **vocab, optional=("visual/.*",),
                                  source=str(path))

@@ -125,6 +125,8 @@ def test_user_errors(folder, tmp_path, capsys):
     assert convert(folder, folder) == 2
     assert "exists already" in capsys.readouterr().err
     assert convert(tmp_path / "absent", tmp_path / "x") == 2
+    assert convert(folder, tmp_path / "x", "--vqvae=vae.pth") == 2
+    assert f"{folder} has a VQ-VAE: leave --vqvae=vae.pth out" in capsys.readouterr().err
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_bytes((folder / "config.json").read_bytes())

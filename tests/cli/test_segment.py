@@ -92,6 +92,7 @@ def test_extreme_pictures(runs, size, tmp_path, capfd):
     ({"--prompt": "<image> and <image>"}, "2 <image> places"),
     ({"--workdir": "absent"}, "absent: no such checkpoint"),
     ({"--workdir": "."}, "no checkpoint there"),
+    ({"--checkpoint": "nano"}, "give one of --workdir and --checkpoint"),
     ({"--dtype": "int4"}, "dtype"),
     ({"--top_p": "2"}, "top_p"),
     ({"--max_masks": "0"}, "max_masks"),

@@ -85,6 +85,16 @@ def test_beam_writes_the_same_bytes(folder, tmp_path):
     assert shards(tmp_path / "beam") == shards(folder) and done["samples"] == 23
 
 
+@pytest.mark.beam
+@pytest.mark.parametrize("runner, option, says", [
+    ("nosuch", "direct_num_workers=1", "Unexpected pipeline runner: nosuch"),
+    ("DirectRunner", "direct_num_workers=x", "invalid int value: 'x'"), ("DirectRunner", "=", "name=value")])
+def test_what_beam_refuses_is_one_line(tmp_path, capsys, runner, option, says):
+    with pytest.raises(UserError, match=says):
+        prepare.prepare(job(tmp_path / "x"), runner=runner, beam_options=[option])
+    assert "usage:" not in capsys.readouterr().err
+
+
 def test_a_runner_needs_beam(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(UserError, match=r"pip install 'argenseg_jax\[beam\]'"):
