@@ -10,7 +10,7 @@ work="${1:-runs/demo}"
 
 venv="${ARGENSEG_VENV:-$PWD/.venv}"
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet -r requirements.txt
+"$venv/bin/python" -m pip install --quiet --no-deps --require-hashes -r requirements.txt
 # Every step is a process of its own: what one has compiled, the next one reads.
 export JAX_COMPILATION_CACHE_DIR="$PWD/.jax_cache" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 argenseg() { "$venv/bin/python" -m argenseg_jax "$@"; }

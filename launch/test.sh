@@ -1,19 +1,24 @@
 #!/usr/bin/env bash
-# Installs everything into a virtual environment of its own and runs the tests; arguments go to pytest.
+# Installs everything into a virtual environment of its own, checks style, types and spelling, and runs the
+# tests; arguments go to pytest, and then only the tests run.
 #   bash launch/test.sh [tests/eval -k metrics ...]
-# ARGENSEG_VENV: where the environment lives (default .venv in the repository).
+# ARGENSEG_VENV: where the environment is (default .venv in the repository).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv="${ARGENSEG_VENV:-$PWD/.venv}"
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet -r requirements.txt
-"$venv/bin/python" -m pip install --quiet torch==2.13.0  # first: torchmetrics takes the torch that is there
-"$venv/bin/python" -m pip install --quiet -r requirements-test.txt
+# The locks are complete: every package by version and hash, so pip has nothing to resolve.
+install() { "$venv/bin/python" -m pip install --quiet --no-deps --require-hashes "$@"; }
+install -r requirements-test.txt
+# A PyTorch without CUDA that is at hand (pip's find-links) saves some gigabytes.
+install --no-index -r launch/requirements-torch.txt 2>/dev/null || install -r launch/requirements-torch.txt
+"$venv/bin/python" -c "import torch" 2>/dev/null || install -r launch/requirements-torch-cuda.txt
 
-# The full set of recorded reference numbers, where it lies beside the repository.
+# The full set of recorded reference numbers, where it is beside the repository.
 if [ -z "${ARGENSEG_GOLDEN:-}" ] && [ -d ../shared/golden ]; then
   export ARGENSEG_GOLDEN="$PWD/../shared/golden"
 fi
+[ $# -gt 0 ] || bash launch/lint.sh
 # Two files at a time: compiling, which most of the time goes into, takes one core.
 exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
