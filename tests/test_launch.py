@@ -7,6 +7,8 @@ import subprocess
 import tomllib
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parent.parent
 COMMAND = ["train", "--config", "configs/nano.py:devices=1", "--workdir", "gs://bucket/a run"]
@@ -70,14 +72,35 @@ def test_the_manifest_is_a_job_set_of_whole_slices():
     assert pod["containers"][0]["command"][-1] == "--distributed"
 
 
-def test_extras_are_pinned_and_agree():
+def locked(*names):
+    """{package: version} of lock files, each requirement with hashes."""
+    found = {}
+    for name in names:
+        text = (ROOT / name).read_text()
+        for requirement in re.findall(r"^\S(?:.*\\\n)*.*", re.sub("^#.*", "", text, flags=re.M), re.M):
+            package, version = re.match(r"([\w.-]+)==([\w.+]+)", requirement).groups()
+            assert "--hash=sha256:" in requirement, f"{name}: {package}"
+            found.setdefault(canonicalize_name(package), set()).add(version)
+    return found
+
+
+def test_the_locks_are_within_the_ranges_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert {"tpu", "cuda", "torch", "test", "compile", "serve"} <= set(extras)
-    pins = {}
-    texts = [pin for listed in extras.values() for pin in listed]
-    for name in ("requirements.txt", "requirements-test.txt"):
-        texts += [t for t in (ROOT / name).read_text().splitlines() if t and not t.startswith("#")]
-    for text in texts:
-        name, version = re.fullmatch(r"([\w-]+)(?:\[\w+\])?==([\w.]+)", text).groups()
-        assert pins.setdefault(name.lower(), version) == version, text
+    assert {"tpu", "cuda", "torch", "test", "lint", "compile", "serve"} <= set(extras)
+    pins = locked("requirements-test.txt", "launch/requirements-torch.txt")
+    run = locked("requirements.txt")
+    assert all(pins[name] == versions for name, versions in run.items())
+    for listed in (project["dependencies"], extras["test"], extras["lint"], extras["torch"], extras["beam"]):
+        for requirement in map(Requirement, listed):
+            if requirement.name != project["name"]:
+                versions = pins[canonicalize_name(requirement.name)]
+                assert all(v.split("+")[0] in requirement.specifier for v in versions), requirement
+    assert {canonicalize_name(Requirement(r).name) for r in project["dependencies"]} <= set(run)
+
+
+def test_the_wheel_has_every_package():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "argenseg_jax").rglob("__init__.py")}
+    assert set(settings["packages"]) - set(settings["package-dir"]) | {"argenseg_jax"} == found
+    assert all((ROOT / folder).is_dir() for folder in settings["package-dir"].values())
