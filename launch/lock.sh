@@ -11,8 +11,8 @@ head_line() { printf '# Written by launch/lock.sh; not to be edited.\n'; }
 
 all="$(mktemp)"
 trap 'rm -f "$all"' EXIT
-{ head_line; lock launch/requirements.in; } >requirements.txt
 lock launch/requirements-test.in >"$all"
+{ head_line; lock launch/requirements.in --constraints "$all"; } >requirements.txt  # the versions that are tested
 # A requirement is a line that begins with a name, and the indented lines of hashes after it.
 part() { awk -v pattern="$1" -v want="$2" '/^[A-Za-z]/ { hit = ($0 ~ pattern) } hit == want' "$all"; }
 { head_line; part '^(torch==|triton|nvidia-|cuda-)' 0; } >requirements-test.txt
