@@ -27,8 +27,8 @@ from argenseg_jax.errors import UserError, brief
 
 STEPS = 10**9  # two phases of so many steps still count in int32
 METRICS = ("referring", "grefcoco", "semantic", "boxes", "instances", "interactive", "anomaly", "fidelity",
-           "pope", "vqav2", "textvqa", "mmmu", "exact")  # of eval/table.py
-PROMPTS = ("referring", "semantic", "reasoning")  # of data/psalm.py
+           "pope", "vqav2", "textvqa", "mmmu", "exact")  # of eval/metrics/registry.py
+PROMPTS = ("referring", "semantic", "reasoning")  # of data/sources/psalm.py
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
 

@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 
 from argenseg_jax import trees  # noqa: E402
 from argenseg_jax.interop import hf_config, hf_folder, tensor_files  # noqa: E402
-from argenseg_jax.interop import torch as torch_convert  # noqa: E402
+from argenseg_jax.interop import state_dict as torch_convert  # noqa: E402
 from argenseg_jax.interop.weight_map import HITS  # noqa: E402
 from argenseg_jax.models import variants  # noqa: E402
 

@@ -28,11 +28,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import numpy as np  # noqa: E402  (after the environment)
 import torch  # noqa: E402
 
-from argenseg_jax.data import sources, transforms  # noqa: E402
+from argenseg_jax.data import mixture, transforms  # noqa: E402
 from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry, train_iterator  # noqa: E402
-from argenseg_jax.data.shapes import corpus  # noqa: E402
+from argenseg_jax.data.synthetic.shapes import corpus  # noqa: E402
 from argenseg_jax.data.tokenizer import nano_tokenizer  # noqa: E402
-from argenseg_jax.eval.pictures import encode_png  # noqa: E402
+from argenseg_jax.eval.visualize import encode_png  # noqa: E402
 
 BATCH = 16
 DRAINED = 4  # batches that may lie ready; after so many one has to be made for each that is taken
@@ -139,7 +139,7 @@ def main() -> None:
         path = args.data or str(photographs(pathlib.Path(folder)))
         config = {"sources": (path,), "max_tokens": 1024, "system": ""}
         encoder = Encoder(DataConfig(**config), GEOMETRY, nano_tokenizer(16, corpus()))
-        source = sources.open_source(path, image_root=args.image_root)
+        source = mixture.open_source(path, image_root=args.image_root)
         data, batches = Samples(source, encoder), max(1, args.samples // BATCH)
         result = {"data": args.data or "drawn", **_rounded(overhead(data, config, batches, args.rounds))}
         for workers in (1, 2):

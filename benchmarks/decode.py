@@ -37,7 +37,7 @@ import numpy as np  # noqa: E402
 
 from argenseg_jax import trees  # noqa: E402
 from argenseg_jax.decode import scale_decode  # noqa: E402
-from argenseg_jax.decode.choice import Rules  # noqa: E402
+from argenseg_jax.decode.sampling import Rules  # noqa: E402
 from argenseg_jax.decode.engine import Engine, compiler_options  # noqa: E402
 from argenseg_jax.models import variants  # noqa: E402
 from argenseg_jax.models.argenseg import ARGenSeg, init_params  # noqa: E402
@@ -257,7 +257,7 @@ def peers(model: ARGenSeg, params: Params, args: argparse.Namespace) -> dict[str
         return {}
     import torch
 
-    from argenseg_jax.interop.torch import to_torch
+    from argenseg_jax.interop.state_dict import to_torch
     from benchmarks.torch_peer import Peer
 
     torch.set_num_threads(args.threads)

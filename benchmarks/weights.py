@@ -19,10 +19,10 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 import argenseg_jax  # noqa: E402
-from argenseg_jax.data.sources import open_source  # noqa: E402
+from argenseg_jax.data.mixture import open_source  # noqa: E402
 from argenseg_jax.decode.predictor import WEIGHTS  # noqa: E402
 from argenseg_jax.eval.evaluator import request  # noqa: E402
-from argenseg_jax.eval.metrics import iou  # noqa: E402
+from argenseg_jax.eval.metrics.referring import iou  # noqa: E402
 
 
 def main() -> None:

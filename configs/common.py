@@ -72,7 +72,7 @@ def base() -> ConfigDict:
             **optimizer(lr=3e-3, weight_decay=0.0, warmup=50.0),
         },
         "data": {
-            "sources": (),      # names, `name*weight`, or paths; see data/sources.py
+            "sources": (),      # names, `name*weight`, or paths; see data/mixture.py
             "max_tokens": 8192,  # T, length of a row; longer samples are dropped and counted
             "max_labels": 0,    # targets of a row, the places that the head reads; 0 = max_tokens
             "image_last": False,  # move <image> behind the human text, in training and use
@@ -137,7 +137,7 @@ def base() -> ConfigDict:
         "eval": {
             "prompt": "referring",  # PSALM: referring | semantic | reasoning, or a text with {sent}
             "data": (),         # what `evaluate` scores without --data: DATA or METRIC@DATA each
-            "metric": "",       # of eval/table.py; "" = what the data asks for, or referring
+            "metric": "",       # of eval/metrics/registry.py; "" = what the data asks for, or referring
             "masks": "first",   # first | union: which masks of an answer are scored
         },
     })

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from argenseg_jax import files
-from argenseg_jax.data.sources import open_source
+from argenseg_jax.data.mixture import open_source
 from argenseg_jax.errors import UserError
 
 

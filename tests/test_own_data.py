@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argenseg_jax.data.sources import open_source
+from argenseg_jax.data.mixture import open_source
 from tests.cli.command import call
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from etils import epath
 
 from argenseg_jax import config_keys, files, trees
 from argenseg_jax.ckpt import orbax_io
-from argenseg_jax.data.shapes import corpus
+from argenseg_jax.data.synthetic.shapes import corpus
 from argenseg_jax.data.tokenizer import VOCABULARIES, Tokenizer, nano_tokenizer
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder

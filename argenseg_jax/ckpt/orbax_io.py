@@ -25,7 +25,7 @@ import tensorstore
 from absl import logging
 from etils import epath
 
-from argenseg_jax import files, hosts, trees
+from argenseg_jax import distributed, files, trees
 from argenseg_jax.ckpt import checksums as checksum_files
 from argenseg_jax.ckpt import orbax_threads, steps
 from argenseg_jax.ckpt.arrays import StoredLeaf, read_layout, spec
@@ -70,7 +70,7 @@ class Checkpointer:
             cleanup_tmp_directories=not read_only and not files.is_remote(workdir))
         self._dir = files.absolute(workdir) / DIRECTORY
         orbax_threads.quiet_disk_faults()
-        if not read_only and files.is_remote(workdir) and hosts.is_first():
+        if not read_only and files.is_remote(workdir) and distributed.is_first():
             _clean_bucket(self._dir)
         with self._writing():
             self._manager = ocp.CheckpointManager(
@@ -115,7 +115,7 @@ class Checkpointer:
             if self._checksums:
                 self._checksums.add(self._dir / FROZEN / str(step))
             self._frozen = step
-        meta = {**meta, "data": _united(hosts.gather(data_state))}
+        meta = {**meta, "data": _united(distributed.gather(data_state))}
         if frozen:
             meta[FROZEN] = self._frozen
         items = {"params": ocp.args.StandardSave(params, _by_layer(params)),
@@ -124,14 +124,14 @@ class Checkpointer:
             items["ema"] = ocp.args.StandardSave(ema, _by_layer(ema))
         value = (numbers or {}).get(self.best)
         folder = self._dir / str(step)
-        if hosts.is_first():
+        if distributed.is_first():
             self._clear(folder)
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items),
                                metrics=None if value is None else {self.best: value})
         if self._checksums:
             self._checksums.add(folder, lambda: folder.exists() and steps.is_finished(folder))
-        if hosts.is_first():
+        if distributed.is_first():
             self._sweep()
 
     @contextlib.contextmanager
@@ -212,7 +212,7 @@ class Checkpointer:
             _check(step, (*_STEP_FILES, "params", "ema", "train"), self._process)
         except UserError as error:
             fault = str(error)
-        if found := next(filter(None, hosts.gather(fault)), None):
+        if found := next(filter(None, distributed.gather(fault)), None):
             raise UserError(found)
 
     def __enter__(self) -> Checkpointer:
@@ -345,7 +345,7 @@ def save_params(path: epath.PathLike, params: Any, *, force: bool = False, check
     `force` replaces what is there. `checksums`: writes them too.
     """
     step = files.absolute(path)
-    if force and hosts.is_first():
+    if force and distributed.is_first():
         checksum_files.remove(step)
     with ocp.StandardCheckpointer() as writer:
         writer.save(step / "params", params, save_args=_by_layer(params), force=force)

@@ -19,7 +19,7 @@ from argenseg_jax import files, locks, trees
 from argenseg_jax.ckpt import checkpoint, orbax_io
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder
-from argenseg_jax.interop import torch as torch_convert
+from argenseg_jax.interop import state_dict as torch_convert
 
 VOCAB_LEAVES = ("llm/embed/embedding", "llm/lm_head/kernel")  # padded in memory
 

@@ -80,7 +80,7 @@ def define_answering(max_masks: int = 8) -> None:
 
 def answering() -> dict[str, Any]:
     """The options of Predictor.segment that the flags of `define_answering` stand for."""
-    from argenseg_jax.decode.choice import Sampling
+    from argenseg_jax.decode.sampling import Sampling
 
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
     return {"max_masks": FLAGS.max_masks, "guidance": FLAGS.guidance, "sampling": sampling,
@@ -122,10 +122,10 @@ def write_picture(target: str, number: int, picture: Any) -> str:
     from etils import epath
 
     from argenseg_jax import files
-    from argenseg_jax.eval import pictures
+    from argenseg_jax.eval import visualize
 
     path = epath.Path(numbered(target, number))
-    files.write(path, pictures.encode_png(picture))
+    files.write(path, visualize.encode_png(picture))
     return str(path)
 
 
@@ -262,8 +262,8 @@ def log(text: str) -> None:
 def print_result(result: Mapping[str, Any]) -> None:
     """The command's result: one JSON line, the last one on stdout (of the first process)."""
     if is_distributed():
-        from argenseg_jax import hosts
+        from argenseg_jax import distributed
 
-        if not hosts.is_first():
+        if not distributed.is_first():
             return
     print(json.dumps(result, allow_nan=False), flush=True)

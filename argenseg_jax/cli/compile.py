@@ -56,7 +56,7 @@ def run() -> dict[str, Any]:
         common.check_outputs({"config": FLAGS["config"].spec.partition(":")[0]}, {"hlo": [FLAGS.hlo]})
     if FLAGS.search:
         return _search()
-    from argenseg_jax.train import aot
+    from argenseg_jax.compile import aot
 
     cfg, options = FLAGS.config.to_dict(), _options()
     aot.topology(FLAGS.topology)  # or a UserError now
@@ -99,7 +99,7 @@ def _search() -> dict[str, Any]:
     """Compiles one candidate after the other, each in a process of its own, and lists them."""
     from tqdm import tqdm
 
-    from argenseg_jax.train import candidates
+    from argenseg_jax.compile import candidates
 
     if FLAGS.phase != "train":
         raise UserError("--search is for --phase train")

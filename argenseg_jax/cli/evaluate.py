@@ -6,7 +6,7 @@
 
 --data is an official JSONL, a PSALM evaluation JSON, or a named source: shapes:simple:test,
 shapes:full:unseen, ...; shapes:test, shapes:unseen and nano:test are of the shipped model's level. It
-may be given several times, and METRIC@DATA scores it by a metric of eval/table.py; --metric does so for
+may be given several times, and METRIC@DATA scores it by a metric of eval/metrics/registry.py; --metric does so for
 all. Writes OUT/eval/NAME/{scores.json, predictions.jsonl, coco_results.json, pictures/}, OUT/report.html
 and OUT/table.md, where OUT is --out or else the workdir; with neither, nothing is written. NAME is that of
 the file or source, with the folders above it in front where another data set has results under it. An
@@ -78,7 +78,7 @@ def run() -> dict[str, Any]:
     if (FLAGS.workdir is None) == (FLAGS.checkpoint is None):
         raise UserError("give one of --workdir and --checkpoint")
     begin = time.perf_counter()
-    from argenseg_jax import hosts
+    from argenseg_jax import distributed
     from argenseg_jax.ckpt.checkpoint import open_checkpoint
     from argenseg_jax.eval import report
 
@@ -101,7 +101,7 @@ def run() -> dict[str, Any]:
         if len(names) > 1:
             common.log(f"{job.name}: " + json.dumps(each[job.name]))
     written = {}
-    if hosts.is_first():
+    if distributed.is_first():
         written = {"report": str(report.write_report(out))} if out else {}
         found = report.evaluations(out, note=lambda text: None) if out else each
         print(report.paper_table(found), file=sys.stderr)
@@ -130,10 +130,10 @@ class Job(NamedTuple):
 
 def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, out: str | None) -> list[Job]:
     """Every data set with its place and its evaluator. The model is loaded when all mistakes are known."""
-    from argenseg_jax import files, hosts
+    from argenseg_jax import distributed, files
     from argenseg_jax.ckpt.fingerprint import fingerprint
     from argenseg_jax.data.reader import FEW
-    from argenseg_jax.data.sources import open_source, takes_prompt
+    from argenseg_jax.data.mixture import open_source, takes_prompt
     from argenseg_jax.decode.predictor import Predictor
     from argenseg_jax.eval import folders
 
@@ -145,13 +145,13 @@ def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, ou
         raise UserError("--config.eval.prompt changes nothing: these data hold their own questions")
     places = [None] * len(names)
     if out:  # the first process decides: others may see folders that it has made by then
-        places = [files.to_path(p) for p in hosts.gather([str(p) for p in folders.choose(out, names)])[0]]
-        for place in places if hosts.is_first() else ():
+        places = [files.to_path(p) for p in distributed.gather([str(p) for p in folders.choose(out, names)])[0]]
+        for place in places if distributed.is_first() else ():
             files.check_writable(place)
     path = FLAGS.checkpoint or FLAGS.workdir
     predictor = functools.cache(lambda: Predictor.load(path, FLAGS.dtype, checksums=FLAGS.checksums))
     baseline = functools.cache(lambda: _baseline(checkpoint.config))  # reads the training data: only where needed
-    weights = {"checkpoint": str(path), "step": checkpoint.step(), "weights": hosts.gather(fingerprint(checkpoint))[0]}
+    weights = {"checkpoint": str(path), "step": checkpoint.step(), "weights": distributed.gather(fingerprint(checkpoint))[0]}
     config = json.dumps([checkpoint.config.get(k) for k in ("data", "decode")], sort_keys=True, default=str)
     jobs = []
     for name, place in zip(names, places):
@@ -189,13 +189,13 @@ def _evaluator(settings: Mapping[str, Any], source: Any, config: Mapping[str, An
 
 def _evaluate(job: Job) -> dict[str, Any]:
     """The scores of one data set, and the path of its predictions."""
-    from argenseg_jax import hosts
-    from argenseg_jax.eval.partial import Partial
+    from argenseg_jax import distributed
+    from argenseg_jax.eval.resume import Partial
 
     kept = Partial(job.folder / "partial", job.key, FLAGS.save_every) if job.folder else None
     result = job.evaluator.run(job.source, FLAGS.limit, kept)
     scores = {**{k: job.key[k] for k in ("data", "checkpoint", "step", "weights")}, **result.scores}
-    if not kept or not hosts.is_first():
+    if not kept or not distributed.is_first():
         return scores
     try:
         _write(job, result, scores)
@@ -208,19 +208,19 @@ def _evaluate(job: Job) -> dict[str, Any]:
 
 def _rescore(path: str) -> dict[str, Any]:
     """The scores of saved predictions."""
-    from argenseg_jax.eval import saved
+    from argenseg_jax.eval import predictions
 
     begin = time.perf_counter()
-    return {"data": path, **saved.rescore(path, FLAGS.metric), "seconds": round(time.perf_counter() - begin, 2)}
+    return {"data": path, **predictions.rescore(path, FLAGS.metric), "seconds": round(time.perf_counter() - begin, 2)}
 
 
 def _baseline(config: Mapping[str, Any]) -> Any:
     """The constant baseline of the training data; None where it is out of reach."""
-    from argenseg_jax.data import sources
+    from argenseg_jax.data import mixture
     from argenseg_jax.eval import evaluator
 
     try:
-        parts = sources.open_mixture(config["data"]["sources"], config["data"].get("root", ""),
+        parts = mixture.open_mixture(config["data"]["sources"], config["data"].get("root", ""),
                                      reading=common.reading(config))
         return evaluator.constant_baseline([part.source for part in parts])
     except UserError as error:
@@ -231,16 +231,16 @@ def _baseline(config: Mapping[str, Any]) -> Any:
 def _write(job: Job, result: Any, scores: Mapping[str, Any]) -> None:
     """Writes what one evaluation found."""
     from argenseg_jax import files
-    from argenseg_jax.eval import folders, pictures, report, saved
+    from argenseg_jax.eval import folders, predictions, report, visualize
 
     folder, rows = job.folder, result.records.spool
     files.write(folder / "predictions.jsonl", rows.lines())
-    files.write(folder / "coco_results.json", saved.coco_file(rows.values()))
+    files.write(folder / "coco_results.json", predictions.coco_file(rows.values()))
     for row in rows.values() if FLAGS.save_masks else ():
         if row["prediction"]:
             files.write(folder / "masks" / f"{row['index']}.png",
-                        pictures.encode_png(saved.mask_picture(row)))
+                        visualize.encode_png(predictions.mask_picture(row)))
     shown = report.save_pictures(folder / "pictures", job.source, result)
     files.write(folder / "scores.json", json.dumps(
-        {**scores, folders.SOURCE: job.key[folders.SOURCE], "coco_results": saved.coco_ids(rows.values()),
+        {**scores, folders.SOURCE: job.key[folders.SOURCE], "coco_results": predictions.coco_ids(rows.values()),
          "pictures": shown}, indent=1))

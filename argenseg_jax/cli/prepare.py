@@ -7,7 +7,7 @@
       --runner DataflowRunner --beam_options project=P --beam_options region=R
   python -m argenseg_jax prepare --verify prepared/train
 
-Every form of a source will do (see argenseg_jax/data/sources.py); --source may be repeated, and a
+Every form of a source will do (see argenseg_jax/data/mixture.py); --source may be repeated, and a
 mixture stays one, with its weights. Samples that training would refuse are left out, counted and
 named in summary.json. An interrupted preparation goes on when the same command is started again:
 finished shards are kept. Train on it by data.sources=("FOLDER",); with --codes also data.codes=true.
@@ -60,7 +60,7 @@ def run() -> dict[str, Any]:
 
     coder = None
     if FLAGS.codes:
-        from argenseg_jax.decode.codes import MaskCoder
+        from argenseg_jax.decode.mask_tokenizer import MaskCoder
 
         coder = MaskCoder.of(FLAGS.codes, FLAGS.codes_dtype, checksums=FLAGS.checksums)
     elif FLAGS.codes_dtype:
@@ -84,7 +84,7 @@ def _verify(folder: str) -> dict[str, Any]:
     """Whether every byte of the shards is as it was written."""
     from etils import epath
 
-    from argenseg_jax.data import prepared
+    from argenseg_jax.data.sources import prepared
 
     manifest = prepared.read_manifest(epath.Path(folder))
     faults = list(prepared.faults(epath.Path(folder), manifest, checksums=True))

@@ -48,7 +48,7 @@ def run() -> dict[str, Any]:
     import argenseg_jax
     from argenseg_jax.ckpt.checkpoint import open_checkpoint
     from argenseg_jax.decode.predictor import pixels
-    from argenseg_jax.eval import pictures
+    from argenseg_jax.eval import visualize
 
     checkpoint = common.chosen_checkpoint()
     image = pixels(FLAGS.image, common.reading(open_checkpoint(checkpoint).config))  # before the weights are loaded
@@ -62,9 +62,9 @@ def run() -> dict[str, Any]:
         picture = result.images[i] if FLAGS.raw else mask.astype("uint8") * 255
         written.append(common.write_picture(FLAGS.out, i, picture))
         if FLAGS.overlay:
-            written.append(common.write_picture(FLAGS.overlay, i, pictures.overlay(image, mask)))
+            written.append(common.write_picture(FLAGS.overlay, i, visualize.overlay(image, mask)))
         if FLAGS.scales:
             strip = [*([] if image is None else [image]), *result.scales[i]]
-            written.append(common.write_picture(FLAGS.scales, i, pictures.strip(strip)))
+            written.append(common.write_picture(FLAGS.scales, i, visualize.strip(strip)))
     return {"masks": len(result.masks), "text": result.text, "seconds": round(seconds, 3),
             "files": written, "scores": [round(s, 4) for s in result.scores]}

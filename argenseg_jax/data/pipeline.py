@@ -12,7 +12,7 @@ from typing import Any
 import grain.python as grain
 import numpy as np
 
-from argenseg_jax.data import packing, prompt, sources, transforms
+from argenseg_jax.data import mixture, packing, prompt, transforms
 from argenseg_jax.data.augment import Augment, recolour, recompress
 from argenseg_jax.data.batches import Batch, BatchIterator, Broken
 from argenseg_jax.data.reader import FEW, Reading
@@ -50,7 +50,7 @@ class DataConfig:
     """The config section `data`.
 
     Attributes:
-      sources: names of sources, see data/sources.py.
+      sources: names of sources, see data/mixture.py.
       max_tokens: T, length of a row; longer samples count as broken.
       max_labels: most places of a row with something to learn, all that the head then reads; rows
         with more count as broken. 0 = max_tokens.
@@ -247,8 +247,8 @@ def train_iterator(config: Mapping[str, Any] | DataConfig, tokenizer: Tokenizer 
         encode, rows = encoder.piece, encoder.packing
     else:
         encode, rows = encoder.mask_row, packing.Packing({}, lambda piece: {}, lambda pieces: pieces[0])
-    parts = sources.open_mixture(config.sources, config.root, reading=config.reading())
-    order = Order([Share(sources.name_of(p.source), p.length, p.weight) for p in parts],
+    parts = mixture.open_mixture(config.sources, config.root, reading=config.reading())
+    order = Order([Share(mixture.name_of(p.source), p.length, p.weight) for p in parts],
                   lambda k, length, seed: _stream(parts[k].source, length, encoder.change, encode, seed), seed)
     return BatchIterator(order, rows, batch_size, range(batch_size) if places is None else places,
                          max_broken=config.max_broken, workers=config.workers,
@@ -265,12 +265,12 @@ def batch_shapes(config: Mapping[str, Any] | DataConfig, geometry: Geometry, row
             "masks": ((rows, config.max_masks, *mask), dtype)}
 
 
-def _stream(source: sources.Source, length: int, change: sources.Change, encode, seed: int) -> grain.MapDataset:
+def _stream(source: mixture.Source, length: int, change: mixture.Change, encode, seed: int) -> grain.MapDataset:
     """An endless shuffled stream of pieces (or Broken) of the first samples of one source."""
     def load(index: int, rng: np.random.Generator) -> packing.Piece | Broken:
-        where = f"{sources.name_of(source)}: sample {index}"
+        where = f"{mixture.name_of(source)}: sample {index}"
         try:
-            sample = sources.draw(source, index, rng, change)
+            sample = mixture.draw(source, index, rng, change)
             where = _name(sample)
             return encode(sample, rng)
         except SampleError as error:

@@ -1,6 +1,6 @@
 """Any source -> a folder of ArrayRecord shards, shard by shard: in this process, in several, or by Beam.
 
-    O/samples-train.array_record-00000-of-00004, ...   the samples, in TFDS form (data/records.py)
+    O/samples-train.array_record-00000-of-00004, ...   the samples, in TFDS form (data/sources/records.py)
     O/shards/00000.json, ...   of each finished shard: counts, checksum, what was broken and why
     O/plan.json                what is being prepared; a second call must ask for the same
     O/dataset_info.json, features.json, summary.json, prepared.json   at the end, the last one last
@@ -33,8 +33,9 @@ from etils import epath
 from PIL import Image
 
 from argenseg_jax import files, locks, processes
-from argenseg_jax.data import prompt, psalm, records, sources, tfds_folder, transforms
-from argenseg_jax.data.prepared import FORMAT, MANIFEST, PLAN, SHARDS, SUMMARY, checksum
+from argenseg_jax.data import mixture, prompt, transforms
+from argenseg_jax.data.sources import psalm, records, tfds_folder
+from argenseg_jax.data.sources.prepared import FORMAT, MANIFEST, PLAN, SHARDS, SUMMARY, checksum
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.statistics import Statistics
@@ -103,13 +104,13 @@ class _Items:
 
     def __init__(self, job: Job):
         self.job = job
-        self.parts = sources.open_mixture(job.sources, job.root, job.prompt, job.image_root,
+        self.parts = mixture.open_mixture(job.sources, job.root, job.prompt, job.image_root,
                                           Reading(job.window, job.max_pixels, allow_outside=job.allow_outside))
-        if job.prompt != psalm.DEFAULT and not any(sources.takes_prompt(part.source) for part in self.parts):
+        if job.prompt != psalm.DEFAULT and not any(mixture.takes_prompt(part.source) for part in self.parts):
             raise UserError(f"prompt {job.prompt!r} changes nothing: these sources hold their own questions")
         self.counts = []
         for part in self.parts:
-            if part.length >= sources.ENDLESS:
+            if part.length >= mixture.ENDLESS:
                 raise UserError("a source without an end cannot be prepared: give it a size, such as "
                                 "shapes:full:train:100000")
             chance = hasattr(part.source, "draw")
@@ -125,7 +126,7 @@ class _Items:
         part, at = self.parts[k], int(number - (self.ends[k - 1] if k else 0))
         draw, index = divmod(at, part.length)
         if self.job.draws:
-            sample = sources.draw(part.source, index, np.random.default_rng((index, draw)))
+            sample = mixture.draw(part.source, index, np.random.default_rng((index, draw)))
         else:
             sample = part.source[index]
         name = str(sample.meta.get("line") or f"{self.job.sources[0]}: sample {index}")
@@ -154,7 +155,7 @@ def prepare(job: Job, *, workers: int = 1, runner: str = "", beam_options: Seque
     """
     _items.cache_clear()  # the files may have changed since this process last looked
     out, items = files.to_path(job.out), _items(job)
-    if not job.window and (found := sources.window(items.parts)):
+    if not job.window and (found := mixture.window(items.parts)):
         job = dataclasses.replace(job, window=found)  # for all workers, and for training on the result
         items = _items(job)
     plan = {**job.identity(), "samples": len(items)}

@@ -14,10 +14,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from argenseg_jax import hosts, sharding
+from argenseg_jax import distributed, sharding
 from argenseg_jax.decode import scale_decode, text_decode
-from argenseg_jax.decode.choice import Rules, Sampling
-from argenseg_jax.decode.weights import for_inference
+from argenseg_jax.decode.sampling import Rules, Sampling
+from argenseg_jax.decode.inference_weights import for_inference
 from argenseg_jax.errors import UserError
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.kv_cache import BLOCK
@@ -148,7 +148,7 @@ class Engine:
             tokens.shape[1], max_text, max_masks), max_text))
         found: list[tuple[np.ndarray, Any]] = []
         while len(found) < max_masks:
-            at_mask = hosts.fetch(answer.at_mask)
+            at_mask = distributed.fetch(answer.at_mask)
             if not at_mask.any():
                 break
             answer, mask = self.mask(answer, previews)
@@ -171,12 +171,12 @@ class Engine:
             out["floats"] = np.zeros((b, m, side, side, 3), np.float32)
         seen = np.zeros(b, np.int32)
         for at_mask, mask in found:
-            mask = hosts.fetch(mask)
+            mask = distributed.fetch(mask)
             for row in np.flatnonzero(at_mask):
                 for key, array in out.items():
                     array[row, seen[row]] = mask[key][row]
             seen += at_mask
-        return Generated(ids=hosts.fetch(answer.ids), counts=hosts.fetch(answer.count), num_masks=num,
+        return Generated(ids=distributed.fetch(answer.ids), counts=distributed.fetch(answer.count), num_masks=num,
                          **{"scales": None, "floats": None, **out})
 
 

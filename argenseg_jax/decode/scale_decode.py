@@ -9,9 +9,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from argenseg_jax.decode.choice import choose
+from argenseg_jax.decode.sampling import choose
 from argenseg_jax.decode.text_decode import Answer
-from argenseg_jax.models import pieces
+from argenseg_jax.models import chunked
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.kv_cache import KVCache
 
@@ -67,7 +67,7 @@ def decode_codes(m: ARGenSeg, answer: Answer) -> tuple[MaskCodes, KVCache]:
 def to_floats(m: ARGenSeg, f_hat: Array) -> Array:
     """f_hat f32[B, S, S, C] -> f32[B, R, R, 3] in [-1, 1]."""
     vqvae, weights = m.vqvae.unbind()
-    return pieces.in_pieces(lambda f_hat: vqvae.apply(weights, f_hat, method="decode"), f_hat,
+    return chunked.in_pieces(lambda f_hat: vqvae.apply(weights, f_hat, method="decode"), f_hat,
                             vqvae.row_bytes)
 
 

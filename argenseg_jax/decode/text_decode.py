@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from argenseg_jax.decode.choice import Rules
+from argenseg_jax.decode.sampling import Rules
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.kv_cache import KVCache
 

@@ -21,16 +21,17 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from argenseg_jax import hosts
+from argenseg_jax import distributed
 from argenseg_jax.data import transforms
 from argenseg_jax.data.prompt import is_human, query_turns
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import Source
+from argenseg_jax.data.mixture import Source
 from argenseg_jax.decode.predictor import Request, Result
 from argenseg_jax.errors import UserError
-from argenseg_jax.eval import fidelity, ranking, saved, table
-from argenseg_jax.eval.metrics import iou
-from argenseg_jax.eval.partial import Partial
+from argenseg_jax.eval import predictions
+from argenseg_jax.eval.metrics import anomaly, fidelity, registry
+from argenseg_jax.eval.metrics.referring import iou
+from argenseg_jax.eval.resume import Partial
 from argenseg_jax.eval.rle import encode_rle
 from argenseg_jax.eval.spool import Spool
 
@@ -55,7 +56,7 @@ class Record:
       prediction, truth: the scored mask and the true one as COCO run lengths; None likewise.
       kind: kind of expression, where the source says so.
       id: the sample's own id, where it has one.
-      more: what else the metrics read (see eval/table.py), on the same level of the saved line.
+      more: what else the metrics read (see eval/metrics/registry.py), on the same level of the saved line.
     """
 
     index: int
@@ -119,7 +120,7 @@ class Evaluator:
         own (`meta['all_objects_mask']`); None gives such data no baseline.
       preview_fn: as predict_fn, with the images by scale in its results; None shows no scales.
       previews: of how many samples the images by scale are kept.
-      metric: a name in eval/table.py; '' takes what the samples name, or 'referring'.
+      metric: a name in eval/metrics/registry.py; '' takes what the samples name, or 'referring'.
       pad: the model was trained on padded squares (data.pad_to_square).
     """
 
@@ -131,7 +132,7 @@ class Evaluator:
         self.predict_fn, self.batch, self.masks = predict_fn, batch, masks
         self.baseline, self.preview_fn, self.previews = baseline, preview_fn, previews
         if metric:
-            table.find(metric)
+            registry.find(metric)
         self.metric, self.pad = metric, pad
 
     def run(self, source: Source, limit: int = 0, partial: Partial | None = None) -> Evaluation:
@@ -150,10 +151,10 @@ class Evaluator:
         if partial:
             self._resume(source, rows, partial)
         todo = [i for i in range(n) if i not in rows]
-        mine = [todo[k] for k in hosts.share(len(todo))]
+        mine = [todo[k] for k in distributed.share(len(todo))]
         times, drawn, ious = [], 0, 0.0
         bar = tqdm.tqdm(total=len(mine), unit=" samples", file=sys.stderr, dynamic_ncols=True, delay=1,
-                        mininterval=0.5 if sys.stderr.isatty() else 30, disable=not hosts.is_first())
+                        mininterval=0.5 if sys.stderr.isatty() else 30, disable=not distributed.is_first())
         with bar:
             for batch in _batched(mine, self.batch):
                 samples = [source[i] for i in batch]
@@ -174,10 +175,10 @@ class Evaluator:
         if partial:
             partial.flush()
         seconds, count = _exchange(rows, mine, times[1:] or times)
-        previews = self.preview_fn and hosts.is_first()
+        previews = self.preview_fn and distributed.is_first()
         return Evaluation(
             scores={"baseline_gIoU": None, "baseline_cIoU": None,
-                    **saved.summary(rows.values(), self.metric),
+                    **predictions.summary(rows.values(), self.metric),
                     "seconds_per_image": seconds / count if count else None},
             records=Records(rows), scales=self._previews(source, n) if previews else {})
 
@@ -204,18 +205,18 @@ class Evaluator:
                 rows.discard(index)  # a sample that has changed was answered twice
                 rows.add(index, Record.of(row).row())
         known = [index for index, fingerprint in told.items() if fingerprint]
-        mine = [known[k] for k in hosts.share(len(known))]
+        mine = [known[k] for k in distributed.share(len(known))]
         with ThreadPoolExecutor() as pool:  # reading a picture leaves Python's lock
             found = pool.map(lambda index: _fingerprint(source[index]), mine)
             changed = [index for index, now in zip(mine, found) if now != told[index]]
-        for index in itertools.chain(*hosts.gather(changed)):
+        for index in itertools.chain(*distributed.gather(changed)):
             rows.discard(index)
 
     def _row(self, index: int, sample: Sample, result: Result, baseline: Baseline | None) -> dict[str, Any]:
         """The line of predictions.jsonl, of which it is certain that it can be scored."""
         record = self._record(index, sample, result, baseline)
         row = record.row()
-        saved.Scorer(self.metric).add(row, _name(sample))
+        predictions.Scorer(self.metric).add(row, _name(sample))
         return row
 
     def _record(self, index: int, sample: Sample, result: Result, baseline: Baseline | None) -> Record:
@@ -244,7 +245,7 @@ class Evaluator:
         elif metric == "anomaly":
             levels = transforms.grey_at(result.images[0], truth.shape[::-1], self.pad) if len(result.images) \
                 else np.zeros(truth.shape, np.uint8)
-            more["levels"] = ranking.sparse(ranking.level_counts(levels, truth))
+            more["levels"] = anomaly.sparse(anomaly.level_counts(levels, truth))
         elif metric == "interactive":
             more["ious"] = [iou(prediction, truth)]
         elif metric == "fidelity":
@@ -358,7 +359,7 @@ def _exchange(rows: Spool, mine: Sequence[int], times: Sequence[tuple[float, int
     """Gives the rows of every process to all others; (seconds, samples) that were timed, of all."""
     told = {"seconds": sum(t for t, _ in times), "timed": sum(k for _, k in times)}
     for start in itertools.count(0, GATHERED):
-        shares = hosts.gather({"rows": [rows[i] for i in mine[start:start + GATHERED]], **told,
+        shares = distributed.gather({"rows": [rows[i] for i in mine[start:start + GATHERED]], **told,
                                "left": max(len(mine) - start - GATHERED, 0)})
         for row in itertools.chain(*(share["rows"] for share in shares)):
             rows.add(row["index"], row)

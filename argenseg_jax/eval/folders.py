@@ -11,7 +11,7 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.errors import UserError
-from argenseg_jax.eval.table import METRICS
+from argenseg_jax.eval.metrics.registry import METRICS
 
 LONGEST = 80  # characters of a folder's name
 ABOVE = 3  # most folders above a file that its name may begin with

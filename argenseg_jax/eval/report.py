@@ -16,9 +16,9 @@ import numpy as np
 from etils import epath
 
 from argenseg_jax import files
-from argenseg_jax.data.sources import Source
+from argenseg_jax.data.mixture import Source
 from argenseg_jax.errors import UserError
-from argenseg_jax.eval import evaluator, pictures, results
+from argenseg_jax.eval import evaluator, results, visualize
 from argenseg_jax.eval.results import Say, evaluations, say
 from argenseg_jax.eval.rle import decode_rle
 
@@ -69,12 +69,12 @@ def save_pictures(folder: epath.Path, source: Source, result: evaluator.Evaluati
                    "answer": r.answer, "iou": r.iou}
             truth = decode_rle(r.truth)
             image = (*source[r.index].images, np.zeros((*truth.shape, 3), np.uint8))[0]
-            picture = pictures.comparison(image, truth, decode_rle(r.prediction))
-            files.write(folder / row["file"], pictures.encode_png(picture))
+            picture = visualize.comparison(image, truth, decode_rle(r.prediction))
+            files.write(folder / row["file"], visualize.encode_png(picture))
             if group == "scales":
                 row["scales"] = f"{group}_{k}_coarse_to_fine.png"
-                scales = pictures.strip(result.scales[r.index], height=96)
-                files.write(folder / row["scales"], pictures.encode_png(scales))
+                scales = visualize.strip(result.scales[r.index], height=96)
+                files.write(folder / row["scales"], visualize.encode_png(scales))
             rows.append(row)
     return rows
 

@@ -15,7 +15,7 @@ from etils import epath
 from argenseg_jax import files
 from argenseg_jax.data.rle import decode_rle, read_runs
 from argenseg_jax.errors import UserError, brief, located
-from argenseg_jax.eval import metrics, ranking
+from argenseg_jax.eval.metrics import anomaly, referring
 
 Row = Mapping[str, Any]
 MAX_COUNT = 2**40  # of pixels; sums over 2**22 samples fit an int64
@@ -67,12 +67,12 @@ class Item:
     @functools.cached_property
     def areas(self) -> tuple[int, int, int]:
         """Pixels of the intersection, of the prediction and of the truth, without ignored ones."""
-        return metrics.run_areas(self._runs("prediction"), self._truth[0], self._runs("ignore"))
+        return referring.run_areas(self._runs("prediction"), self._truth[0], self._runs("ignore"))
 
     @functools.cached_property
-    def sums(self) -> metrics.Sums:
+    def sums(self) -> referring.Sums:
         """The row's share of the sums over masks."""
-        return metrics.Sums.of_areas(*self.areas)
+        return referring.Sums.of_areas(*self.areas)
 
     def mask(self, key: str) -> np.ndarray:
         """bool[H, W] of `prediction` or `truth`."""
@@ -136,9 +136,9 @@ def _pixels(value: Any) -> list[int]:
 def _levels(value: Any) -> np.ndarray:
     what = "a list of [level from 0 to 255, quiet pixels, defect pixels]"
     for entry in _listed(value, what):
-        if _counts(entry, 3, what)[0] >= ranking.LEVELS:
+        if _counts(entry, 3, what)[0] >= anomaly.LEVELS:
             raise _expected(what, entry)
-    return ranking.dense(value)
+    return anomaly.dense(value)
 
 
 def _ious(value: Any) -> list[float]:

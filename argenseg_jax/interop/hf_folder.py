@@ -18,7 +18,7 @@ from etils import epath
 from argenseg_jax import files, locks, trees
 from argenseg_jax.errors import UserError, brief
 from argenseg_jax.interop import hf_config, tensor_files
-from argenseg_jax.interop import torch as torch_convert
+from argenseg_jax.interop import state_dict as torch_convert
 from argenseg_jax.interop.tensor_files import Lazy, Tensors
 from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import init_params

@@ -12,7 +12,7 @@ import numpy as np
 
 from argenseg_jax.parity.recording import EQUAL, Recording
 from argenseg_jax.interop import hf_config, weight_map
-from argenseg_jax.interop import torch as torch_convert
+from argenseg_jax.interop import state_dict as torch_convert
 from argenseg_jax.models import attention, layers
 from argenseg_jax.models.decoder_lm import DecoderLM
 

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from argenseg_jax.errors import DATA_FAULTS, UserError, brief
-from argenseg_jax.parity import lm, preprocess, vit, vq, whole
+from argenseg_jax.parity import end_to_end, lm, preprocess, vit, vq
 from argenseg_jax.parity.recording import Recording, Row
 
 # Kind (the letter of `case` before the first underscore) -> comparer.
@@ -21,7 +21,7 @@ KINDS = {
     "C": vq.compare_operators,
     "D": vit.compare_vit,
     "E": lm.compare_lm,
-    "F": whole.compare_model,
+    "F": end_to_end.compare_model,
     "G": preprocess.compare_preprocessing,
 }
 

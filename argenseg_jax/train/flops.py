@@ -13,20 +13,6 @@ from typing import Any
 
 from argenseg_jax import trees
 from argenseg_jax.models.argenseg import ARGenSeg
-from argenseg_jax.train.roofline import CHIPS
-
-# Dense bfloat16 operations per second of one device, by a beginning of its jax device_kind (longer
-# ones first); from the makers' data sheets. Those of TPUs: train/roofline.py.
-PEAKS = {"TPU v4": CHIPS["v4"], "TPU v5 lite": CHIPS["v5e"], "TPU v5": CHIPS["v5p"],
-         "TPU v6": CHIPS["v6e"], "TPU7x": CHIPS["tpu7x"]}
-PEAKS = {**{kind: chip.flops / chip.devices for kind, chip in PEAKS.items()},
-         "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12}
-
-
-def peak(device_kind: str) -> float | None:
-    """Operations per second of a device, None where it is not known (CPUs)."""
-    return next((value for kind, value in PEAKS.items() if device_kind.startswith(kind)), None)
-
 
 def lm_step(model: ARGenSeg, shapes: Mapping[str, Any], trainable: Callable[[str], bool], *,
             rows: int, width: int, tiles: int, masks: int, again: bool = False) -> dict[str, float]:

@@ -21,12 +21,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from argenseg_jax import files, hosts, locks, sharding, trees
+from argenseg_jax import distributed, files, hardware, locks, sharding, trees
 from argenseg_jax.ckpt import orbax_io, steps
 from argenseg_jax.ckpt.orbax_io import CONFIG, Checkpointer
 from argenseg_jax.ckpt.steps import newest_step
 from argenseg_jax.errors import UserError, located
-from argenseg_jax.train import flops, metrics_log, program
+from argenseg_jax.train import metrics_log, program
 from argenseg_jax.train.state import Params, Phase, TrainState
 
 # Config keys that may differ from those of the run that is resumed: its end, what it writes, and how
@@ -106,14 +106,14 @@ def _run_phases(cfg: Mapping[str, Any], root: epath.Path, runners: Sequence[_Pha
                 beside: Mapping[str, Callable[[epath.Path], None]], mesh: Mesh, lock: locks.Lock,
                 profile: tuple[int, int] | None, checksums: bool) -> dict[str, Any]:
     """The part of `run` that writes: from `params`, or from step `saved`, to the end; see `run`."""
-    if hosts.is_first():  # nothing is written before all else is well
+    if distributed.is_first():  # nothing is written before all else is well
         files.remove_leftovers(root)
         files.write(root / CONFIG, json.dumps(cfg, indent=1) + "\n")
         for name, save in beside.items():
             save(root / name)
     total = runners[-1].end
     checkpoints = Checkpointer(root, cfg["train"]["keep"], cfg["train"]["keep_best"], checksums=checksums)
-    log = metrics_log.MetricsLog(root, saved or 0, total, active=hosts.is_first())
+    log = metrics_log.MetricsLog(root, saved or 0, total, active=distributed.is_first())
     with _lost_host(root), checkpoints, log, jax.set_mesh(mesh), _stop_signals() as stop:
         names = [runner.phase.task.name for runner in runners]
         first = 0
@@ -143,10 +143,10 @@ def _locked(root: epath.Path) -> Iterator[locks.Lock]:
         while not taken:
             fault = None
             try:
-                taken = not hosts.is_first() or lock.attempt()
+                taken = not distributed.is_first() or lock.attempt()
             except UserError as error:
                 fault = str(error)
-            taken, fault = hosts.gather([taken, fault])[0]  # no process waits long for another one
+            taken, fault = distributed.gather([taken, fault])[0]  # no process waits long for another one
             if fault:
                 raise UserError(fault)
             if not taken:
@@ -198,7 +198,7 @@ class _PhaseRunner:
             self.lock.check()
             # A CPU client of one thread would wait for ever in a copy of what is not computed yet.
             jax.block_until_ready(state)
-            interval = hosts.gather(self.interval.get_state(jax.device_get))[0]  # of the process that logs
+            interval = distributed.gather(self.interval.get_state(jax.device_get))[0]  # of the process that logs
             meta = {"phase": self.phase.task.name, "step": step, "interval": interval}
             params, ema, rest = _parts(state)
             params, frozen = trees.split(params, self.program.changes)
@@ -252,7 +252,7 @@ class _PhaseRunner:
         for name in {"tokens_per_second", "samples_per_second"} & numbers.keys():
             numbers[name] *= jax.process_count()
         device = jax.local_devices()[0]
-        if self.program.flops and (peak := flops.peak(device.device_kind)):
+        if self.program.flops and (peak := hardware.peak(device.device_kind)):
             numbers["mfu"] = self.program.flops / numbers["seconds_per_step"] / (peak * self.mesh.size)
         if memory := device.memory_stats():
             numbers["memory_gib"] = memory["peak_bytes_in_use"] / 2**30
@@ -265,7 +265,7 @@ class _PhaseRunner:
 
     def _draw(self, step: int, state: TrainState) -> None:
         pictures = self.phase.samples(averaged(state))
-        if hosts.is_first():
+        if distributed.is_first():
             metrics_log.save_pictures(self.root / "samples", pictures, step)
 
 
@@ -316,7 +316,7 @@ def check_config(path: epath.Path, cfg: Mapping[str, Any], *, resumed: bool) -> 
 
 def _newest_of_all(root: epath.Path) -> int | None:
     """Number of the newest complete step; UserError where the processes see different ones."""
-    found = hosts.gather(newest_step(root, training=True))
+    found = distributed.gather(newest_step(root, training=True))
     if len(set(found)) > 1:
         raise UserError(f"{root}: the newest checkpoints that the processes see are {found}; "
                         "--workdir must be one folder for all hosts")
@@ -327,7 +327,7 @@ def _newest_of_all(root: epath.Path) -> int | None:
 
 def _check_room(root: epath.Path, runners: Sequence[_PhaseRunner]) -> None:
     """UserError where the disk has not even half the room of a checkpoint (compression may save some)."""
-    if files.is_remote(root) or not hosts.is_first():
+    if files.is_remote(root) or not distributed.is_first():
         return
     sizes = [sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(runner.program.shapes))
              for runner in runners]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from argenseg_jax import sharding, trees
-from argenseg_jax.models import pieces
+from argenseg_jax.models import chunked
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.layers import DENSE, GradIn, head_product
 from argenseg_jax.models.lora import Lora
@@ -243,7 +243,7 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
         if batch["masks"].ndim == 3:  # int32[B, M, N]: `prepare` has tokenised them
             codes = batch["masks"]
         else:  # frozen, and by far the widest part: 40 MiB of activation for each mask of the official one
-            codes = pieces.in_pieces(lambda masks: run("tokenize", masks), batch["masks"],
+            codes = chunked.in_pieces(lambda masks: run("tokenize", masks), batch["masks"],
                                      batch["masks"].shape[1] * model.vqvae.row_bytes)
         codes = jax.lax.stop_gradient(codes)
     if batch["tiles"].shape[1]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from argenseg_jax import files
 from argenseg_jax.errors import UserError
-from argenseg_jax.eval.pictures import encode_png
+from argenseg_jax.eval.visualize import encode_png
 
 METRICS = "metrics.jsonl"
 

@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 from argenseg_jax import config_keys, sharding, trees
 from argenseg_jax.ckpt import checkpoint, orbax_io
 from argenseg_jax.ckpt.steps import newest_step
-from argenseg_jax.data import pipeline, sources
+from argenseg_jax.data import mixture, pipeline
 from argenseg_jax.data.batches import BatchIterator
 from argenseg_jax.data.tokenizer import Tokenizer
-from argenseg_jax.decode import codes
+from argenseg_jax.decode import mask_tokenizer
 from argenseg_jax.decode.predictor import Predictor
 from argenseg_jax.errors import UserError
-from argenseg_jax.eval import evaluator, pictures
+from argenseg_jax.eval import evaluator, visualize
 from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import ARGenSeg, init_params
 from argenseg_jax.models.lora import Lora, is_adapter
@@ -41,7 +41,7 @@ def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | No
     # Spelled out, so that the saved config means the same when a variant has changed.
     cfg = {**cfg, "model": variants.resolve(cfg["model"])}
     parts = open_data(cfg)
-    cfg["data"] = {**cfg["data"], "window": cfg["data"].get("window") or sources.window(parts)}
+    cfg["data"] = {**cfg["data"], "window": cfg["data"].get("window") or mixture.window(parts)}
     model = build_model(cfg)
     source, tokenizer = begin(cfg, model, workdir, checksums)
     if cfg["data"].get("codes") and (not cfg["init_from"] or cfg["vqvae"]["steps"]):
@@ -59,10 +59,10 @@ def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | No
                     beside={checkpoint.TOKENIZER: tokenizer.save}, profile=profile, checksums=checksums)
 
 
-def open_data(cfg: Mapping[str, Any]) -> list[sources.Part]:
+def open_data(cfg: Mapping[str, Any]) -> list[mixture.Part]:
     """The data sets of the section `data`; UserError where one cannot be opened."""
     data = pipeline.DataConfig.of(cfg["data"])
-    return sources.open_mixture(data.sources, data.root, reading=data.reading())
+    return mixture.open_mixture(data.sources, data.root, reading=data.reading())
 
 
 def begin(cfg: Mapping[str, Any], model: ARGenSeg, workdir: str, checksums: bool = True
@@ -146,7 +146,7 @@ def check_codes(cfg: Mapping[str, Any], model: ARGenSeg, vqvae: Params | None) -
         return
     if vqvae is None:
         raise UserError(f"init_from={cfg['init_from']} has no VQ-VAE, whose codes data.codes asks for")
-    mine = codes.identity(codes.fingerprint(vqvae), cfg["train"]["dtype"], data["pad_to_square"],
+    mine = mask_tokenizer.identity(mask_tokenizer.fingerprint(vqvae), cfg["train"]["dtype"], data["pad_to_square"],
                           model.mask_size, model.scales.num_codes)
     for part in open_data(cfg):
         kept = getattr(part.source, "codes", None)
@@ -157,7 +157,7 @@ def check_codes(cfg: Mapping[str, Any], model: ARGenSeg, vqvae: Params | None) -
                             "data.codes=false")
 
 
-def sampler(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer, part: sources.Part
+def sampler(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer, part: mixture.Part
             ) -> Callable[[Params], dict[str, np.ndarray]]:
     """params -> pictures of a few training samples: image | truth | prediction."""
     predictor, lora = Predictor(model, {}, tokenizer, cfg), adapters(cfg)
@@ -171,7 +171,7 @@ def sampler(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer, part:
         for i, (sample, result) in enumerate(zip(samples, results)):
             empty = np.zeros(sample.images[0].shape[:2], bool)
             mask = result.masks[0] if result.masks else empty
-            picture = pictures.comparison(sample.images[0], sample.masks[0] > 127, mask)
+            picture = visualize.comparison(sample.images[0], sample.masks[0] > 127, mask)
             drawn[f"{i}"] = np.asarray(picture.convert("RGB"))
         return drawn
 
@@ -195,7 +195,7 @@ def lm_flops(cfg: Mapping[str, Any], model: ARGenSeg, shapes: Params,
 
 
 def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer | None,
-           parts: Sequence[sources.Part] = ()) -> list[Phase]:
+           parts: Sequence[mixture.Part] = ()) -> list[Phase]:
     """First the VQ-VAE (vqvae.steps > 0), then the language model (train.steps > 0).
 
     Without a tokenizer no data is read: such phases can be compiled, not run. `parts`: of `open_data`;

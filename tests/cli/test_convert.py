@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from argenseg_jax import trees
 from argenseg_jax.ckpt import checkpoint, orbax_io, transfer
-from argenseg_jax.data import shapes
+from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.tokenizer import Tokenizer, nano_tokenizer
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argenseg_jax.data import sources
+from argenseg_jax.data import mixture
 from argenseg_jax.data.augment import Augment, recolour, recompress
-from argenseg_jax.data.interactive import InteractiveSource
+from argenseg_jax.data.sources.interactive import InteractiveSource
 from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError
@@ -111,7 +111,7 @@ def test_an_interactive_prompt_is_made_of_the_changed_sample(prompt):
     source = InteractiveSource([sample("Please segment car in this image.")], prompt)
     sizes = set()
     for seed in range(30):
-        out = sources.draw(source, 0, np.random.default_rng(seed), Augment(jitter=0))
+        out = mixture.draw(source, 0, np.random.default_rng(seed), Augment(jitter=0))
         mask, (height, width) = out.masks[0] >= 128, out.masks[0].shape
         sizes.add((height, width))
         numbers = [int(n) for n in re.findall(r"\d+", out.conversations[0]["value"])]
@@ -129,7 +129,7 @@ def test_an_interactive_prompt_is_made_of_the_changed_sample(prompt):
 def test_a_crop_that_loses_the_object_is_not_taken():
     far = Augment(scale=(0.01, 0.02), jitter=0)
     source = InteractiveSource([sample()], "point")
-    shapes = [sources.draw(source, 0, np.random.default_rng(seed), far).masks[0].shape for seed in range(30)]
+    shapes = [mixture.draw(source, 0, np.random.default_rng(seed), far).masks[0].shape for seed in range(30)]
     assert (60, 90) in shapes and len(set(shapes)) > 2
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from argenseg_jax.data import prepare
-from argenseg_jax.data.sources import open_mixture, open_source, takes_prompt
+from argenseg_jax.data.mixture import open_mixture, open_source, takes_prompt
 from argenseg_jax.errors import SampleError, UserError
 from tests.hostile.folders import COCO, LABELS, MASK, PICTURE, TURNS, fill, put
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argenseg_jax.data import shapes, transforms
+from argenseg_jax.data import transforms
+from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.augment import recolour
 from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry, batch_shapes, train_iterator
 from argenseg_jax.data.sample import Sample

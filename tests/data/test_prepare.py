@@ -11,11 +11,12 @@ import time
 import numpy as np
 import pytest
 
-from argenseg_jax.data import prepare, prepared, sources, transforms
+from argenseg_jax.data import mixture, prepare, transforms
+from argenseg_jax.data.sources import prepared
 from argenseg_jax.data.pipeline import Geometry, train_iterator
 from argenseg_jax.data.prepare import Job
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.shapes import ShapesSource, corpus
+from argenseg_jax.data.synthetic.shapes import ShapesSource, corpus
 from argenseg_jax.data.statistics import Statistics, table
 from argenseg_jax.data.tokenizer import nano_tokenizer
 from argenseg_jax.errors import SampleError, UserError
@@ -53,7 +54,7 @@ def folder(tmp_path_factory):
 def test_a_prepared_folder_is_the_source_that_it_was_made_of(folder):
     drawn = ShapesSource("full", "train", size=23)
     for name in (str(folder), f"prepared:{folder}"):
-        read = sources.open_source(name)
+        read = mixture.open_source(name)
         assert len(read) == 23
         for index in (22, 0, 9):
             assert_same(read[index], drawn[index])
@@ -111,7 +112,7 @@ def test_whole_shards_are_kept_and_others_written_again(folder, tmp_path):
     (out / f".{lost.name}.abc.tmp").write_bytes(b"half")
     (out / prepared.MANIFEST).unlink()
     with pytest.raises(UserError, match="has not finished it .5 shards so far.: run the same command"):
-        sources.open_source(str(out))
+        mixture.open_source(str(out))
     prepare.prepare(job(out))
     assert shards(out) == shards(folder) and kept.stat().st_mtime == 1
     assert not list(out.glob(".*.tmp"))
@@ -163,7 +164,7 @@ def test_faulty_shards_are_named(tmp_path, fault, says):
     shard = sorted((tmp_path / "o").glob("*.array_record-*"))[1]
     fault(shard)
     with pytest.raises(UserError, match=f"{shard.name}: .*{says}"):
-        sources.open_source(str(tmp_path / "o"))
+        mixture.open_source(str(tmp_path / "o"))
 
 
 def test_large_folders_are_not_hashed_when_opened(tmp_path, monkeypatch):
@@ -175,22 +176,22 @@ def test_large_folders_are_not_hashed_when_opened(tmp_path, monkeypatch):
     content[len(content) // 3:len(content) // 2] = b"\0" * (len(content) // 2 - len(content) // 3)
     shard.write_bytes(content)
     monkeypatch.setattr(prepared, "_AT_ONCE", 0)
-    source = sources.open_source(str(out))
+    source = mixture.open_source(str(out))
     with pytest.raises(SampleError, match=f"{shard.name}: sample . cannot be read"):
         [source[i] for i in range(5)]
 
 
 def test_folders_that_are_no_data_set(tmp_path):
     with pytest.raises(UserError, match="looked for dataset_info.json.*prepared.json.*own:FOLDER"):
-        sources.open_source(str(tmp_path))
+        mixture.open_source(str(tmp_path))
     with pytest.raises(UserError, match="no prepared data set; looked for prepared.json"):
-        sources.open_source(f"prepared:{tmp_path}")
+        mixture.open_source(f"prepared:{tmp_path}")
     (tmp_path / "prepared.json").write_text('{"format": 1}')
     with pytest.raises(UserError, match="not a manifest as `prepare` writes it"):
-        sources.open_source(str(tmp_path))
+        mixture.open_source(str(tmp_path))
     (tmp_path / "prepared.json").write_text('{"format": 99}')
     with pytest.raises(UserError, match="format 99, this version reads 1"):
-        sources.open_source(str(tmp_path))
+        mixture.open_source(str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------ what it holds
@@ -205,7 +206,7 @@ def test_broken_samples_are_left_out_and_named(tmp_path):
     assert [r.partition(": ")[0].rpartition("/")[2] for r in reasons] == [
         "c.jsonl:3", "c.jsonl:8", "c.jsonl:13"]
     assert "1 <mask> places in the answers for 0 masks" in reasons[0] and "malformed JSON" in reasons[2]
-    read = sources.open_source(str(tmp_path / "o"))
+    read = mixture.open_source(str(tmp_path / "o"))
     assert [read[i].conversations[1]["value"] for i in range(len(read))] == [
         str(i) for i in range(12) if i not in (2, 7)]
     with pytest.raises(UserError, match="all 3 samples are broken; the first: .*c.jsonl:1"):
@@ -238,7 +239,7 @@ def test_a_mixture_stays_one(tmp_path):
         "b": {"root": ".", "annotation": "b.jsonl", "repeat_time": 2}}))
     names = (f"{tmp_path}/meta.json", "shapes:full:train:8*3")
     prepare.prepare(job(tmp_path / "o", *names))
-    want, got = sources.open_mixture(names), sources.open_mixture((str(tmp_path / "o"),))
+    want, got = mixture.open_mixture(names), mixture.open_mixture((str(tmp_path / "o"),))
     assert [p[1:] for p in got] == [p[1:] for p in want] == [(3, 3.0), (9, 18.0), (8, 24.0)]
     config = {"max_tokens": 96, "system": ""}
     words, size = nano_tokenizer(16, corpus()), Geometry(32, 16, 64, 21)
@@ -249,7 +250,7 @@ def test_a_mixture_stays_one(tmp_path):
         assert all(np.array_equal(one[key], two[key]) for key in one)
     first.close(), second.close()
     with pytest.raises(UserError, match="above 0"):
-        sources.open_mixture((f"{tmp_path}/o*0",))
+        mixture.open_mixture((f"{tmp_path}/o*0",))
 
 
 def test_draws(tmp_path):
@@ -257,17 +258,17 @@ def test_draws(tmp_path):
     names = ("interactive:point:shapes:full:train:4:cs=1,rel=0,none=0", "shapes:full:train:3")
     done = prepare.prepare(job(tmp_path / "o", *names, draws=3))
     assert done["samples"] == 3 * 4 + 3
-    read = sources.open_source(str(tmp_path / "o"))
+    read = mixture.open_source(str(tmp_path / "o"))
     asked = [read[k].conversations[0]["value"] for k in (0, 4, 8)]
     assert len(set(asked)) > 1  # another point of the same scene
     np.testing.assert_array_equal(read[0].masks[0], read[4].masks[0])
-    parts = sources.open_mixture((str(tmp_path / "o"),))
+    parts = mixture.open_mixture((str(tmp_path / "o"),))
     assert [(p.length, p.weight) for p in parts] == [(12, 4.0), (3, 3.0)]
 
 
 def test_resized(tmp_path):
     prepare.prepare(job(tmp_path / "o", resize=32))
-    read, drawn = sources.open_source(str(tmp_path / "o")), ShapesSource("full", "train", size=23)
+    read, drawn = mixture.open_source(str(tmp_path / "o")), ShapesSource("full", "train", size=23)
     for index in (0, 5):
         small, whole = read[index], drawn[index]
         np.testing.assert_array_equal(  # what a model with tiles of 32 sees, to the bit
@@ -298,7 +299,7 @@ class Areas:
 def test_codes_are_kept_beside_the_masks(tmp_path):
     names = (SHAPES, chat(tmp_path / "c.jsonl", 2))
     prepare.prepare(job(tmp_path / "o", *names, coder=Areas(), resize=16, shard_samples=20))
-    read, drawn = sources.open_source(str(tmp_path / "o")), ShapesSource("full", "train", size=23)
+    read, drawn = mixture.open_source(str(tmp_path / "o")), ShapesSource("full", "train", size=23)
     assert read.codes == {"vqvae": "areas"}
     for index in (0, 15, 16, 22):  # of the masks before they were resized
         assert read[index].codes.tolist() == [[np.count_nonzero(drawn[index].masks[0])] * 3]
@@ -326,8 +327,8 @@ def test_what_is_stored_is_what_is_read_directly(tmp_path):
     names = [name.format(tmp_path / "in") for name in fill(tmp_path / "in")]
     names += ["shapes:simple:train:3", "shapes-draw:full:train:3", "shapes-chat:full:train:3"]
     prepare.prepare(prepare.Job(tuple(names), str(tmp_path / "out")))
-    stored = iter(sources.open_source(str(tmp_path / "out"))[k] for k in range(10**6))
-    for part in sources.open_mixture(names):
+    stored = iter(mixture.open_source(str(tmp_path / "out"))[k] for k in range(10**6))
+    for part in mixture.open_mixture(names):
         for k in range(part.length):
             want, found = part.source[k], next(stored)
             assert [dict(turn) for turn in want.conversations] == list(found.conversations)
@@ -360,7 +361,7 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     prepare.prepare(prepare.Job(("shapes:simple:test:4",), str(tmp_path / "out"), shard_samples=2))
-    sources.open_source(str(tmp_path / "out"))[0]
+    mixture.open_source(str(tmp_path / "out"))[0]
     assert not list((tmp_path / "tmp").iterdir())
 
 
@@ -376,4 +377,4 @@ def test_damaged_notes_are_one_line(tmp_path, name, content):
     except UserError as error:
         assert name.startswith("plan") and "\n" not in str(error)
     else:
-        assert len(sources.open_source(str(tmp_path / "out"))) == 4
+        assert len(mixture.open_source(str(tmp_path / "out"))) == 4

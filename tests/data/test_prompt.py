@@ -5,7 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from argenseg_jax.data import prompt, shapes
+from argenseg_jax.data import prompt
+from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.tokenizer import Tokenizer, nano_tokenizer
 from argenseg_jax.errors import SampleError
 from argenseg_jax.vocab import IGNORE

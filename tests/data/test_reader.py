@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argenseg_jax.data import prepare, reader, sources, transforms
+from argenseg_jax.data import mixture, prepare, reader, transforms
 from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry
 from argenseg_jax.data.reader import Reading, Values, array_levels, find_window, read_image, to_bytes
 from argenseg_jax.decode.predictor import Predictor, pixels
@@ -36,7 +36,7 @@ def own(folder, *arrays):
 
 
 def all_images(name, **reading):
-    source = sources.open_source(name, reading=Reading(**reading))
+    source = mixture.open_source(name, reading=Reading(**reading))
     return [source[k].images[0] for k in range(len(source))]
 
 
@@ -83,7 +83,7 @@ def test_the_window_does_not_depend_on_who_asks_first(tmp_path, monkeypatch):
     arrays = [levels(4000), levels(60000), levels(100), levels(3000), levels(200)]  # seen: 0, 2, 4
     name = own(tmp_path / "x", *arrays)
     for order in ((0, 1, 2, 3, 4), (1, 0, 4, 3, 2)):
-        source = pickle.loads(pickle.dumps(sources.open_source(name)))  # as a worker process gets it
+        source = pickle.loads(pickle.dumps(mixture.open_source(name)))  # as a worker process gets it
         for k in order:
             np.testing.assert_array_equal(source[k].images[0], scaled(arrays[k], 0, 4095))
 
@@ -163,15 +163,15 @@ def test_prepared_images_are_those_that_training_reads(tmp_path, monkeypatch):
     name = own(tmp_path / "x", *arrays)
     Image.fromarray(soft).save(tmp_path / "x" / "masks" / "roof" / "1.png")
     prepare.prepare(prepare.Job((name,), str(tmp_path / "p"), shard_samples=1))
-    direct, stored = sources.open_source(name), sources.open_source(f"prepared:{tmp_path / 'p'}")
+    direct, stored = mixture.open_source(name), mixture.open_source(f"prepared:{tmp_path / 'p'}")
     for k in range(3):
         np.testing.assert_array_equal(stored[k].images[0], direct[k].images[0])
         np.testing.assert_array_equal(stored[k].masks[0], direct[k].masks[0])
     np.testing.assert_array_equal(stored[1].masks[0], soft)
-    assert sources.window(sources.open_mixture((f"prepared:{tmp_path / 'p'}",))) == (0, 65535)
-    assert sources.window(sources.open_mixture((name, f"interactive:box:{name}"))) == (0, 65535)
-    assert sources.window(sources.open_mixture((name, own(tmp_path / "y", levels(4000))))) == ()
-    assert sources.window(sources.open_mixture(("shapes:simple:train:5",))) == ()
+    assert mixture.window(mixture.open_mixture((f"prepared:{tmp_path / 'p'}",))) == (0, 65535)
+    assert mixture.window(mixture.open_mixture((name, f"interactive:box:{name}"))) == (0, 65535)
+    assert mixture.window(mixture.open_mixture((name, own(tmp_path / "y", levels(4000))))) == ()
+    assert mixture.window(mixture.open_mixture(("shapes:simple:train:5",))) == ()
     small = prepare.resized(direct[1], 4).masks[0]
     assert len(np.unique(small)) > 2 and set(np.unique(prepare.resized(direct[0], 4).masks[0])) <= {0, 255}
 
@@ -182,7 +182,7 @@ def test_flags_of_the_commands(tmp_path, capfd):
                           (["--window=(1000,2000)"], (1000, 2000))):
         out = tmp_path / f"p{window[1]}"
         assert call(capfd, "prepare", "--source", name, "--out", out, *flags)[0] == 0
-        got = sources.open_source(str(out))[0].images[0]
+        got = mixture.open_source(str(out))[0].images[0]
         np.testing.assert_array_equal(got, scaled(levels(4000), *window))
     for bad in ("--window=5", "--window=9,3", "--window=a,b", "--window=0,nan", "--max_pixels=-1"):
         message = refused(capfd, "prepare", "--source", name, "--out", tmp_path / "q", bad)
@@ -215,9 +215,9 @@ def test_sizes_that_disagree_name_the_orientation(tmp_path):
         turns = [{"from": "human", "value": "It."}, {"from": "gpt", "value": "<mask>"}]
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(
             {"image": "i.jpg", "mask": f"{name}.png", "conversations": turns}) + "\n")
-    assert sources.open_source(str(tmp_path / "upright.jsonl"))[0].masks[0].shape == (9, 6)
+    assert mixture.open_source(str(tmp_path / "upright.jsonl"))[0].masks[0].shape == (9, 6)
     with pytest.raises(SampleError, match="mask stored.png is 9x6, its image 6x9 pixels .i.jpg has EXIF orientation 6"):
-        sources.open_source(str(tmp_path / "stored.jsonl"))[0]
+        mixture.open_source(str(tmp_path / "stored.jsonl"))[0]
 
 
 # ---------------------------------------------------------------------------------- what is generated
@@ -236,11 +236,11 @@ def test_images_to_be_generated_pass_unchanged(tmp_path):
     prepare.prepare(prepare.Job((str(tmp_path / "j.jsonl"),), str(tmp_path / "p")))
     encoder = Encoder(DataConfig(max_masks=1, codes=False), Geometry(8, 4, 8, 4))
     for name in (str(tmp_path / "j.jsonl"), str(tmp_path / "p")):
-        drawn, edited, masked = (sources.open_source(name)[k] for k in range(3))
+        drawn, edited, masked = (mixture.open_source(name)[k] for k in range(3))
         for sample, want in ((drawn, dark), (edited, dark), (masked, np.eye(8) * 255)):
             np.testing.assert_array_equal(encoder.mask_row(sample, RNG)["masks"], scaled(want, 0, 255))
         assert len(np.unique(prepare.resized(drawn, 16).masks[0])) > 3  # no mask: not cut at 128
-    target = sources.open_source(f"t2i:{tmp_path / 't'}")[0]
+    target = mixture.open_source(f"t2i:{tmp_path / 't'}")[0]
     np.testing.assert_array_equal(encoder.mask_row(target, RNG)["masks"], scaled(dark, 0, 255))
     answer = transforms.resize(scaled(dark, 0, 255), (16, 16))
     assert evaluator._likeness([answer], target, False)["ssim"] == pytest.approx(1)

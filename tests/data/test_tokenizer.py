@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from argenseg_jax import vocab as vocab_lib
-from argenseg_jax.data import shapes
+from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.tokenizer import MARKUP, Tokenizer, nano_tokenizer
 from argenseg_jax.errors import UserError
 

@@ -10,8 +10,8 @@ from configs import nano
 
 from argenseg_jax import files
 from argenseg_jax.ckpt import checkpoint, orbax_io
-from argenseg_jax.data.shapes import ShapesSource
-from argenseg_jax.eval.pictures import encode_png
+from argenseg_jax.data.synthetic.shapes import ShapesSource
+from argenseg_jax.eval.visualize import encode_png
 from argenseg_jax.models import variants
 from argenseg_jax.train.run import init_fn
 

@@ -6,13 +6,13 @@ import types
 import numpy as np
 import pytest
 
-from argenseg_jax import hosts
+from argenseg_jax import distributed
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.shapes import ShapesSource
+from argenseg_jax.data.synthetic.shapes import ShapesSource
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval import evaluator
 from argenseg_jax.eval.evaluator import Evaluator, constant_baseline
-from argenseg_jax.eval.metrics import iou
+from argenseg_jax.eval.metrics.referring import iou
 from argenseg_jax.eval.rle import decode_rle, encode_rle
 from argenseg_jax.eval.spool import Spool
 
@@ -210,12 +210,12 @@ def test_scores_do_not_depend_on_the_number_of_processes(monkeypatch, processes)
         shares.append(json.loads(json.dumps(value)))
         raise Gathered
 
-    monkeypatch.setattr(hosts, "gather", hand_over)
+    monkeypatch.setattr(distributed, "gather", hand_over)
     for p in range(processes):
-        monkeypatch.setattr(hosts, "share", lambda count, p=p: range(p, count, processes))
+        monkeypatch.setattr(distributed, "share", lambda count, p=p: range(p, count, processes))
         with pytest.raises(Gathered):
             Evaluator(predict, batch=2, baseline=lambda text: LEFT > 0).run(source)
-    monkeypatch.setattr(hosts, "gather", lambda value: shares)
+    monkeypatch.setattr(distributed, "gather", lambda value: shares)
     got = Evaluator(predict, batch=2, baseline=lambda text: LEFT > 0).run(source)
     assert [r.row() for r in got.records] == [r.row() for r in whole.records]
     assert got.scores.pop("seconds_per_image") > 0 and whole.scores.pop("seconds_per_image") > 0

@@ -6,10 +6,10 @@ import types
 import numpy as np
 from PIL import Image
 
-from argenseg_jax.data.shapes import ShapesSource
-from argenseg_jax.data.shapes_tasks import TaskSource
+from argenseg_jax.data.synthetic.shapes import ShapesSource
+from argenseg_jax.data.synthetic.shapes_tasks import TaskSource
 from argenseg_jax import files
-from argenseg_jax.eval import pictures, report
+from argenseg_jax.eval import report, visualize
 from argenseg_jax.eval.evaluator import Evaluator
 
 
@@ -35,7 +35,7 @@ def test_report_is_complete_and_self_contained(tmp_path):
         for s in range(1, 40)))
     (tmp_path / "config.json").write_text('{"model": {"variant": "<nano>"}}')
     files.write(tmp_path / "pictures" / "a & b.png",
-                         pictures.encode_png(np.zeros((4, 4, 3), np.uint8)))
+                         visualize.encode_png(np.zeros((4, 4, 3), np.uint8)))
 
     page = report.write_report(tmp_path).read_text()
     assert "shapes_test" in page and "lm loss" in page and "gen_loss" not in page
@@ -72,7 +72,7 @@ def test_overlay_lights_the_mask_and_draws_its_edge():
     image = np.full((9, 9, 3), (200, 100, 0), np.uint8)
     mask = np.zeros((9, 9), bool)
     mask[2:7, 2:7] = True
-    got = pictures.overlay(image, mask, color=(1, 2, 3))
+    got = visualize.overlay(image, mask, color=(1, 2, 3))
     assert (got[3:6, 3:6] == image[0, 0]).all()            # inside: as it was
     assert (got[2, 2:7] == (1, 2, 3)).all()                # the edge
     outside = got[~mask]
@@ -82,6 +82,6 @@ def test_overlay_lights_the_mask_and_draws_its_edge():
 def test_comparison_keeps_the_aspect_ratio():
     image = np.zeros((40, 80, 3), np.uint8)
     mask = np.zeros((40, 80), bool)
-    picture = pictures.comparison(image, mask, mask)
+    picture = visualize.comparison(image, mask, mask)
     assert isinstance(picture, Image.Image)
-    assert picture.height == 200 and picture.width == 3 * 400 + 2 * pictures.GAP
+    assert picture.height == 200 and picture.width == 3 * 400 + 2 * visualize.GAP

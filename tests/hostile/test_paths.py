@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from argenseg_jax.data import layout, prepare
+from argenseg_jax.data import prepare
+from argenseg_jax.data.sources import base
 from argenseg_jax.data.pipeline import DataConfig
 from argenseg_jax.data.reader import Reading
-from argenseg_jax.data.sources import open_mixture, open_source
+from argenseg_jax.data.mixture import open_mixture, open_source
 from argenseg_jax.errors import SampleError, UserError
 from tests import bucket
 from tests.hostile.folders import COCO, LABELS, MASK, PICTURE, TURNS, fill, put
@@ -232,5 +233,5 @@ def test_folders_of_pictures_may_be_links(tmp_path):
 
 def test_candidates_of_published_layouts_may_lead_up(tmp_path):
     fill(tmp_path)
-    root = layout.find(epath.Path(tmp_path / "coco"), "pictures", "../panoptic/val2017", "val2017")
+    root = base.find(epath.Path(tmp_path / "coco"), "pictures", "../panoptic/val2017", "val2017")
     assert (root / "a.png").exists() and "panoptic" in str(root)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argenseg_jax.data import plain_pickle
+from argenseg_jax.data.sources import plain_pickle
 from argenseg_jax.errors import UserError
 
 REFS = [{"ref_id": 1, "split": "val", "ann_id": 7, "image_id": 3, "sent_ids": [0, 1], "area": 0.5, "x": None,

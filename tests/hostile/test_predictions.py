@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argenseg_jax.errors import UserError
-from argenseg_jax.eval import report, saved, table
-from argenseg_jax.eval.partial import Partial
+from argenseg_jax.eval import predictions, report
+from argenseg_jax.eval.metrics import registry
+from argenseg_jax.eval.resume import Partial
 from argenseg_jax.eval.rle import encode_rle
 from tests.hostile import mutated
 
@@ -35,7 +36,7 @@ def rescored(tmp_path, rows, metric):
     path = tmp_path / "predictions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     try:
-        scores = saved.rescore(path, metric)
+        scores = predictions.rescore(path, metric)
     except UserError as error:
         assert re.match(rf"{re.escape(str(path))}(:[123])?(:| is no)", str(error)) and "\n" not in str(error), error
         assert len(str(error)) < 800 and " at 0x" not in str(error)
@@ -44,11 +45,11 @@ def rescored(tmp_path, rows, metric):
     return scores
 
 
-@pytest.mark.parametrize("metric", table.METRICS)
+@pytest.mark.parametrize("metric", registry.METRICS)
 @given(data=st.data())
 def test_rows(tmp_path_factory, metric, data):
     row = {**ROW, "reference": REFERENCES.get(metric, "yes"), "metric": metric}
-    row = {k: row[k] for k in {*table.METRICS[metric].needs, "metric", "kind", "baseline", "ignore", "expression"}}
+    row = {k: row[k] for k in {*registry.METRICS[metric].needs, "metric", "kind", "baseline", "ignore", "expression"}}
     changed = data.draw(mutated(row))
     folder = tmp_path_factory.mktemp("r")
     assert rescored(folder, [row, row], metric)["n"] == 2
@@ -60,7 +61,7 @@ def test_files(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("r") / "predictions.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match="predictions.jsonl"):
-        saved.rescore(path)
+        predictions.rescore(path)
 
 
 @pytest.mark.parametrize("key, value, says", [
@@ -81,7 +82,7 @@ def test_the_line_and_key_are_named(tmp_path, key, value, says):
     path = tmp_path / "predictions.jsonl"
     path.write_text("\ufeff\n" + json.dumps({**ROW, key: value}) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=rf"predictions.jsonl:2: {says}"):
-        saved.rescore(path)
+        predictions.rescore(path)
 
 
 def test_uncompressed_counts_of_other_tools_are_read(tmp_path):
@@ -89,7 +90,7 @@ def test_uncompressed_counts_of_other_tools_are_read(tmp_path):
     path = tmp_path / "predictions.jsonl"
     row = {"prediction": {"size": [2, 2], "counts": [0, 3, 1]}, "truth": {"size": [2, 2], "counts": [0, 2, 2]}}
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\r\n\r\n")
-    assert saved.rescore(path)["gIoU"] == pytest.approx(2 / 3)
+    assert predictions.rescore(path)["gIoU"] == pytest.approx(2 / 3)
 
 
 SCORES = {"data": "val.jsonl", "checkpoint": "nano", "step": 3, "n": 2, "gIoU": 0.5, "cIoU": 0.25,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argenseg_jax.errors import UserError
-from argenseg_jax.parity import decoding, recording, verify, whole
+from argenseg_jax.parity import decoding, end_to_end, recording, verify
 from tests.hostile import changed, mutated, places
 from tests.parity.recorder import PAD, TEXT, Recorder
 
@@ -158,7 +158,7 @@ def opened(tiny, **arrays):
     content = {name: x for name, x in {**made.arrays, **arrays}.items() if x is not None}
     np.savez(folder / "io.npz", **content)
     record = recording.Recording(folder)
-    return decoding._Replay(record, made.model, made.params, "infer/", None), whole._batch(record, made.model)
+    return decoding._Replay(record, made.model, made.params, "infer/", None), end_to_end._batch(record, made.model)
 
 
 def test_what_may_be_absent(tiny):
@@ -208,7 +208,7 @@ def test_odd_sizes_of_a_model(tiny, data):
     value = data.draw(st.sampled_from([None, True, 0, -1, 3, 0.5, 2**31, "x", [], [1], {}, [2**31], [0], [1] * 99]))
     (folder / "config.json").write_text(json.dumps(changed(made.config, path, value)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(whole, "compare_training", lambda *args: None)
-        patch.setattr(whole, "compare_decoding", lambda *args: None)
+        patch.setattr(end_to_end, "compare_training", lambda *args: None)
+        patch.setattr(end_to_end, "compare_decoding", lambda *args: None)
         report(folder)
     (folder / "config.json").write_text(json.dumps(made.config))

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from argenseg_jax.data import rle
-from argenseg_jax.data.reasonseg import draw_shapes
+from argenseg_jax.data.sources.reasonseg import draw_shapes
 from argenseg_jax.errors import SampleError, UserError
-from argenseg_jax.eval.instances import instance_scores
+from argenseg_jax.eval.metrics.instances import instance_scores
 from tests.hostile import ODD, mutated
 
 HEIGHT, WIDTH = 9, 7

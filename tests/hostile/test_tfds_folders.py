@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from argenseg_jax.data import prepare, records, sources
+from argenseg_jax.data import mixture, prepare
+from argenseg_jax.data.sources import records
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.errors import SampleError, UserError
 from tests.hostile import mutated
@@ -41,7 +42,7 @@ def as_tfds(folder):
 def read(name):
     """All that opening and reading a source gives; only one-line errors are let through."""
     try:
-        source = sources.open_source(name)
+        source = mixture.open_source(name)
         for index in range(min(len(source), 4)):
             try:
                 source[index]
@@ -68,14 +69,14 @@ def test_a_class_that_features_json_names_is_not_imported(folder, monkeypatch, k
             tree = json.loads(json.dumps(tree).replace("pythonClassName", key))
         (folder / "features.json").write_text(json.dumps(tree))
         with pytest.raises(UserError, match="features.json: names the class 'copy.evil.Text'"):
-            sources.open_source(f"{kind}:{folder}")
+            mixture.open_source(f"{kind}:{folder}")
     assert not (folder / "ran").exists() and "copy.evil" not in sys.modules
 
 
 def test_modules_that_dataset_info_names_are_not_imported(folder):
     info = json.loads((as_tfds(folder) / "dataset_info.json").read_text())
     (folder / "dataset_info.json").write_text(json.dumps({**info, "moduleName": "evil", "configName": "evil.X"}))
-    assert len(sources.open_source(f"tfds:{folder}")) == 4 and "evil" not in sys.modules
+    assert len(mixture.open_source(f"tfds:{folder}")) == 4 and "evil" not in sys.modules
 
 
 @pytest.mark.parametrize("template", ("../{SPLIT}", "/etc/{SPLIT}", "{SPLIT:>99999999999}", "{SPLIT.__class__}", 5))
@@ -84,7 +85,7 @@ def test_shards_stay_in_their_folder(folder, template):
     info["splits"][0]["filepathTemplate"] = template
     (folder / "dataset_info.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match="dataset_info.json: filepathTemplate"):
-        sources.open_source(f"tfds:{folder}")
+        mixture.open_source(f"tfds:{folder}")
 
 
 @given(st.data())
@@ -136,7 +137,7 @@ def test_records_of_strangers(tmp_path, whole, bad, why):
     record = example.get_tf_example(features.encode_example({**GOOD, **bad})).SerializeToString()
     (tmp_path / "x" / SHARD).unlink()
     tfds.core.ExampleWriter(tfds.core.FileFormat.ARRAY_RECORD).write(tmp_path / "x" / SHARD, [(0, record)] * 4)
-    source = sources.open_source(f"tfds:{tmp_path / 'x'}", reading=Reading(max_pixels=10**6))
+    source = mixture.open_source(f"tfds:{tmp_path / 'x'}", reading=Reading(max_pixels=10**6))
     with pytest.raises(SampleError, match=why) as caught:
         source[0]
     assert f"{tmp_path / 'x'} (train): sample 0: " in str(caught.value)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder, tensor_files, torch_file
-from argenseg_jax.interop import torch as convert
+from argenseg_jax.interop import state_dict as convert
 from tests.hostile import mutated
 
 ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(4, dtype=np.float16),

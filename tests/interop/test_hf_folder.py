@@ -12,9 +12,9 @@ import safetensors.numpy
 from argenseg_jax import trees
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_config, hf_folder, tensor_files, torch_file, weight_map
-from argenseg_jax.interop import torch as torch_convert
+from argenseg_jax.interop import state_dict as torch_convert
 from argenseg_jax.models import variants
-from argenseg_jax.parity import recording, whole
+from argenseg_jax.parity import end_to_end, recording
 
 CFG = {"variant": "nano"}
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -156,7 +156,7 @@ def test_contiguous_copies(shape, axes):
 def test_golden_f_goes_out_as_it_came(tmp_path):
     """The recorded model of the official code: same keys, shapes, dtypes, bits, and config fields."""
     record = recording.Recording(GOLDEN / "F_argenseg")
-    cfg, official = whole.model_section(record.config), record.weights()
+    cfg, official = end_to_end.model_section(record.config), record.weights()
     params = torch_convert.to_jax(official, hf_folder.param_shapes(variants.build(cfg)))
     hf_folder.save_folder(tmp_path / "out", params, cfg)
     with safetensors.safe_open(tmp_path / "out" / "model.safetensors", "numpy") as file:

@@ -11,7 +11,7 @@ import pytest
 
 from argenseg_jax import trees
 from argenseg_jax.interop import hf_config, hf_folder
-from argenseg_jax.interop import torch as convert
+from argenseg_jax.interop import state_dict as convert
 from argenseg_jax.interop.tensor_files import Lazy, Tensors
 from argenseg_jax.models import variants
 

@@ -10,7 +10,7 @@ from argenseg_jax import trees
 from argenseg_jax.ckpt import checkpoint, orbax_io, transfer
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_config, hf_folder, tensor_files
-from argenseg_jax.interop import torch as convert
+from argenseg_jax.interop import state_dict as convert
 from tests import tiny
 
 EMBED, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"

@@ -10,7 +10,7 @@ from argenseg_jax import trees
 from argenseg_jax.ckpt import checkpoint, transfer
 from argenseg_jax.data.tokenizer import Tokenizer
 from argenseg_jax.interop import hf_folder, tensor_files
-from argenseg_jax.interop import torch as convert
+from argenseg_jax.interop import state_dict as convert
 from argenseg_jax.models import variants
 from argenseg_jax.vocab import SPECIAL_TOKENS
 

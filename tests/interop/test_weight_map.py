@@ -9,7 +9,7 @@ import pytest
 from argenseg_jax import trees
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder, weight_map
-from argenseg_jax.interop import torch as convert
+from argenseg_jax.interop import state_dict as convert
 from argenseg_jax.models import variants
 
 HERE = pathlib.Path(__file__).parent

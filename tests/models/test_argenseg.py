@@ -9,7 +9,7 @@ import pytest
 
 from argenseg_jax import trees
 from argenseg_jax.decode import scale_decode, text_decode
-from argenseg_jax.decode.choice import Rules
+from argenseg_jax.decode.sampling import Rules
 from argenseg_jax.errors import UserError
 from argenseg_jax.models import variants
 from argenseg_jax.train import losses

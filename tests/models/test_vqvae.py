@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load
 
 from argenseg_jax import trees
-from argenseg_jax.interop import torch as interop
+from argenseg_jax.interop import state_dict as interop
 from argenseg_jax.models.vqvae import VQVAE, _depth_to_space, _space_to_depth
 from argenseg_jax.train.vqvae_loss import init_state, mix_masks, vqvae_loss
 

@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 
-from argenseg_jax import hosts
+from argenseg_jax import distributed
 from argenseg_jax.cli import __main__ as cli
 from argenseg_jax.train import loop
 from argenseg_jax.train import run as train_run
@@ -34,7 +34,7 @@ def train(workdir, data=toy.Data, devices=None):
 
 def draw(params):
     """The picture of a kernel of which every process holds a part."""
-    kernel = hosts.fetch(params["connector"]["fc1"]["kernel"])
+    kernel = distributed.fetch(params["connector"]["fc1"]["kernel"])
     return {"kernel": np.repeat(((kernel + 4) * 31).astype(np.uint8)[..., None], 3, -1)}
 
 
@@ -48,8 +48,8 @@ def main(workdir, number=0, batch=0, process=0):
             return super().__next__()
 
     train_run.train = lambda cfg, workdir, **kwargs: train(workdir, Ending)
-    distributed = ["--distributed"] if "JAX_NUM_PROCESSES" in os.environ else []
-    return cli.main(["train", "--config", "configs/nano.py", "--workdir", workdir, *distributed])
+    joined = ["--distributed"] if "JAX_NUM_PROCESSES" in os.environ else []
+    return cli.main(["train", "--config", "configs/nano.py", "--workdir", workdir, *joined])
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import pytest
 
 from argenseg_jax.ckpt import checkpoint
 from argenseg_jax.data import pipeline, prepare
-from argenseg_jax.decode import codes
-from argenseg_jax.decode.codes import MaskCoder, fingerprint
+from argenseg_jax.decode import mask_tokenizer
+from argenseg_jax.decode.mask_tokenizer import MaskCoder, fingerprint
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.train import losses, run
@@ -40,7 +40,7 @@ def test_the_coder_loads_the_vqvae_alone(folder, monkeypatch):
     parts, load = [], checkpoint.Checkpoint.load_part
     monkeypatch.setattr(checkpoint.Checkpoint, "load_params", None)
     monkeypatch.setattr(checkpoint.Checkpoint, "load_part", lambda self, part: parts.append(part) or load(self, part))
-    codes._tokenizer.cache_clear()
+    mask_tokenizer._tokenizer.cache_clear()
     coder = MaskCoder.of(str(folder / "run"))
     assert coder.vqvae == fingerprint(tiny.made()[1]["vqvae"])
     assert coder([np.zeros((9, 9), np.uint8)]).shape == (1, coder.num_codes) and parts == ["vqvae", "vqvae"]

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from argenseg_jax import hardware
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.models import variants
 from argenseg_jax.train import flops
@@ -10,8 +11,8 @@ from tests.cli import tiny_config
 
 
 def test_peaks_take_the_longest_name():
-    assert flops.peak("TPU v5 lite") == 197e12 and flops.peak("TPU v5") == flops.peak("TPU v5p") == 459e12
-    assert flops.peak("NVIDIA H200") == 989e12 and flops.peak("cpu") is None
+    assert hardware.peak("TPU v5 lite") == 197e12 and hardware.peak("TPU v5") == hardware.peak("TPU v5p") == 459e12
+    assert hardware.peak("NVIDIA H200") == 989e12 and hardware.peak("cpu") is None
 
 
 def test_the_8b_costs_six_operations_a_parameter_and_token():

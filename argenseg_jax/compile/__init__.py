@@ -1,0 +1,1 @@
+"""Programs compiled for TPUs that are not at hand: memory, operations, traffic, time."""

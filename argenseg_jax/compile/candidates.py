@@ -1,0 +1,70 @@
+"""Candidates of `compile --search`: meshes x batches x remat policies of a config, and their order."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from argenseg_jax.models import variants
+from argenseg_jax.hardware import CHIPS, chips_of, topology
+
+_REMAT = ("full", "dots", "none")  # from the least memory to the most
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One setting: shards of every weight, tensor degree, rows a step, remat policy."""
+
+    fsdp: int
+    tensor: int
+    rows: int
+    remat: str
+    slices: int = 1
+
+    def overrides(self) -> list[str]:
+        """Flags that set it."""
+        return [f"--config.mesh.dcn_data={self.slices}", "--config.mesh.data=1",
+                f"--config.mesh.fsdp={self.fsdp}", f"--config.mesh.tensor={self.tensor}",
+                f"--config.train.global_batch={self.rows}", "--config.train.microbatch=0",
+                f"--config.train.remat={self.remat}"]
+
+
+def expand(cfg: Mapping[str, Any], name: str, slices: int = 1) -> list[Candidate]:
+    """Tensor degrees up to 4 that divide the heads; the config's batch, twice and four times it.
+
+    In an order in which the least demanding of each kind comes first.
+    """
+    kind, shape = topology(name)
+    chips, kv_heads = chips_of(shape) * CHIPS[kind].devices, variants.build(cfg["model"]).llm.kv_heads
+    found = []
+    for tensor in (t for t in (1, 2, 4) if kv_heads % t == 0 and chips % t == 0):
+        for rows in (cfg["train"]["global_batch"] * n for n in (1, 2, 4)):
+            if rows % (chips // tensor * slices) == 0:
+                found += [Candidate(chips // tensor, tensor, rows, remat, slices) for remat in _REMAT]
+    return found
+
+
+def hopeless(candidate: Candidate, tried: Sequence[tuple[Candidate, Mapping[str, Any]]]) -> bool:
+    """Whether one that needs no more memory has failed already."""
+    order = _REMAT.index
+    return any(not report["fits"] and other.tensor == candidate.tensor and other.rows <= candidate.rows
+               and order(other.remat) <= order(candidate.remat) for other, report in tried)
+
+
+def ranked(tried: Sequence[tuple[Candidate, Mapping[str, Any]]]
+           ) -> list[tuple[Candidate, Mapping[str, Any]]]:
+    """Those that fit, by the MFU bound, then by memory."""
+    fitting = [item for item in tried if item[1]["fits"]]
+    return sorted(fitting, key=lambda item: (-item[1]["mfu"], item[1]["hbm_gib"]))
+
+
+def line(candidate: Candidate, report: Mapping[str, Any]) -> str:
+    """For people."""
+    setting = (f"fsdp {candidate.fsdp}, tensor {candidate.tensor}, batch {candidate.rows}, "
+               f"remat {candidate.remat}")
+    if "error" in report:
+        return f"{setting}: {report['error']}"
+    if not report["fits"]:
+        return f"{setting}: does not fit, {report['hbm_gib']} GiB"
+    return (f"{setting}: {report['hbm_gib']:.2f} GiB, MFU at most {report['mfu']:.0%} "
+            f"({report['bound']}), {candidate.rows / report['step_seconds']:.0f} rows a second at most")

@@ -1,0 +1,108 @@
+"""COCO-style annotations: COCO instances, and "segment {class}" from PACO-LVIS, PASCAL-Part, one's own.
+
+    coco/{annotations/instances_val2017.json, val2017/*.jpg}
+    paco/annotations/paco_lvis_v1_val.json, pictures as in COCO (val2017/*.jpg)
+    pascal_part/train.json (as VLPart and LISA publish it), VOCdevkit/VOC2010/JPEGImages/*.jpg
+    own: see data/sources/own.py
+"""
+from __future__ import annotations
+
+import collections
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from argenseg_jax import files
+from argenseg_jax.data import rle
+from argenseg_jax.data.sources import base, psalm
+from argenseg_jax.data.reader import Reading
+from argenseg_jax.data.sample import Sample
+
+# family -> (annotation files, folders of pictures); {split} is filled in
+LAYOUTS = {
+    "coco": (("annotations/instances_{split}.json", "instances_{split}.json"),
+             ("{split}", "images/{split}")),
+    "paco": (("annotations/paco_lvis_v1_{split}.json", "paco_lvis_v1_{split}.json",
+              "paco_lvis/annotations/paco_lvis_v1_{split}.json"),
+             ("train2017/..", "val2017/..", "coco/train2017/..", "coco/val2017/..",
+              "../coco/train2017/..", "../coco/val2017/..")),
+    "pascalpart": (("{split}.json", "pascal_part/{split}.json", "vlpart/pascal_part/{split}.json"),
+                   ("VOCdevkit/VOC2010/JPEGImages", "../VOCdevkit/VOC2010/JPEGImages",
+                    "../../VOCdevkit/VOC2010/JPEGImages", "JPEGImages")),
+    "own": (("annotations.json",), ("images",)),
+}
+SPLITS = {"coco": "val2017", "paco": "val", "pascalpart": "train", "own": ""}
+
+
+class Objects(NamedTuple):
+    """The annotations of one class in one image, by place in the file. Categories of one name are one class."""
+
+    image_id: Any
+    category_id: Any
+    anns: tuple[int, ...]
+
+
+class CocoSource(base.Indexed[Objects]):
+    """One sample per class in an image.
+
+    `coco` asks for the instances: one mask each, largest first, `meta['crowds']` u8[H, W] each. The
+    others ask for the class: one mask, the union.
+
+    Args:
+      folder: see the module's text.
+      family: a key of LAYOUTS.
+      split: such as val2017.
+      image_root: folder that file names start from; by default looked for in the usual places.
+      prompt: how a class is asked for; see psalm.question.
+      reading: see data/reader.py.
+    """
+
+    takes_prompt = True
+
+    def __init__(self, folder: epath.Path, family: str = "coco", split: str = "",
+                 image_root: epath.PathLike = "", prompt: str = psalm.DEFAULT, reading: Reading = Reading()):
+        psalm.question([], prompt)
+        split = split or SPLITS[family]
+        annotations, places = ([p.format(split=split) for p in part] for part in LAYOUTS[family])
+        path = base.find(folder, f"annotations of {family}", *annotations)
+        content = files.read_json(path)
+        self.family, self.prompt = family, prompt
+        self._images = base.by_id(base.records(content, "images", path), f"{path}: images")
+        self._names, same = base.classes(base.records(content, "categories", path), f"{path}: categories")
+        self._anns = base.records(content, "annotations", path)
+        keys = base.each(self._anns, lambda a: (base.an_id(a["image_id"]), base.an_id(a["category_id"])),
+                           f"{path}: annotations")
+        groups: dict[tuple, list[int]] = collections.defaultdict(list)
+        for k, (image_id, category_id) in enumerate(keys):
+            groups[image_id, same.get(category_id, category_id)].append(k)
+        entries = [Objects(*key, tuple(groups[key])) for key in sorted(groups, key=base.in_order)
+                   if not all(self._anns[k].get("iscrowd") for k in groups[key])]
+        root = files.to_path(image_root) if image_root else base.find(folder, f"pictures of {family}", *places)
+        self._root = base.Root(root, reading.allow_outside)
+        super().__init__(str(path), entries, reading)
+
+    def from_(self, entry: Objects) -> str:
+        return f"image {entry.image_id}, category {entry.category_id}"
+
+    def made(self, entry: Objects) -> Sample:
+        info = base.look_up(self._images, entry.image_id, "image")
+        name = base.look_up(self._names, entry.category_id, "category")
+        image, height, width = self.sized(info, self._root, "of the entry")
+        anns = [self._anns[k] for k in entry.anns]
+        single = [a for a in anns if not a.get("iscrowd")]
+        meta = {"files": [info["file_name"]], "kind": name, "sents": [name],
+                **base.ids_of(image_id=entry.image_id, category_id=entry.category_id)}
+        if self.family != "coco":
+            drawn = rle.objects(single, height, width)
+            return Sample(base.turns(psalm.question([name], psalm.wording(self.prompt))), (image,), (drawn.mask,),
+                          {**meta, **drawn.meta(), "metric": "semantic"})
+        each = rle.each(single, height, width)
+        crowds = [rle.union([a["segmentation"]], height, width).mask for a in anns
+                  if a.get("iscrowd") and not rle.is_empty(a.get("segmentation"))]
+        meta |= rle.Drawn(each[0].mask, sum(one.dropped for one in each)).meta()
+        asked = f"<image>\n Please segment every {name} in this image, one by one."
+        return Sample(
+            base.turns(asked if self.prompt == psalm.DEFAULT else psalm.question([name], self.prompt),
+                         f"Sure, the segmentation results: {', '.join(['<mask>'] * len(each))}."),
+            (image,), tuple(one.mask for one in each),
+            {**meta, "crowds": crowds, "metric": "instances"})

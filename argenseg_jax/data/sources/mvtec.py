@@ -1,0 +1,73 @@
+"""Anomaly detection in the layout of MVTec AD.
+
+    CATEGORY/{train/good, test/good, test/DEFECT}/000.png, ground_truth/DEFECT/000_mask.png
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from argenseg_jax import files
+from argenseg_jax.data import transforms
+from argenseg_jax.data.sources import base, psalm
+from argenseg_jax.data.reader import Reading
+from argenseg_jax.data.sample import Sample
+from argenseg_jax.errors import SampleError, UserError
+
+QUESTION = "<image>\n Please segment the defect of the {} in this image."
+
+
+class Part(NamedTuple):
+    """A picture of a product and the kind of its defect (`good`: none)."""
+
+    category: epath.Path
+    defect: str
+    path: epath.Path
+
+
+class AnomalySource(base.Indexed[Part]):
+    """One sample per picture; the mask of a good one is empty.
+
+    Args:
+      folder: of all categories, or of one.
+      split: train (good pictures only) or test.
+      category: only this one, such as bottle.
+      prompt: how a defect is asked for; see psalm.question.
+    """
+
+    takes_prompt = True
+
+    def __init__(self, folder: epath.Path, split: str = "test", category: str = "",
+                 prompt: str = psalm.DEFAULT, reading: Reading = Reading()):
+        psalm.question([], prompt)
+        self.prompt = prompt
+        roots = [folder / category] if category else (
+            [folder] if files.kind_of(folder / split) == "folder" else base.subfolders(folder))
+        entries = [Part(root, kind.name, picture) for root in roots if files.kind_of(root / split) == "folder"
+                   for kind in base.subfolders(root / split) for picture in base.pictures(kind)]
+        if not entries:
+            looked = f"{category or 'CATEGORY'}/{split}/good/*.png"
+            raise UserError(f"{folder}: no pictures of anomaly detection; looked for {looked}")
+        super().__init__(str(folder), entries, reading)
+
+    def from_(self, entry: Part) -> str:
+        return str(entry.path)
+
+    def made(self, entry: Part) -> Sample:
+        image = self.reader.image(entry.path)
+        if entry.defect == "good":
+            mask = np.zeros(image.shape[:2], np.uint8)
+        else:
+            masks = base.Root(entry.category / "ground_truth" / entry.defect)
+            path = masks.file(f"{entry.path.stem}_mask.png")
+            mask = self.reader.mask(path)
+            transforms.check_sizes(image, [mask], [path.name], [entry.path, path])
+            if not mask.any():
+                raise SampleError(f"{path.name} shows no defect")
+        name = base.spoken(entry.category.name)
+        asked = QUESTION.format(name) if self.prompt == psalm.DEFAULT else psalm.question([name], self.prompt)
+        return Sample(base.turns(asked), (image,), (mask,),
+                      {"files": [entry.path.name], "kind": f"{name}, {base.spoken(entry.defect)}",
+                       "sents": [name], "metric": "anomaly"})

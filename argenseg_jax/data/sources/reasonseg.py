@@ -1,0 +1,96 @@
+"""ReasonSeg (LISA): SPLIT/*.jpg beside SPLIT/*.json with a question and polygons.
+
+    {shapes: [{label: target | ignore..., points: [[x, y], ...]}], text: [...], is_sentence: bool}
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from argenseg_jax import files
+from argenseg_jax.data import rle
+from argenseg_jax.data.sources import base, drawing, psalm
+from argenseg_jax.data.reader import Reading
+from argenseg_jax.data.sample import Sample
+from argenseg_jax.errors import SampleError, UserError
+
+IGNORED = 255
+
+
+class Pair(NamedTuple):
+    """A picture and the file of its question."""
+
+    picture: epath.Path
+    record: epath.Path
+
+
+class ReasonSegSource(base.Indexed[Pair]):
+    """One sample per picture; `meta['ignore_mask']` u8[H, W] marks what no score may count."""
+
+    takes_prompt = True
+
+    def __init__(self, folder: epath.Path, split: str = "val", prompt: str = psalm.DEFAULT,
+                 reading: Reading = Reading()):
+        """folder: ReasonSeg; split: train, val, test; prompt: see psalm.question, by default by the kind of text."""
+        psalm.question([], prompt)
+        self.prompt = prompt
+        path = base.find(folder, f"split '{split}' of ReasonSeg", f"{split}/")
+        records = {base.stem(p): p for p in files.listed(path) if p.suffix == ".json"}
+        if not records:
+            raise UserError(f"{folder}: no split '{split}' of ReasonSeg; looked for {split}/*.json")
+        entries = [Pair(p, records[base.stem(p)]) for p in base.pictures(path) if base.stem(p) in records]
+        if not entries:
+            raise UserError(f"{path}: no picture beside its .json; looked for *.jpg with *.json")
+        super().__init__(str(path), entries, reading)
+
+    def from_(self, entry: Pair) -> str:
+        return entry.record.name
+
+    def made(self, entry: Pair) -> Sample:
+        record = _read(entry.record)
+        image = self.reader.image(entry.picture)
+        labels = draw_shapes(record["shapes"], *image.shape[:2])
+        texts = [record["text"]] if isinstance(record["text"], str) else list(record["text"])
+        sentence = bool(record.get("is_sentence", True))
+        base.text(*texts[:1], "the text")
+        own = "reasoning" if sentence else "semantic"
+        question = psalm.question(texts[:1], own if self.prompt == psalm.DEFAULT else self.prompt)
+        return Sample(base.turns(question), (image,), ((labels == 1).astype(np.uint8) * 255,),
+                      {"files": [entry.picture.name], "sents": texts[:1], "metric": "referring",
+                       "kind": "long query" if sentence else "short query",
+                       "ignore_mask": (labels == IGNORED).astype(np.uint8) * 255})
+
+
+def draw_shapes(shapes: Sequence[Mapping[str, Any]], height: int, width: int) -> np.ndarray:
+    """u8[H, W]: 1 inside of targets, IGNORED where a label says ignore; shapes of few pixels on top.
+
+    As LISA's `get_mask_from_json`: points are cut to whole numbers, outlines belong to their shape, and
+    a shape labelled `flag` is not drawn.
+    """
+    rle.check_size(height, width)
+    known = [s for s in shapes if s["label"].lower() != "flag"]
+    outlines = [rle.points(s["points"]) for s in known]
+    rle.check_amounts(outlines)
+    drawn = [drawing.polygon(o.astype(np.int64), height, width) for o in outlines]
+    areas = np.array([int((runs[:, 1] - runs[:, 0]).sum()) for runs in drawn], np.int64)
+    if areas.sum() > rle.MAX_MASKS:
+        raise SampleError(f"shapes of {areas.sum()} pixels; {rle.MAX_MASKS} are allowed in one sample")
+    canvas = np.zeros((height, width), np.uint8)
+    pixels = canvas.reshape(-1)
+    for k in np.argsort(areas, kind="stable")[::-1]:
+        value = IGNORED if "ignore" in known[k]["label"].lower() else 1
+        for first, end in drawn[k].tolist():
+            pixels[first:end] = value
+    return canvas
+
+
+def _read(path: epath.Path) -> Mapping[str, Any]:
+    content = files.read_bytes(path, error=SampleError)
+    try:
+        text = files.decode_text(content, path.name, SampleError)
+    except SampleError:  # some of the published files are not UTF-8
+        text = content.decode("cp1252", "replace")
+    return files.parse_json(text, path.name, SampleError)

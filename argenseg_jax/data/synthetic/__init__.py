@@ -1,0 +1,1 @@
+"""Drawn scenes: training data without a download, and what the shipped model knows."""

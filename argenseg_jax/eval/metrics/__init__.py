@@ -1,0 +1,1 @@
+"""Metrics by name, each a function of the stored predictions."""

@@ -1,0 +1,75 @@
+"""Answers of an evaluation, saved as they come: one that was stopped goes on where it was."""
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from argenseg_jax import distributed, files
+from argenseg_jax.errors import UserError
+from argenseg_jax.eval import predictions
+
+
+class Partial:
+    """A folder of rows, in files that appear whole and are never changed: no row is ever half there.
+
+    The first line of a file says of which evaluation its rows are. Every process writes its own files,
+    so on resume their number may be another one.
+
+    Args:
+      folder: shared by all processes; it appears with the first rows.
+      key: what the answers depend on (data, checkpoint, flags), JSON-able. Files of another key are
+        removed.
+      every: seconds of answers that one file holds, and that a stop loses at most.
+    """
+
+    def __init__(self, folder: epath.PathLike, key: Mapping[str, Any], every: float = 10.0):
+        self.folder, self.key, self.every = epath.Path(folder), json.loads(json.dumps(key)), every
+        self._rows: list[Mapping[str, Any]] = []
+        self._since = time.monotonic()
+
+    def open(self) -> Iterator[dict[str, Any]]:
+        """The rows of what is there, older ones first; every process calls it, before any `add`.
+
+        Files of another key, and such as something else has damaged, are removed first.
+        """
+        paths = sorted(self.folder.glob("*.jsonl"), key=lambda path: (path.stat().mtime, path.name))
+        strange = [path for path in paths if self._read(path) is None]
+        distributed.gather(None)  # all have read the same; nobody has written yet
+        if distributed.is_first():
+            for path in strange:
+                path.unlink()
+        distributed.gather(None)
+        self._since = time.monotonic()
+        return (row for path in paths if path not in strange for row in self._read(path))
+
+    def _read(self, path: epath.Path) -> list[dict[str, Any]] | None:
+        """The rows of a file; None where it is not of this evaluation."""
+        try:
+            head, *rows = predictions.read_rows(path)
+        except UserError:
+            return None
+        whole = all(isinstance(row.get("index"), int) and row["index"] >= 0 for row in rows)
+        return rows if head == self.key and whole else None
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Takes rows; writes all that are not written yet when it is time."""
+        self._rows += rows
+        if time.monotonic() - self._since >= self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the rows that are not written yet."""
+        if self._rows:
+            path = self.folder / f"{self._rows[0]['index']}.jsonl"
+            if path.exists():  # a sample that has changed since; this one is read after it
+                path = path.with_name(f"{path.stem}~{time.time_ns()}.jsonl")
+            files.write(path, (json.dumps(row) + "\n" for row in (self.key, *self._rows)))
+        self._rows, self._since = [], time.monotonic()
+
+    def remove(self) -> None:
+        """When the evaluation is complete and its result written."""
+        self.folder.rmtree(missing_ok=True)
