@@ -114,7 +114,7 @@ def flag() -> Key:
 def whole(low: int, high: int, zero: str = "", rest: bool = False) -> Key:
     """A whole number of [low, high]; `zero` says what 0 means; `rest` allows -1."""
     rule = f"a whole number from {low} {f'(= {zero}) ' if zero else ''}to {high}{', or -1' if rest else ''}"
-    return Key(rule, _read_int, lambda v: _is_int(v) and (low <= v <= high or rest and v == -1))
+    return Key(rule, _read_int, lambda v: _is_int(v) and (low <= v <= high or (rest and v == -1)))
 
 
 def real(low: float, high: float, zero: str = "", above: bool = False, below: bool = False) -> Key:
@@ -122,7 +122,7 @@ def real(low: float, high: float, zero: str = "", above: bool = False, below: bo
     rule = (f"a number {'above' if above else 'from'} {low:g} {f'(= {zero}) ' if zero else ''}"
             f"{'and below' if below else 'to'} {high:g}")
     inside = lambda v: (low < v if above else low <= v) and (v < high if below else v <= high)
-    return Key(rule, float, lambda v: (_is_int(v) or isinstance(v, float) and math.isfinite(v)) and inside(v))
+    return Key(rule, float, lambda v: (_is_int(v) or (isinstance(v, float) and math.isfinite(v))) and inside(v))
 
 
 def text(none: str = "") -> Key:
@@ -166,7 +166,7 @@ def window() -> Key:
     number = real(-1e30, 1e30).good
     return Key("() or (low, high) with low below high, such as (0, 4095)", _read_tuple,
                lambda v: isinstance(v, (tuple, list)) and (
-                   not v or len(v) == 2 and all(map(number, v)) and v[0] < v[1]))
+                   not v or (len(v) == 2 and all(map(number, v)) and v[0] < v[1])))
 
 
 def _is_group(value: Any) -> bool:
@@ -407,7 +407,7 @@ def spell(value: Any) -> str:
     """A value as text that `parse` reads back; numpy numbers and lists as the plain values they stand for."""
     value = plain(value)
     if isinstance(value, str):
-        quoted = value == "None" or value[:1] in ("'", '"') and _read_literal(value) != value
+        quoted = value == "None" or (value[:1] in ("'", '"') and _read_literal(value) != value)
         return repr(value) if quoted else value
     return repr(tuple(value) if isinstance(value, list) else value)
 

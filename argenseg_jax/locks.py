@@ -242,7 +242,7 @@ def _read(path: epath.Path, own: str | None = None) -> Holder | None:
         holder = Holder.parse(path.read_bytes()[:_MAX_BYTES])
     except FileNotFoundError:
         return None
-    return holder if own is None or holder and holder.id == own else None
+    return holder if own is None or (holder and holder.id == own) else None
 
 
 def _overwrite(file: int, holder: Holder) -> None:

@@ -24,14 +24,14 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import jax  # noqa: E402  (after the environment)
-import numpy as np  # noqa: E402
+import jax
+import numpy as np
 
-from argenseg_jax import trees  # noqa: E402
-from argenseg_jax.interop import hf_config, hf_folder, tensor_files  # noqa: E402
-from argenseg_jax.interop import state_dict as torch_convert  # noqa: E402
-from argenseg_jax.interop.weight_map import HITS  # noqa: E402
-from argenseg_jax.models import variants  # noqa: E402
+from argenseg_jax import trees
+from argenseg_jax.interop import hf_config, hf_folder, tensor_files
+from argenseg_jax.interop import state_dict as torch_convert
+from argenseg_jax.interop.weight_map import HITS
+from argenseg_jax.models import variants
 
 
 def scaled(variant: str, scale: float) -> dict[str, Any]:

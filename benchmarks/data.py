@@ -25,14 +25,14 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import numpy as np  # noqa: E402  (after the environment)
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from argenseg_jax.data import mixture, transforms  # noqa: E402
-from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry, train_iterator  # noqa: E402
-from argenseg_jax.data.synthetic.shapes import corpus  # noqa: E402
-from argenseg_jax.data.tokenizer import nano_tokenizer  # noqa: E402
-from argenseg_jax.eval.visualize import encode_png  # noqa: E402
+from argenseg_jax.data import mixture, transforms
+from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry, train_iterator
+from argenseg_jax.data.synthetic.shapes import corpus
+from argenseg_jax.data.tokenizer import nano_tokenizer
+from argenseg_jax.eval.visualize import encode_png
 
 BATCH = 16
 DRAINED = 4  # batches that may lie ready; after so many one has to be made for each that is taken

@@ -30,18 +30,18 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer lives on the same device
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import flax.linen as nn  # noqa: E402  (the environment above comes first)
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from argenseg_jax import trees  # noqa: E402
-from argenseg_jax.decode import scale_decode  # noqa: E402
-from argenseg_jax.decode.sampling import Rules  # noqa: E402
-from argenseg_jax.decode.engine import Engine, compiler_options  # noqa: E402
-from argenseg_jax.models import variants  # noqa: E402
-from argenseg_jax.models.argenseg import ARGenSeg, init_params  # noqa: E402
-from benchmarks import timeline  # noqa: E402
+from argenseg_jax import trees
+from argenseg_jax.decode import scale_decode
+from argenseg_jax.decode.engine import Engine, compiler_options
+from argenseg_jax.decode.sampling import Rules
+from argenseg_jax.models import variants
+from argenseg_jax.models.argenseg import ARGenSeg, init_params
+from benchmarks import timeline
 
 PROMPT = 300
 CLOCKS = [time.perf_counter]  # the one in use

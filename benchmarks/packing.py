@@ -22,16 +22,16 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import numpy as np
 
-from argenseg_jax import sharding  # noqa: E402
-from argenseg_jax.data import packing  # noqa: E402
-from argenseg_jax.models import variants  # noqa: E402
-from argenseg_jax.models.argenseg import ARGenSeg  # noqa: E402
-from argenseg_jax.vocab import IGNORE  # noqa: E402
-from benchmarks.decode import random_params, rounded, timed  # noqa: E402
-from benchmarks.train_step import step_program  # noqa: E402
+from argenseg_jax import sharding
+from argenseg_jax.data import packing
+from argenseg_jax.models import variants
+from argenseg_jax.models.argenseg import ARGenSeg
+from argenseg_jax.vocab import IGNORE
+from benchmarks.decode import random_params, rounded, timed
+from benchmarks.train_step import step_program
 
 SEGMENTATION, CHAT = 402, 1250
 MAX_TILES = 4  # of a sample

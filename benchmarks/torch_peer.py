@@ -108,7 +108,7 @@ class Peer(nn.Module):
         self.code_head = self.language_model.lm_head.weight[first:first + self.vocab.num_codes]
         self.run, self.draw = self.language_model.model, self.decoder  # what torch.compile wraps
 
-    def compiled(self) -> "Peer":
+    def compiled(self) -> Peer:
         """The same weights behind torch.compile, for any length."""
         self.run = torch.compile(self.language_model.model, dynamic=True)
         self.draw = torch.compile(self.decoder)

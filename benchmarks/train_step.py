@@ -31,17 +31,17 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import numpy as np
 
-from argenseg_jax import sharding  # noqa: E402
-from argenseg_jax.cli import common  # noqa: E402
-from argenseg_jax.models import variants  # noqa: E402
-from argenseg_jax.models.argenseg import ARGenSeg, init_params  # noqa: E402
-from argenseg_jax.train import losses, program  # noqa: E402
-from argenseg_jax.train.state import Phase, TrainState  # noqa: E402
-from argenseg_jax.vocab import IGNORE  # noqa: E402
-from benchmarks.decode import in_turns, random_params, rounded, timed  # noqa: E402
+from argenseg_jax import sharding
+from argenseg_jax.cli import common
+from argenseg_jax.models import variants
+from argenseg_jax.models.argenseg import ARGenSeg, init_params
+from argenseg_jax.train import losses, program
+from argenseg_jax.train.state import Phase, TrainState
+from argenseg_jax.vocab import IGNORE
+from benchmarks.decode import in_turns, random_params, rounded, timed
 
 ROWS, TOKENS, LAYERS = 4, 1024, 8
 OPTIM = dict(name="adamw", lr=1e-4, schedule="constant", warmup=0, b1=0.9, b2=0.999, eps=1e-8,

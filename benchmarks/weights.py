@@ -15,14 +15,14 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import numpy as np
 
-import argenseg_jax  # noqa: E402
-from argenseg_jax.data.mixture import open_source  # noqa: E402
-from argenseg_jax.decode.predictor import WEIGHTS  # noqa: E402
-from argenseg_jax.eval.evaluator import request  # noqa: E402
-from argenseg_jax.eval.metrics.referring import iou  # noqa: E402
+import argenseg_jax
+from argenseg_jax.data.mixture import open_source
+from argenseg_jax.decode.predictor import WEIGHTS
+from argenseg_jax.eval.evaluator import request
+from argenseg_jax.eval.metrics.referring import iou
 
 
 def main() -> None:

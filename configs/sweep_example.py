@@ -8,7 +8,6 @@ the table and the plot show: numbers of metrics.jsonl, or of `evaluate` with --d
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from ml_collections import ConfigDict
 

@@ -10,7 +10,7 @@ os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
 # The cache of compiled programs would make a test depend on the runs before it.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
-import jax  # noqa: E402  (the environment above comes first)
+import jax
 
 jax.config.update("jax_default_matmul_precision", "highest")
 

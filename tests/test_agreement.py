@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from argenseg_jax.data import pipeline, transforms
-from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.mixture import open_source
+from argenseg_jax.data.reader import Reading
 from argenseg_jax.decode.engine import Engine
 from argenseg_jax.decode.predictor import Predictor
 from argenseg_jax.errors import UserError

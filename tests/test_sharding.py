@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from argenseg_jax import sharding, trees
 from argenseg_jax.errors import UserError

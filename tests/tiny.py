@@ -13,8 +13,8 @@ import numpy as np
 from argenseg_jax import trees
 from argenseg_jax.ckpt import checkpoint, orbax_io
 from argenseg_jax.data import pipeline
-from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.tokenizer import Tokenizer, nano_tokenizer
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.models import variants

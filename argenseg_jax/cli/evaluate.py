@@ -132,8 +132,8 @@ def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, ou
     """Every data set with its place and its evaluator. The model is loaded when all mistakes are known."""
     from argenseg_jax import distributed, files
     from argenseg_jax.ckpt.fingerprint import fingerprint
-    from argenseg_jax.data.reader import FEW
     from argenseg_jax.data.mixture import open_source, takes_prompt
+    from argenseg_jax.data.reader import FEW
     from argenseg_jax.decode.predictor import Predictor
     from argenseg_jax.eval import folders
 

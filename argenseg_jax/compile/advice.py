@@ -8,8 +8,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from argenseg_jax import sharding
-from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.hardware import GIB
+from argenseg_jax.models.argenseg import ARGenSeg
 
 
 def activations(cfg: Mapping[str, Any], model: ARGenSeg, mesh: Mesh, rows: int, remat: str) -> float:

@@ -19,15 +19,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from argenseg_jax import files, sharding, trees
+from argenseg_jax.compile import advice, hlo
+from argenseg_jax.compile.roofline import Work, bound
 from argenseg_jax.data import pipeline
 from argenseg_jax.decode import engine, inference_weights
 from argenseg_jax.decode.sampling import Rules
 from argenseg_jax.errors import UserError
-from argenseg_jax.models import variants
-from argenseg_jax.compile import advice, hlo
-from argenseg_jax.train import flops, program, run
-from argenseg_jax.compile.roofline import Work, bound
 from argenseg_jax.hardware import CHIPS, GIB, topology
+from argenseg_jax.models import variants
+from argenseg_jax.train import flops, program, run
 
 LIBTPU = "libtpu==0.0.52"  # the compiler, as in pyproject.toml
 _TOO_MUCH = re.compile(r"total memory required.*?\(([\d.]+)([KMGT])\).*?"

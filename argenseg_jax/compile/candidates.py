@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from argenseg_jax.models import variants
 from argenseg_jax.hardware import CHIPS, chips_of, topology
+from argenseg_jax.models import variants
 
 _REMAT = ("full", "dots", "none")  # from the least memory to the most
 

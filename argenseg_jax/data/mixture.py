@@ -36,7 +36,8 @@ import numpy as np
 from etils import epath
 
 from argenseg_jax import files
-from argenseg_jax.data.synthetic import shapes
+from argenseg_jax.data.reader import Reader, Reading, Window
+from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources.coco import CocoSource
 from argenseg_jax.data.sources.interactive import Change, InteractiveSource
 from argenseg_jax.data.sources.jsonl import JsonlSource, MetaSource, Part, Source
@@ -47,10 +48,9 @@ from argenseg_jax.data.sources.panoptic import PanopticSource
 from argenseg_jax.data.sources.psalm import PsalmSource
 from argenseg_jax.data.sources.reasonseg import ReasonSegSource
 from argenseg_jax.data.sources.refer import ReferSource
-from argenseg_jax.data.reader import Reader, Reading, Window
-from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.synthetic.shapes_tasks import TaskSource
 from argenseg_jax.data.sources.text_to_image import PairSource
+from argenseg_jax.data.synthetic import shapes
+from argenseg_jax.data.synthetic.shapes_tasks import TaskSource
 from argenseg_jax.errors import DATA_FAULTS, UserError, brief
 
 NANO_LEVEL = "full"  # what `shapes:SPLIT` and `nano:SPLIT` mean

@@ -15,8 +15,8 @@ import numpy as np
 from argenseg_jax.data import mixture, packing, prompt, transforms
 from argenseg_jax.data.augment import Augment, recolour, recompress
 from argenseg_jax.data.batches import Batch, BatchIterator, Broken
-from argenseg_jax.data.reader import FEW, Reading
 from argenseg_jax.data.order import Order, Share
+from argenseg_jax.data.reader import FEW, Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.tokenizer import Tokenizer
 from argenseg_jax.errors import SampleError, UserError, brief
@@ -260,7 +260,7 @@ def batch_shapes(config: Mapping[str, Any] | DataConfig, geometry: Geometry, row
     """{array: (shape, dtype)} of a batch of the LM task; opens no source."""
     config = DataConfig.of(config)
     line, image, (mask, dtype) = (rows, config.max_tokens), geometry.image_size, geometry.mask(config.codes)
-    return {**{name: (line, np.int32) for name in ("tokens", "labels", "positions", "segment_ids")},
+    return {**dict.fromkeys(("tokens", "labels", "positions", "segment_ids"), (line, np.int32)),
             "tiles": ((rows, config.max_tiles, image, image, 3), np.uint8),
             "masks": ((rows, config.max_masks, *mask), dtype)}
 

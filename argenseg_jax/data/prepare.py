@@ -34,10 +34,10 @@ from PIL import Image
 
 from argenseg_jax import files, locks, processes
 from argenseg_jax.data import mixture, prompt, transforms
-from argenseg_jax.data.sources import psalm, records, tfds_folder
-from argenseg_jax.data.sources.prepared import FORMAT, MANIFEST, PLAN, SHARDS, SUMMARY, checksum
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources import psalm, records, tfds_folder
+from argenseg_jax.data.sources.prepared import FORMAT, MANIFEST, PLAN, SHARDS, SUMMARY, checksum
 from argenseg_jax.data.statistics import Statistics
 from argenseg_jax.errors import SampleError, UserError, brief, located
 

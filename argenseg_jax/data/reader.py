@@ -289,7 +289,7 @@ def array_levels(array: Any) -> np.ndarray:
     kind = plain.dtype.kind
     if plain.size and plain.dtype == np.uint8 and (grey or colour):
         return plain if colour else np.repeat(plain[..., None], 3, axis=-1)
-    if plain.size and grey and kind in "bif" or plain.size and kind == "u" and (grey or colour):
+    if (plain.size and grey and kind in "bif") or (plain.size and kind == "u" and (grey or colour)):
         if kind == "b":
             return np.repeat(plain[..., None], 3, axis=-1) * np.uint8(255)
         return plain.astype(np.float32 if kind == "f" else np.uint16 if plain.dtype.itemsize < 3 else np.int64) \

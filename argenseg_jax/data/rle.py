@@ -278,8 +278,8 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
 
 def is_empty(segmentation: Any) -> bool:
     """Whether an annotation has no mask at all: none, `[]`, or only empty polygons."""
-    return segmentation is None or isinstance(segmentation, (list, tuple)) and all(
-        isinstance(part, (list, tuple)) and not part for part in segmentation)
+    return segmentation is None or (isinstance(segmentation, (list, tuple)) and all(
+        isinstance(part, (list, tuple)) and not part for part in segmentation))
 
 
 class _Parts(NamedTuple):

@@ -195,7 +195,7 @@ class Tokenizer:
         try:
             return [i for chunk in self._harmless(text) for i in self._backend.encode(chunk)]
         except (TypeError, UnicodeError):  # each library has its own for it
-            raise UserError(f"the text {ascii(text[:60])} cannot be encoded: it holds half a character "
+            raise UserError(f"the text {text[:60]!a} cannot be encoded: it holds half a character "
                             "(a lone surrogate)") from None
 
     def encode(self, parts: Iterable[Part]) -> list[int]:

@@ -16,8 +16,8 @@ import numpy as np
 
 from argenseg_jax import distributed, sharding
 from argenseg_jax.decode import scale_decode, text_decode
-from argenseg_jax.decode.sampling import Rules, Sampling
 from argenseg_jax.decode.inference_weights import for_inference
+from argenseg_jax.decode.sampling import Rules, Sampling
 from argenseg_jax.errors import UserError
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.kv_cache import BLOCK

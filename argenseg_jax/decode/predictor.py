@@ -17,8 +17,8 @@ from argenseg_jax.ckpt.checkpoint import open_checkpoint
 from argenseg_jax.data import prompt, transforms
 from argenseg_jax.data.reader import Reader, Reading
 from argenseg_jax.data.tokenizer import Tokenizer
-from argenseg_jax.decode.sampling import Sampling
 from argenseg_jax.decode.engine import GREEDY, Engine, Generated
+from argenseg_jax.decode.sampling import Sampling
 from argenseg_jax.errors import UserError
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.vocab import MASK

@@ -23,9 +23,9 @@ from PIL import Image
 
 from argenseg_jax import distributed
 from argenseg_jax.data import transforms
+from argenseg_jax.data.mixture import Source
 from argenseg_jax.data.prompt import is_human, query_turns
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.mixture import Source
 from argenseg_jax.decode.predictor import Request, Result
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval import predictions
@@ -277,7 +277,7 @@ class Evaluator:
 
     def _truth(self, sample: Sample, metric: str) -> np.ndarray | None:
         """bool[H, W], the size of the image, without what is to be ignored; None of text and pictures."""
-        if metric == "fidelity" or not sample.masks and sample.meta.get("reference") is not None:
+        if metric == "fidelity" or (not sample.masks and sample.meta.get("reference") is not None):
             return None
         if not sample.masks:
             raise UserError(f"{_name(sample)}: no mask to compare with; leave such samples out")

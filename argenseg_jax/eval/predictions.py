@@ -13,7 +13,7 @@ from etils import epath
 from argenseg_jax.errors import UserError, located
 from argenseg_jax.eval import rows as rows_lib
 from argenseg_jax.eval.metrics import registry
-from argenseg_jax.eval.metrics.referring import Pool, Sums, UNIT
+from argenseg_jax.eval.metrics.referring import UNIT, Pool, Sums
 from argenseg_jax.eval.rle import decode_rle
 from argenseg_jax.eval.rows import Item, Row
 

@@ -20,7 +20,7 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
     return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def bicubic_matrix(n_in: int, n_out: int) -> np.ndarray:
     """float32[n_out, n_in]: torch's `bicubic`: align_corners False, no antialias, border kept."""
     center = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
@@ -31,7 +31,7 @@ def bicubic_matrix(n_in: int, n_out: int) -> np.ndarray:
     return _frozen(matrix)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def area_matrix(n_in: int, n_out: int) -> np.ndarray:
     """float32[n_out, n_in]: torch's `area`, the mean over cells [floor(i n/m), ceil((i+1) n/m))."""
     row, col = np.arange(n_out)[:, None], np.arange(n_in)[None]

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from argenseg_jax.parity.recording import EQUAL, Recording
 from argenseg_jax.interop import hf_config, weight_map
 from argenseg_jax.interop import state_dict as torch_convert
 from argenseg_jax.models import attention, layers
 from argenseg_jax.models.decoder_lm import DecoderLM
+from argenseg_jax.parity.recording import EQUAL, Recording
 
 Params = Mapping[str, Any]
 

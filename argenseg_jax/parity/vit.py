@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from argenseg_jax.parity.recording import Recording
-from argenseg_jax.parity.vq import nhwc
 from argenseg_jax.interop import hf_config
 from argenseg_jax.interop import state_dict as torch_convert
 from argenseg_jax.models import connector, intern_vit
+from argenseg_jax.parity.recording import Recording
+from argenseg_jax.parity.vq import nhwc
 
 
 def compare_vit(record: Recording) -> None:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from argenseg_jax import trees
-from argenseg_jax.parity.recording import FEATURE, IMAGE, LOSS, Recording, check_gradients
 from argenseg_jax.interop import state_dict as torch_convert
 from argenseg_jax.models import quantizer, resize, vqvae
+from argenseg_jax.parity.recording import FEATURE, IMAGE, LOSS, Recording, check_gradients
 from argenseg_jax.scales import Scales
 
 PREFIX = "image_tokenizer."

@@ -14,6 +14,7 @@ from typing import Any
 from argenseg_jax import trees
 from argenseg_jax.models.argenseg import ARGenSeg
 
+
 def lm_step(model: ARGenSeg, shapes: Mapping[str, Any], trainable: Callable[[str], bool], *,
             rows: int, width: int, tiles: int, masks: int, again: bool = False) -> dict[str, float]:
     """{part: operations} of one step of the lm phase, forward and backward.

@@ -5,12 +5,10 @@ import sys
 import jax
 import pytest
 
-from argenseg_jax import sharding
-from argenseg_jax.data import pipeline
+from argenseg_jax import hardware, sharding
+from argenseg_jax.compile import advice, aot, candidates, roofline
 from argenseg_jax.errors import UserError
 from argenseg_jax.models import variants
-from argenseg_jax import hardware
-from argenseg_jax.compile import advice, aot, candidates, roofline
 from argenseg_jax.train import loop, run
 from configs import argenseg_8b
 from tests.cli import tiny_config

@@ -9,9 +9,9 @@ from PIL import Image
 
 from argenseg_jax.data import mixture
 from argenseg_jax.data.augment import Augment, recolour, recompress
-from argenseg_jax.data.sources.interactive import InteractiveSource
 from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources.interactive import InteractiveSource
 from argenseg_jax.errors import SampleError
 
 

@@ -7,8 +7,8 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from argenseg_jax.data import mixture
-from argenseg_jax.data.sources import jsonl, panoptic, psalm
 from argenseg_jax.data.mixture import open_mixture, open_source
+from argenseg_jax.data.sources import jsonl, panoptic, psalm
 from argenseg_jax.errors import SampleError, UserError
 
 SIZE = (12, 8)  # width, height

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from argenseg_jax.data import transforms
-from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.augment import recolour
 from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry, batch_shapes, train_iterator
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.tokenizer import nano_tokenizer
 from argenseg_jax.errors import SampleError, UserError
 from argenseg_jax.vocab import IGNORE

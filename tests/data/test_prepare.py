@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from argenseg_jax.data import mixture, prepare, transforms
-from argenseg_jax.data.sources import prepared
 from argenseg_jax.data.pipeline import Geometry, train_iterator
 from argenseg_jax.data.prepare import Job
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.synthetic.shapes import ShapesSource, corpus
+from argenseg_jax.data.sources import prepared
 from argenseg_jax.data.statistics import Statistics, table
+from argenseg_jax.data.synthetic.shapes import ShapesSource, corpus
 from argenseg_jax.data.tokenizer import nano_tokenizer
 from argenseg_jax.errors import SampleError, UserError
-from tests.hostile.folders import fill
 from tests.data.test_shapes import assert_same
+from tests.hostile.folders import fill
 
 SHAPES = "shapes:full:train:23"
 TURNS = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]

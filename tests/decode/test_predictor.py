@@ -8,8 +8,8 @@ import argenseg_jax
 from argenseg_jax.data import transforms
 from argenseg_jax.data.pipeline import DataConfig, Encoder
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.decode.sampling import Sampling
 from argenseg_jax.decode.predictor import Predictor, Request, pixels
+from argenseg_jax.decode.sampling import Sampling
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval import evaluator
 from argenseg_jax.train import run

@@ -6,7 +6,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from configs import nano
 
 from argenseg_jax import files
 from argenseg_jax.ckpt import checkpoint, orbax_io
@@ -14,6 +13,7 @@ from argenseg_jax.data.synthetic.shapes import ShapesSource
 from argenseg_jax.eval.visualize import encode_png
 from argenseg_jax.models import variants
 from argenseg_jax.train.run import init_fn
+from configs import nano
 
 KEYS = {"n", "cIoU", "gIoU", "Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9", "gIoU_target",
         "N-acc", "T-acc", "baseline_gIoU", "baseline_cIoU", "seconds_per_image", "seconds"}

@@ -6,9 +6,9 @@ import types
 import numpy as np
 from PIL import Image
 
+from argenseg_jax import files
 from argenseg_jax.data.synthetic.shapes import ShapesSource
 from argenseg_jax.data.synthetic.shapes_tasks import TaskSource
-from argenseg_jax import files
 from argenseg_jax.eval import report, visualize
 from argenseg_jax.eval.evaluator import Evaluator
 

@@ -67,7 +67,7 @@ def test_a_value_is_right_and_has_a_text_or_is_refused(key, value):
         assert refused(fault) and fault.startswith(key)
         return
     got, = config_keys.flattened({key: value}).values()
-    assert got == value or isinstance(value, list) and list(got) == value
+    assert got == value or (isinstance(value, list) and list(got) == value)
     assert not isinstance(got, float) or math.isfinite(got)
     assert config_keys.parse(key, config_keys.spell(value)) == got
 

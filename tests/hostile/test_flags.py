@@ -60,7 +60,7 @@ def test_flags_mean_something_or_are_refused(command, data):
         for value in given_ if isinstance(given_, list) else [given_]:
             assert not isinstance(value, (int, float)) or math.isfinite(value)
             assert not isinstance(value, int) or abs(value) < 2**31
-            assert not isinstance(value, str) or "\0" not in value and value.isascii() or value.encode()
+            assert not isinstance(value, str) or ("\0" not in value and value.isascii()) or value.encode()
 
 
 ERRORS = (ValueError, OSError, KeyError, RecursionError, MemoryError, UnicodeError, ArithmeticError, UserError,

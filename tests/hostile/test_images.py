@@ -60,7 +60,7 @@ def read(content):
             assert str(path) in text and "\n" not in text and " at 0x" not in text and len(text) < 500
             continue
         assert array.size and array.shape[:2] != (0, 0) and (array.ndim == 2 or array.shape[2] == most)
-        assert array.dtype == np.uint8 or kind == READER.ids and array.dtype in (np.uint16, np.int32)
+        assert array.dtype == np.uint8 or (kind == READER.ids and array.dtype in (np.uint16, np.int32))
         assert kind != READER.image or array.ndim == 3
 
 

@@ -8,10 +8,10 @@ import pytest
 from etils import epath
 
 from argenseg_jax.data import prepare
-from argenseg_jax.data.sources import base
+from argenseg_jax.data.mixture import open_mixture, open_source
 from argenseg_jax.data.pipeline import DataConfig
 from argenseg_jax.data.reader import Reading
-from argenseg_jax.data.mixture import open_mixture, open_source
+from argenseg_jax.data.sources import base
 from argenseg_jax.errors import SampleError, UserError
 from tests import bucket
 from tests.hostile.folders import COCO, LABELS, MASK, PICTURE, TURNS, fill, put

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argenseg_jax.data import prompt
-from argenseg_jax.data.synthetic import shapes
+from argenseg_jax.data.mixture import draw, open_mixture, open_source
 from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry
 from argenseg_jax.data.reader import Reading
-from argenseg_jax.data.mixture import draw, open_mixture, open_source
+from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.tokenizer import nano_tokenizer
 from argenseg_jax.errors import SampleError, UserError
 from tests.hostile import mutated

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from argenseg_jax.data import mixture, prepare
-from argenseg_jax.data.sources import records
 from argenseg_jax.data.reader import Reading
+from argenseg_jax.data.sources import records
 from argenseg_jax.errors import SampleError, UserError
 from tests.hostile import mutated
 

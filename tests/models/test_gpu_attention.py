@@ -13,9 +13,9 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from argenseg_jax import sharding
-from argenseg_jax.decode.sampling import Rules
 from argenseg_jax.decode.engine import Phases
 from argenseg_jax.decode.inference_weights import for_inference
+from argenseg_jax.decode.sampling import Rules
 from argenseg_jax.models import attention, gpu_attention, variants
 from argenseg_jax.models.attention import Mask
 from argenseg_jax.models.kv_cache import BLOCK, KVCache

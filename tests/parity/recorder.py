@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from argenseg_jax.interop import tensor_files
 from argenseg_jax.interop import state_dict as torch_convert
+from argenseg_jax.interop import tensor_files
+from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.attention import Mask
 from argenseg_jax.parity.end_to_end import model_section
-from argenseg_jax.models import variants
 from argenseg_jax.vocab import IGNORE, SPECIAL_TOKENS
 from tests import tiny
 

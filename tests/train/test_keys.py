@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from argenseg_jax import trees
-from argenseg_jax.decode.sampling import Rules, Sampling
 from argenseg_jax.decode.engine import Phases
 from argenseg_jax.decode.inference_weights import for_inference
+from argenseg_jax.decode.sampling import Rules, Sampling
 from argenseg_jax.models.argenseg import init_params
 from argenseg_jax.train import losses, optim
 from argenseg_jax.train import step as step_lib

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from argenseg_jax import sharding, trees
-from argenseg_jax.train import optim, step as step_lib
+from argenseg_jax.train import optim
+from argenseg_jax.train import step as step_lib
 from tests.train import toy
 
 STEADY = 1e-4  # AdamW's eps: a gradient that is rounding alone must not become a whole step

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from argenseg_jax.data.sources import base
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources import base
 from argenseg_jax.errors import SampleError, UserError
 
 Change = Callable[[Sample, np.random.Generator], Sample]

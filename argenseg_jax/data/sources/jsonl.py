@@ -10,9 +10,9 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.data import transforms
-from argenseg_jax.data.sources import base, panoptic
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample, is_generated
+from argenseg_jax.data.sources import base, panoptic
 from argenseg_jax.errors import SampleError, UserError, brief, located
 
 MOST_TIMES = 1e9  # that a data set is repeated; sums of weights stay finite, and none disappears beside them

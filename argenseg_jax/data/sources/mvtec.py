@@ -11,9 +11,9 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.data import transforms
-from argenseg_jax.data.sources import base, psalm
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources import base, psalm
 from argenseg_jax.errors import SampleError, UserError
 
 QUESTION = "<image>\n Please segment the defect of the {} in this image."

@@ -14,11 +14,11 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.data import transforms
+from argenseg_jax.data.reader import Reading
+from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources import base, psalm
 from argenseg_jax.data.sources.coco import CocoSource
 from argenseg_jax.data.sources.label_maps import LabelMapSource
-from argenseg_jax.data.reader import Reading
-from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import UserError
 
 

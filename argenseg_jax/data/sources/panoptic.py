@@ -14,9 +14,9 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.data import transforms
-from argenseg_jax.data.sources import base, label_maps, psalm
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources import base, label_maps, psalm
 from argenseg_jax.errors import SampleError, brief
 
 _THINGS = (

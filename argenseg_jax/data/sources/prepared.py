@@ -9,8 +9,8 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.data import images
-from argenseg_jax.data.sources.records import TfdsSource
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources.records import TfdsSource
 from argenseg_jax.errors import SampleError, UserError, brief, located
 
 MANIFEST, PLAN, SUMMARY, SHARDS = "prepared.json", "plan.json", "summary.json", "shards"

@@ -12,9 +12,9 @@ from typing import Any
 from etils import epath
 
 from argenseg_jax.data import rle
-from argenseg_jax.data.sources import base
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources import base
 from argenseg_jax.errors import SampleError, UserError
 
 # {sents} is every expression as " s."; {sent} has them as "s. s", fit for the middle of a sentence.

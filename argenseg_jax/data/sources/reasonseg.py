@@ -12,9 +12,9 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.data import rle
-from argenseg_jax.data.sources import base, drawing, psalm
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources import base, drawing, psalm
 from argenseg_jax.errors import SampleError, UserError
 
 IGNORED = 255

@@ -17,9 +17,9 @@ from PIL import Image
 
 from argenseg_jax import files
 from argenseg_jax.data import images
-from argenseg_jax.data.sources import tfds_folder
 from argenseg_jax.data.reader import PER_SAMPLE
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources import tfds_folder
 from argenseg_jax.errors import SampleError, UserError, brief, located
 
 META_IMAGES = "meta_images"

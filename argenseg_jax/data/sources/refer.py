@@ -13,9 +13,9 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.data import rle
-from argenseg_jax.data.sources import base, plain_pickle, psalm
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources import base, plain_pickle, psalm
 from argenseg_jax.errors import UserError, brief
 
 _IMAGES = ("../images/mscoco/images/train2014", "../images/train2014", "../train2014",

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from etils import epath
 
 from argenseg_jax import files
-from argenseg_jax.data.sources import base
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources import base
 from argenseg_jax.errors import SampleError, UserError
 
 QUESTION = "Please generate a picture about {}."  # the wording of prompt.NOTHING

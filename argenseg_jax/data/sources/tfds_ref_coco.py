@@ -13,10 +13,10 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.data import transforms
-from argenseg_jax.data.sources import base, psalm, tfds_folder
 from argenseg_jax.data.reader import Reading
-from argenseg_jax.data.sources.records import decode_picture
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources import base, psalm, tfds_folder
+from argenseg_jax.data.sources.records import decode_picture
 from argenseg_jax.errors import UserError, located
 
 _F = tfds.features

@@ -17,9 +17,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources import base, text_to_image
 from argenseg_jax.data.synthetic import shapes
-from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.synthetic.shapes import Scene
 from argenseg_jax.errors import UserError
 

@@ -11,8 +11,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
-from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.sources.records import Samples
+from argenseg_jax.data.synthetic import shapes
 
 
 class Shapes(Samples):

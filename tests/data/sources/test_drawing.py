@@ -4,8 +4,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from argenseg_jax.data.sources.reasonseg import IGNORED, draw_shapes
 from argenseg_jax.data.rle import encode_rle
+from argenseg_jax.data.sources.reasonseg import IGNORED, draw_shapes
 from argenseg_jax.errors import SampleError
 
 DRAWN = [  # points, height, width, counts of cv2.polylines + cv2.fillPoly

@@ -8,8 +8,8 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from argenseg_jax.data.sources import base, label_maps, panoptic, plain_pickle, reasonseg
 from argenseg_jax.data.mixture import open_mixture, open_source
+from argenseg_jax.data.sources import base, label_maps, panoptic, plain_pickle, reasonseg
 from argenseg_jax.errors import SampleError, UserError
 
 WIDTH, HEIGHT = 12, 8

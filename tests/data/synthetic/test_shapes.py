@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.synthetic.shapes import LEVELS, ShapesSource
 from argenseg_jax.errors import SampleError, UserError
 

@@ -6,7 +6,7 @@ import pytest
 
 from argenseg_jax.data import mixture
 from argenseg_jax.data.sources import interactive
-from argenseg_jax.data.synthetic import shapes, shapes_tasks
+from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.synthetic.shapes_tasks import LIST, TASKS, TaskSource
 from argenseg_jax.errors import UserError
 
