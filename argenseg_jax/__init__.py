@@ -1,9 +1,10 @@
 """ARGenSeg in JAX: image segmentation as image generation by a multimodal LLM.
 
-  import argenseg_jax
-  predictor = argenseg_jax.load("nano")
-  result = predictor.segment("photo.jpg", "Segment the red car.")  # .masks .scores .text .scales
+import argenseg_jax
+predictor = argenseg_jax.load("nano")
+result = predictor.segment("photo.jpg", "Segment the red car.")  # .masks .scores .text .scales
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,5 @@
 """Config files: Python files with get_config(), read so that a fault in one is a line with its place."""
+
 from __future__ import annotations
 
 import contextlib
@@ -54,8 +55,9 @@ def get_config(spec: str) -> tuple[ModuleType, ConfigDict]:
     module = load_module(path)
     config = call(module, "get_config", *([arg] if colon else []))
     if not isinstance(config, ConfigDict):
-        raise UserError(f"{path}: get_config() returns {type(config).__name__}; a ConfigDict such as "
-                        "common.base() is expected")
+        raise UserError(
+            f"{path}: get_config() returns {type(config).__name__}; a ConfigDict such as common.base() is expected"
+        )
     with _located(path):  # values that cannot be copied
         config = ConfigDict(config) if isinstance(config, FrozenConfigDict) else copy.deepcopy(config)
     try:
@@ -89,8 +91,9 @@ def _located(path: str) -> Iterator[None]:
         with contextlib.suppress(Exception):  # __str__ of the user's own exception
             text = brief(text)
         text = text if isinstance(text, str) else ""
-        raise UserError(f"{path}{f':{line}' if line else ''}: {type(error).__name__}"
-                        f"{f': {text}' if text else ''}") from error
+        raise UserError(
+            f"{path}{f':{line}' if line else ''}: {type(error).__name__}{f': {text}' if text else ''}"
+        ) from error
 
 
 def _line(error: BaseException, path: str) -> int | None:

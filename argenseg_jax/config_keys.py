@@ -11,6 +11,7 @@ table:
   flattened(settings)              {'optim.lr': value}, checked, of what a sweep or a script sets
   plain(value)                     numpy numbers and arrays -> those of Python
 """
+
 from __future__ import annotations
 
 import ast
@@ -26,8 +27,21 @@ import numpy as np
 from argenseg_jax.errors import UserError, brief
 
 STEPS = 10**9  # two phases of so many steps still count in int32
-METRICS = ("referring", "grefcoco", "semantic", "boxes", "instances", "interactive", "anomaly", "fidelity",
-           "pope", "vqav2", "textvqa", "mmmu", "exact")  # of eval/metrics/registry.py
+METRICS = (
+    "referring",
+    "grefcoco",
+    "semantic",
+    "boxes",
+    "instances",
+    "interactive",
+    "anomaly",
+    "fidelity",
+    "pope",
+    "vqav2",
+    "textvqa",
+    "mmmu",
+    "exact",
+)  # of eval/metrics/registry.py
 PROMPTS = ("referring", "semantic", "reasoning")  # of data/sources/psalm.py
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
@@ -119,8 +133,10 @@ def whole(low: int, high: int, zero: str = "", rest: bool = False) -> Key:
 
 def real(low: float, high: float, zero: str = "", above: bool = False, below: bool = False) -> Key:
     """A finite number of [low, high], without the limits where `above` or `below` says so."""
-    rule = (f"a number {'above' if above else 'from'} {low:g} {f'(= {zero}) ' if zero else ''}"
-            f"{'and below' if below else 'to'} {high:g}")
+    rule = (
+        f"a number {'above' if above else 'from'} {low:g} {f'(= {zero}) ' if zero else ''}"
+        f"{'and below' if below else 'to'} {high:g}"
+    )
     inside = lambda v: (low < v if above else low <= v) and (v < high if below else v <= high)
     return Key(rule, float, lambda v: (_is_int(v) or (isinstance(v, float) and math.isfinite(v))) and inside(v))
 
@@ -142,8 +158,11 @@ def match(pattern: str, rule: str) -> Key:
 
 def several(good: Callable[[Any], bool], rule: str, least: int = 0) -> Key:
     """A tuple or list of values that are `good`."""
-    return Key(f"a tuple of {rule}", _read_tuple, lambda v: isinstance(v, (tuple, list))
-               and least <= len(v) and all(map(good, v)))
+    return Key(
+        f"a tuple of {rule}",
+        _read_tuple,
+        lambda v: isinstance(v, (tuple, list)) and least <= len(v) and all(map(good, v)),
+    )
 
 
 def regexes() -> Key:
@@ -164,14 +183,15 @@ def wholes(low: int, high: int) -> Key:
 def window() -> Key:
     """Two finite numbers in rising order, or ()."""
     number = real(-1e30, 1e30).good
-    return Key("() or (low, high) with low below high, such as (0, 4095)", _read_tuple,
-               lambda v: isinstance(v, (tuple, list)) and (
-                   not v or (len(v) == 2 and all(map(number, v)) and v[0] < v[1])))
+    return Key(
+        "() or (low, high) with low below high, such as (0, 4095)",
+        _read_tuple,
+        lambda v: isinstance(v, (tuple, list)) and (not v or (len(v) == 2 and all(map(number, v)) and v[0] < v[1])),
+    )
 
 
 def _is_group(value: Any) -> bool:
-    return (isinstance(value, (tuple, list)) and len(value) == 2 and _is_regex(value[0])
-            and real(0, 1e6).good(value[1]))
+    return isinstance(value, (tuple, list)) and len(value) == 2 and _is_regex(value[0]) and real(0, 1e6).good(value[1])
 
 
 # ---------------------------------------------------------------------------------- the table
@@ -180,14 +200,21 @@ def _is_group(value: Any) -> bool:
 def _optimizer() -> dict[str, Key]:
     return {
         "name": choice("adamw", "adafactor", "muon"),
-        "lr": real(0, 1e3), "adam_lr": real(0, 1e3, "lr"),
+        "lr": real(0, 1e3),
+        "adam_lr": real(0, 1e3, "lr"),
         "schedule": choice("cosine", "constant", "wsd"),
-        "warmup": real(0, STEPS), "decay": real(0, STEPS), "final": real(0, 1),
-        "b1": real(0, 1, below=True), "b2": real(0, 1, below=True), "eps": real(0, 1, above=True),
-        "momentum": real(0, 1, below=True), "matrices": regexes(),
-        "weight_decay": real(0, 1e3), "clip": real(0, 1e9, "no clipping"), "freeze": regexes(),
-        "groups": several(_is_group, "(regular expression, multiplier >= 0) pairs, such as (('.*', 1.0),)",
-                          least=1),
+        "warmup": real(0, STEPS),
+        "decay": real(0, STEPS),
+        "final": real(0, 1),
+        "b1": real(0, 1, below=True),
+        "b2": real(0, 1, below=True),
+        "eps": real(0, 1, above=True),
+        "momentum": real(0, 1, below=True),
+        "matrices": regexes(),
+        "weight_decay": real(0, 1e3),
+        "clip": real(0, 1e9, "no clipping"),
+        "freeze": regexes(),
+        "groups": several(_is_group, "(regular expression, multiplier >= 0) pairs, such as (('.*', 1.0),)", least=1),
         "ema": real(0, 1, "none", below=True),
     }
 
@@ -198,25 +225,67 @@ def _named(prefix: str, keys: Mapping[str, Key]) -> dict[str, Key]:
 
 MODEL: dict[str, Key] = {  # fields of models/*.py that a config sets
     "variant": text(),
-    "image_size": whole(1, 8192), "block_causal": flag(), "unroll": flag(),
-    "dtype": choice(*DTYPES), "remat": choice(*REMAT),
-    **_named("vision", {
-        "image_size": whole(1, 8192), "patch": whole(1, 1024), "width": whole(1, 65536),
-        "depth": whole(1, 1024), "heads": whole(1, 1024), "mlp": whole(1, 2**20),
-        "norm": choice("layer_norm", "rms_norm"), "eps": real(0, 1, above=True), "qk_norm": flag(),
-        "qkv_bias": flag(), "ls_init": real(-1e3, 1e3), "drop_path": real(0, 1, below=True)}),
+    "image_size": whole(1, 8192),
+    "block_causal": flag(),
+    "unroll": flag(),
+    "dtype": choice(*DTYPES),
+    "remat": choice(*REMAT),
+    **_named(
+        "vision",
+        {
+            "image_size": whole(1, 8192),
+            "patch": whole(1, 1024),
+            "width": whole(1, 65536),
+            "depth": whole(1, 1024),
+            "heads": whole(1, 1024),
+            "mlp": whole(1, 2**20),
+            "norm": choice("layer_norm", "rms_norm"),
+            "eps": real(0, 1, above=True),
+            "qk_norm": flag(),
+            "qkv_bias": flag(),
+            "ls_init": real(-1e3, 1e3),
+            "drop_path": real(0, 1, below=True),
+        },
+    ),
     **_named("connector", {"ratio": real(0, 1, above=True), "version": choice("v1", "v2")}),
-    **_named("llm", {
-        "width": whole(1, 65536), "depth": whole(1, 1024), "heads": whole(1, 1024),
-        "kv_heads": whole(1, 1024), "head_dim": whole(2, 1024), "mlp": whole(1, 2**20),
-        "eps": real(0, 1, above=True), "rope_theta": real(1, 1e12, above=True),
-        "ntk_factor": real(1, 1e4), "max_positions": whole(1, 2**24), "qkv_bias": flag(),
-        "tied": flag(), "qk_norm": flag(), "rope_2d": flag()}),
-    **_named("vqvae", {
-        "ch": whole(1, 16384), "ch_mult": wholes(1, 64), "num_res_blocks": whole(0, 64),
-        "z_channels": whole(1, 16384), "codebook_size": whole(2, 2**20), "patch_nums": wholes(1, 512),
-        "num_phi": whole(1, 512), "phi_ratio": real(-1, 1), "beta": real(0, 1e6), "using_sa": flag(),
-        "using_mid_sa": flag(), "patch_size": whole(1, 512), "local": flag(), "dead_zone": real(0, 1e6)}),
+    **_named(
+        "llm",
+        {
+            "width": whole(1, 65536),
+            "depth": whole(1, 1024),
+            "heads": whole(1, 1024),
+            "kv_heads": whole(1, 1024),
+            "head_dim": whole(2, 1024),
+            "mlp": whole(1, 2**20),
+            "eps": real(0, 1, above=True),
+            "rope_theta": real(1, 1e12, above=True),
+            "ntk_factor": real(1, 1e4),
+            "max_positions": whole(1, 2**24),
+            "qkv_bias": flag(),
+            "tied": flag(),
+            "qk_norm": flag(),
+            "rope_2d": flag(),
+        },
+    ),
+    **_named(
+        "vqvae",
+        {
+            "ch": whole(1, 16384),
+            "ch_mult": wholes(1, 64),
+            "num_res_blocks": whole(0, 64),
+            "z_channels": whole(1, 16384),
+            "codebook_size": whole(2, 2**20),
+            "patch_nums": wholes(1, 512),
+            "num_phi": whole(1, 512),
+            "phi_ratio": real(-1, 1),
+            "beta": real(0, 1e6),
+            "using_sa": flag(),
+            "using_mid_sa": flag(),
+            "patch_size": whole(1, 512),
+            "local": flag(),
+            "dead_zone": real(0, 1e6),
+        },
+    ),
     **_named("vocab", {"base": whole(1, 2**24), "eos": whole(0, 2**24), "pad": whole(0, 2**24)}),
 }
 KEYS: dict[str, Key] = {
@@ -226,35 +295,72 @@ KEYS: dict[str, Key] = {
     "vqvae.steps": whole(0, STEPS, "take it from init_from"),
     "vqvae.batch": whole(1, 2**20),
     **_named("vqvae", _optimizer()),
-    **_named("data", {
-        "sources": texts(), "max_tokens": whole(1, 2**20), "max_labels": whole(0, 2**20, "max_tokens"),
-        "image_last": flag(), "system": text(none="the official message"),
-        "workers": whole(0, 1024, "the training process"), "threads": whole(0, 1024), "root": text(),
-        "pack": whole(0, 65536, "one sample a row"), "max_tiles": whole(1, 1024),
-        "sample_tiles": whole(0, 1024, "max_tiles"), "max_masks": whole(0, 4096),
-        "pad_to_square": flag(), "window": window(), "max_pixels": whole(0, 2**31 - 1, "64 Mi"),
-        "allow_outside": flag(), "augment": flag(), "recolour": real(0, 1), "prompt_drop": real(0, 1),
-        "codes": flag(), "max_broken": real(0, 1)}),
+    **_named(
+        "data",
+        {
+            "sources": texts(),
+            "max_tokens": whole(1, 2**20),
+            "max_labels": whole(0, 2**20, "max_tokens"),
+            "image_last": flag(),
+            "system": text(none="the official message"),
+            "workers": whole(0, 1024, "the training process"),
+            "threads": whole(0, 1024),
+            "root": text(),
+            "pack": whole(0, 65536, "one sample a row"),
+            "max_tiles": whole(1, 1024),
+            "sample_tiles": whole(0, 1024, "max_tiles"),
+            "max_masks": whole(0, 4096),
+            "pad_to_square": flag(),
+            "window": window(),
+            "max_pixels": whole(0, 2**31 - 1, "64 Mi"),
+            "allow_outside": flag(),
+            "augment": flag(),
+            "recolour": real(0, 1),
+            "prompt_drop": real(0, 1),
+            "codes": flag(),
+            "max_broken": real(0, 1),
+        },
+    ),
     **_named("optim", _optimizer()),
     **_named("mesh", {axis: whole(1, 65536, rest=True) for axis in ("dcn_data", "data", "fsdp", "tensor")}),
-    **_named("train", {
-        "steps": whole(0, STEPS), "global_batch": whole(1, 2**20),
-        "microbatch": whole(0, 2**20, "global_batch"), "remat": choice(*REMAT), "dtype": choice(*DTYPES),
-        "grad_dtype": choice("", *DTYPES), "checkpoint_every": whole(1, STEPS),
-        "keep": whole(0, STEPS, "all"), "log_every": whole(1, STEPS),
-        "keep_best": match(r"|(min|max):.+", "min:NAME or max:NAME, such as min:loss, or ''"),
-        "sample_every": whole(0, STEPS, "never"), "max_skipped": whole(0, STEPS, "any number"),
-        "allow_fresh": regexes()}),
-    **_named("train.lora", {
-        "rank": whole(0, 65536, "none"), "alpha": real(0, 1e6, "rank"), "targets": regexes(),
-        "also": regexes()}),
-    **_named("train.loss", {
-        "soft_targets": real(0, 1e6), "scale_power": real(0, 100), "foreground": real(0, 1e6),
-        "text": real(0, 1e6), "corrupt": real(0, 1), "chunk": whole(0, 2**20, "all"),
-        "scale_accuracy": flag()}),
+    **_named(
+        "train",
+        {
+            "steps": whole(0, STEPS),
+            "global_batch": whole(1, 2**20),
+            "microbatch": whole(0, 2**20, "global_batch"),
+            "remat": choice(*REMAT),
+            "dtype": choice(*DTYPES),
+            "grad_dtype": choice("", *DTYPES),
+            "checkpoint_every": whole(1, STEPS),
+            "keep": whole(0, STEPS, "all"),
+            "log_every": whole(1, STEPS),
+            "keep_best": match(r"|(min|max):.+", "min:NAME or max:NAME, such as min:loss, or ''"),
+            "sample_every": whole(0, STEPS, "never"),
+            "max_skipped": whole(0, STEPS, "any number"),
+            "allow_fresh": regexes(),
+        },
+    ),
+    **_named(
+        "train.lora",
+        {"rank": whole(0, 65536, "none"), "alpha": real(0, 1e6, "rank"), "targets": regexes(), "also": regexes()},
+    ),
+    **_named(
+        "train.loss",
+        {
+            "soft_targets": real(0, 1e6),
+            "scale_power": real(0, 100),
+            "foreground": real(0, 1e6),
+            "text": real(0, 1e6),
+            "corrupt": real(0, 1),
+            "chunk": whole(0, 2**20, "all"),
+            "scale_accuracy": flag(),
+        },
+    ),
     "decode.max_text_tokens": whole(1, 65536),
-    "eval.prompt": match(rf"{'|'.join(PROMPTS)}|.*{{sents?}}.*",
-                         f"one of {', '.join(PROMPTS)}, or a text with {{sent}}"),
+    "eval.prompt": match(
+        rf"{'|'.join(PROMPTS)}|.*{{sents?}}.*", f"one of {', '.join(PROMPTS)}, or a text with {{sent}}"
+    ),
     "eval.data": texts(),
     "eval.metric": choice("", *METRICS),
     "eval.masks": choice("first", "union"),
@@ -262,8 +368,10 @@ KEYS: dict[str, Key] = {
 SECTIONS = {key.rpartition(".")[0] for key in KEYS} - {""} | {"model"}  # 'train', 'train.lora', ...
 # What every user of a saved config.json reads; the rest tells how the run was trained, or is checked by
 # `evaluate` alone.
-_READ_BACK = re.compile(r"(model|decode|train\.lora)(\.|$)|train\.dtype$|(train|data|eval)$|data\.(sources|root|"
-                        r"system|image_last|max_tiles|sample_tiles|pad_to_square|window|max_pixels)$")
+_READ_BACK = re.compile(
+    r"(model|decode|train\.lora)(\.|$)|train\.dtype$|(train|data|eval)$|data\.(sources|root|"
+    r"system|image_last|max_tiles|sample_tiles|pad_to_square|window|max_pixels)$"
+)
 
 
 # ---------------------------------------------------------------------------------- checks
@@ -356,10 +464,14 @@ def unknown(key: str) -> str:
     """What to say of a key that is not in the table, with the nearest that is."""
     section, _, name = key[:200].rpartition(".")
     beside = {k.rpartition(".")[2]: k for k in (*KEYS, *SECTIONS) if k.rpartition(".")[0] == section}
-    near = (difflib.get_close_matches(name, beside, 1)
-            or [k for k in KEYS if k.rpartition(".")[2] == name] or difflib.get_close_matches(key[:200], KEYS, 1))
+    near = (
+        difflib.get_close_matches(name, beside, 1)
+        or [k for k in KEYS if k.rpartition(".")[2] == name]
+        or difflib.get_close_matches(key[:200], KEYS, 1)
+    )
     return f"no such config key: {brief(key, 100)}" + (
-        f"; did you mean {beside.get(near[0], near[0])}?" if near else "")
+        f"; did you mean {beside.get(near[0], near[0])}?" if near else ""
+    )
 
 
 def shown(value: Any) -> str:

@@ -1,4 +1,5 @@
 """One job in several processes: what each of them knows, brought together."""
+
 from __future__ import annotations
 
 import json
@@ -20,7 +21,7 @@ def gather(value: Any) -> list[Any]:
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(data.size))
     padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[:data.size] = data
+    padded[: data.size] = data
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes)]
 
@@ -28,6 +29,7 @@ def gather(value: Any) -> list[Any]:
 def fetch(tree: Any) -> Any:
     """The tree with whole numpy arrays for jax arrays, also for those whose shards other processes hold; all
     must call it together."""
+
     def whole(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
             return multihost_utils.process_allgather(leaf, tiled=True)

@@ -1,4 +1,5 @@
 """Errors that a user can mend: one line on the command line, exit code 2; and how faults become such lines."""
+
 from __future__ import annotations
 
 import contextlib
@@ -24,7 +25,7 @@ class UserError(Exception):
         if not text.isprintable():
             text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
         if len(text) > _LONGEST:
-            text = f"{text[:_LONGEST // 2]} ... {text[-_LONGEST // 2:]}"
+            text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
         super().__init__(text)
 
 
@@ -37,15 +38,19 @@ def brief(error: object, limit: int = 200) -> str:
 
     The same fault has the same text in every run, so that faults can be counted by it.
     """
-    text = re.sub(r"<(\S+)[^<>]* at 0x[0-9a-f]+>", r"<\1>", str(error)[:100 * limit])
+    text = re.sub(r"<(\S+)[^<>]* at 0x[0-9a-f]+>", r"<\1>", str(error)[: 100 * limit])
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     text = text.encode("utf-8", "replace").decode()  # half an emoji cannot be printed
-    return text if len(text) <= limit else f"{text[:limit - 3]}..."
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 @contextlib.contextmanager
-def located(where: str, what: str = "sample", error: type[UserError] = SampleError,
-            faults: type[Exception] | tuple[type[Exception], ...] = DATA_FAULTS) -> Iterator[None]:
+def located(
+    where: str,
+    what: str = "sample",
+    error: type[UserError] = SampleError,
+    faults: type[Exception] | tuple[type[Exception], ...] = DATA_FAULTS,
+) -> Iterator[None]:
     """Names the place of a fault: a UserError gets `where` in front, `faults` become one.
 
     Args:

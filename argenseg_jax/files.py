@@ -1,4 +1,5 @@
 """Files, local or gs://: a gate for reading what strangers wrote, and writing whole files or none."""
+
 from __future__ import annotations
 
 import codecs
@@ -26,8 +27,13 @@ MAX_JSON = 2 * 2**30  # instances_train2017.json has 0.45 GB
 MAX_LINE = 64 * 2**20  # characters of one line of a file that is read line by line
 MAX_DEPTH = 64  # of nested lists and objects in JSON
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
-         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-16's begins as UTF-32's
+_BOMS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}  # UTF-16's begins as UTF-32's
 _LARGE_NUMBER = re.compile(rb"\d{19}|[eE]\+?\d{3}")  # may be outside of 64 bits or of a float
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NESTING = np.zeros(256, np.int8)
@@ -84,8 +90,9 @@ def join(root: epath.PathLike, path: epath.PathLike, error: type[UserError] = Us
     return place
 
 
-def inside(root: epath.PathLike, path: epath.PathLike, allow_outside: bool = False,
-           error: type[UserError] = UserError) -> epath.Path:
+def inside(
+    root: epath.PathLike, path: epath.PathLike, allow_outside: bool = False, error: type[UserError] = UserError
+) -> epath.Path:
     """As `join`, for a path that a data file names: `error` where a relative one leads out of `root`.
 
     Both by `..` and by a symbolic link. Absolute paths and `://` say plainly where they lead.
@@ -107,8 +114,9 @@ def inside(root: epath.PathLike, path: epath.PathLike, allow_outside: bool = Fal
         if not f"{real}/".startswith(f"{base.rstrip('/')}/"):
             way = f"a symbolic link to {real}"
     if way:
-        raise error(f"{path}: leads out of {root} ({way}); data.allow_outside=true (--allow_outside) reads it "
-                    "nevertheless")
+        raise error(
+            f"{path}: leads out of {root} ({way}); data.allow_outside=true (--allow_outside) reads it nevertheless"
+        )
     return whole
 
 
@@ -118,7 +126,7 @@ def _real(folder: str) -> str:
 
 
 def kind_of(path: epath.PathLike, error: type[UserError] = UserError) -> str:
-    """"file", "folder", or "" where there is neither; `error` where that cannot be known."""
+    """ "file", "folder", or "" where there is neither; `error` where that cannot be known."""
     path = to_path(path, error)
     with _reading(path, error):
         return "folder" if path.is_dir() else "file" if path.exists() else ""
@@ -134,8 +142,7 @@ def listed(folder: epath.PathLike, error: type[UserError] = UserError) -> list[e
 # ---------------------------------------------------------------------------------- reading
 
 
-def read_bytes(path: epath.PathLike, limit: int = MAX_BYTES,
-               error: type[UserError] = UserError) -> bytes:
+def read_bytes(path: epath.PathLike, limit: int = MAX_BYTES, error: type[UserError] = UserError) -> bytes:
     """The whole content of a regular file of at most `limit` bytes; else one line as `error`.
 
     Devices, pipes and sockets are refused: they may never end.
@@ -166,8 +173,7 @@ def _reading(path: epath.Path, error: type[UserError]) -> Iterator[None]:
         raise error(f"{path}: cannot be read ({type(fault).__name__}: {brief(fault)})") from None
 
 
-def check_regular(path: epath.PathLike, limit: int | None = None,
-                  error: type[UserError] = UserError) -> int:
+def check_regular(path: epath.PathLike, limit: int | None = None, error: type[UserError] = UserError) -> int:
     """The size in bytes of a regular file; `error` where it is another kind of file or over `limit`."""
     path = epath.Path(path)
     if is_remote(path):
@@ -175,8 +181,9 @@ def check_regular(path: epath.PathLike, limit: int | None = None,
     else:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            kind = "Is a directory" if stat.S_ISDIR(status.st_mode) else (
-                "a device, pipe or socket, not a regular file")
+            kind = (
+                "Is a directory" if stat.S_ISDIR(status.st_mode) else ("a device, pipe or socket, not a regular file")
+            )
             raise error(f"{path}: cannot be read ({kind})")
         size = status.st_size
     if limit is not None and size > limit:
@@ -206,8 +213,9 @@ def decode_text(content: bytes, where: str, error: type[UserError] = UserError) 
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as fault:
-        raise error(f"{where}: byte {fault.start} is no {encoding.removesuffix('-sig').upper()} "
-                    "text; save the file as UTF-8") from None
+        raise error(
+            f"{where}: byte {fault.start} is no {encoding.removesuffix('-sig').upper()} text; save the file as UTF-8"
+        ) from None
 
 
 def read_lines(path: epath.PathLike, error: type[UserError] = UserError) -> Iterator[tuple[int, str]]:
@@ -235,18 +243,20 @@ def read_lines(path: epath.PathLike, error: type[UserError] = UserError) -> Iter
                     if text.strip():
                         yield number, text
             except UnicodeError:
-                raise error(f"{path}:{number if plain else number + 1}: no "
-                            f"{encoding.removesuffix('-sig').upper()} text; save the file as UTF-8") from None
+                raise error(
+                    f"{path}:{number if plain else number + 1}: no "
+                    f"{encoding.removesuffix('-sig').upper()} text; save the file as UTF-8"
+                ) from None
 
 
-def read_json(path: epath.PathLike, limit: int = MAX_JSON, error: type[UserError] = UserError,
-              **options: bool) -> Any:
+def read_json(path: epath.PathLike, limit: int = MAX_JSON, error: type[UserError] = UserError, **options: bool) -> Any:
     """The parsed file; `error` if it is not there or `parse_json` refuses it."""
     return parse_json(read_bytes(path, limit, error), str(path), error, **options)
 
 
-def parse_json(content: bytes | str, where: str, error: type[UserError] = UserError, *,
-               unique: bool = False, large: bool = False) -> Any:
+def parse_json(
+    content: bytes | str, where: str, error: type[UserError] = UserError, *, unique: bool = False, large: bool = False
+) -> Any:
     """Parsed JSON of any Unicode encoding; `error` names `where`.
 
     Refused is what no data needs and later code stumbles over: NaN and Infinity, whole numbers
@@ -256,8 +266,11 @@ def parse_json(content: bytes | str, where: str, error: type[UserError] = UserEr
     text = decode_text(content, where, error) if isinstance(content, bytes) else content.lstrip("\ufeff")
     one_byte = isinstance(content, bytes) and b"\0" not in content[:4]  # otherwise UTF-16 or UTF-32
     raw = content if one_byte else text.encode("utf-8", "surrogatepass")
-    hooks = {"parse_int": _long_number if large else _whole_number,
-             "parse_float": _finite_number} if _LARGE_NUMBER.search(raw) else {}
+    hooks = (
+        {"parse_int": _long_number if large else _whole_number, "parse_float": _finite_number}
+        if _LARGE_NUMBER.search(raw)
+        else {}
+    )
     if unique:
         hooks["object_pairs_hook"] = _unique
     try:
@@ -274,8 +287,9 @@ def _depth(content: bytes, block: int = 1 << 20) -> int:
         return 0
     depth = deepest = 0
     for start in range(0, len(content), block):
-        levels = np.cumsum(_NESTING[np.frombuffer(content, np.uint8, min(block, len(content) - start), start)],
-                           dtype=np.int32)
+        levels = np.cumsum(
+            _NESTING[np.frombuffer(content, np.uint8, min(block, len(content) - start), start)], dtype=np.int32
+        )
         deepest = max(deepest, depth + int(levels.max()))
         depth += int(levels[-1])
     return deepest
@@ -294,7 +308,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _whole_number(text: str) -> int:
-    if len(text) > 20 or not -2**63 <= int(text) < 2**64:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
         raise ValueError(f"the whole number {text[:30]}... is beyond 64 bits")
     return int(text)
 
@@ -355,8 +369,10 @@ def write(path: epath.PathLike, content: str | bytes | Iterable[str]) -> None:
     once; the last one's file stays. Raises UserError where the file cannot be written.
     """
     path = to_path(path)
-    parts = (part.encode() if isinstance(part, str) else part
-             for part in ([content] if isinstance(content, (str, bytes)) else content))
+    parts = (
+        part.encode() if isinstance(part, str) else part
+        for part in ([content] if isinstance(content, (str, bytes)) else content)
+    )
     if is_remote(path):
         data = b"".join(parts)
         try:

@@ -1,4 +1,5 @@
 """The accelerators' limits in one table: TPU chips with their topologies, and peaks by jax device kind."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -76,10 +77,20 @@ def chips_of(shape: str) -> int:
 
 # Dense bfloat16 operations per second of one device, by a beginning of its jax device_kind (longer
 # ones first); from the makers' data sheets. Those of TPUs: CHIPS.
-PEAKS = {"TPU v4": CHIPS["v4"], "TPU v5 lite": CHIPS["v5e"], "TPU v5": CHIPS["v5p"],
-         "TPU v6": CHIPS["v6e"], "TPU7x": CHIPS["tpu7x"]}
-PEAKS = {**{kind: chip.flops / chip.devices for kind, chip in PEAKS.items()},
-         "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12}
+PEAKS = {
+    "TPU v4": CHIPS["v4"],
+    "TPU v5 lite": CHIPS["v5e"],
+    "TPU v5": CHIPS["v5p"],
+    "TPU v6": CHIPS["v6e"],
+    "TPU7x": CHIPS["tpu7x"],
+}
+PEAKS = {
+    **{kind: chip.flops / chip.devices for kind, chip in PEAKS.items()},
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
 
 
 def peak(device_kind: str) -> float | None:

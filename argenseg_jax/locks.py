@@ -5,6 +5,7 @@ has not renewed the heartbeat for STALE_SECONDS: a process that finds another ma
 long. On a disk the file is changed under `flock`, so that of several processes one gets the lock. A bucket
 has nothing like it: there the last of those that write at once has the lock, and everyone looks again.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -56,8 +57,9 @@ class Holder:
         """None where it is no lock: half-written, empty, or another file."""
         try:
             row = json.loads(content)
-            process = processes.Process(*(kind(row[key]) for key, kind in (
-                ("pid", int), ("host", str), ("machine", str), ("started", int))))
+            process = processes.Process(
+                *(kind(row[key]) for key, kind in (("pid", int), ("host", str), ("machine", str), ("started", int)))
+            )
             heartbeat = float(row["heartbeat"])
             if process.pid < 1:
                 return None
@@ -122,8 +124,10 @@ class Lock:
         if holder.process.machine != processes.this_machine():
             if self._first is None:
                 self._first = now, holder
-                self._say(f"{self._what} is in use by {_named(holder)}; waiting up to {STALE_SECONDS:.0f} s "
-                          "for its heartbeat to stop")
+                self._say(
+                    f"{self._what} is in use by {_named(holder)}; waiting up to {STALE_SECONDS:.0f} s "
+                    "for its heartbeat to stop"
+                )
             if now - self._first[0] < STALE_SECONDS:
                 return False
         raise UserError(f"{self._what} is in use by {_named(holder)}; wait for its end, or use another folder")
@@ -131,8 +135,10 @@ class Lock:
     def check(self) -> None:
         """UserError if another process has taken the lock meanwhile: this one must not write any more."""
         if self._taker is not None:
-            raise UserError(f"{self._what} was taken over by {_named(self._taker)} because the heartbeat of "
-                            "this process had stopped (was it suspended?); this one ends, and writes nothing")
+            raise UserError(
+                f"{self._what} was taken over by {_named(self._taker)} because the heartbeat of "
+                "this process had stopped (was it suspended?); this one ends, and writes nothing"
+            )
 
     def release(self) -> None:
         """Removes the file, and the folders made for it that have stayed empty."""

@@ -1,5 +1,6 @@
 """Processes of this machine: how one is told from another, whether it is alive, and children that end with
 their parent."""
+
 from __future__ import annotations
 
 import contextlib

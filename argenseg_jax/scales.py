@@ -3,6 +3,7 @@
 K scales, scale k has pn_k x pn_k codes in row-major order; N = sum of pn_k^2 codes in all.
 256 px masks use 10 scales and 680 codes, 512 px masks 10 scales and 2240 codes (VAR, var.py).
 """
+
 from __future__ import annotations
 
 import dataclasses

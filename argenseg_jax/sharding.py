@@ -3,6 +3,7 @@
 Axes of the mesh: dcn_data (slices), data (replicas), fsdp (shards of every weight, data-parallel
 too), tensor (heads, MLP width, vocabulary). Rows of a batch are split over the first three.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -39,8 +40,10 @@ class Rule:
 
 def _adapters(part: str) -> tuple[Rule, Rule]:
     """Of models/lora.py: the side of the kernel's inputs, and that of its outputs."""
-    return (Rule(part, r".*/lora_a", ("fsdp", None), optional=True),
-            Rule(part, r".*/lora_b", (None, "fsdp"), optional=True))
+    return (
+        Rule(part, r".*/lora_a", ("fsdp", None), optional=True),
+        Rule(part, r".*/lora_b", (None, "fsdp"), optional=True),
+    )
 
 
 PARAM_RULES = (
@@ -92,8 +95,10 @@ def make_mesh(cfg: Mapping[str, int], devices: Sequence[jax.Device] | None = Non
         raise UserError(f"{said}: sizes are positive, and at most one of them is -1 (the rest)")
     fixed = math.prod(s for s in sizes if s > 0)
     if len(devices) % fixed or (-1 not in sizes and len(devices) != fixed):
-        raise UserError(f"{said} makes {fixed} devices, but there are {len(devices)}; the sizes "
-                        "must multiply to that number (-1 takes the rest)")
+        raise UserError(
+            f"{said} makes {fixed} devices, but there are {len(devices)}; the sizes "
+            "must multiply to that number (-1 takes the rest)"
+        )
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
     if sizes[0] > 1 and hasattr(devices[0], "slice_index"):
         grid = mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (sizes[0], 1, 1, 1), devices)
@@ -131,8 +136,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = [a if a and size % math.prod(mesh.shape[n] for n in a) == 0 else None
-            for a, size in zip(axes, x.shape)]
+    spec = [a if a and size % math.prod(mesh.shape[n] for n in a) == 0 else None for a, size in zip(axes, x.shape)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
@@ -150,13 +154,16 @@ def by_rows(run: Callable[..., Any], rows: Sequence[jax.Array], weights: jax.Arr
     def local(*args: jax.Array) -> Any:
         return run(*args[:-1], jax.lax.all_gather(args[-1], "fsdp", axis=0, tiled=True))
 
-    return jax.shard_map(local, axis_names=set(BATCH_AXES), check_vma=False,
-                         in_specs=(*(PartitionSpec(BATCH_AXES),) * len(rows), PartitionSpec("fsdp")),
-                         out_specs=PartitionSpec(BATCH_AXES))(*rows, weights)
+    return jax.shard_map(
+        local,
+        axis_names=set(BATCH_AXES),
+        check_vma=False,
+        in_specs=(*(PartitionSpec(BATCH_AXES),) * len(rows), PartitionSpec("fsdp")),
+        out_specs=PartitionSpec(BATCH_AXES),
+    )(*rows, weights)
 
 
-def param_specs(shapes: Mapping[str, Any], rules: Sequence[Rule] = PARAM_RULES
-                ) -> dict[str, PartitionSpec]:
+def param_specs(shapes: Mapping[str, Any], rules: Sequence[Rule] = PARAM_RULES) -> dict[str, PartitionSpec]:
     """{'a/b/c': spec} for a parameter tree (of anything with .shape).
 
     Raises ValueError where a parameter is not covered by exactly one rule, where the ranks differ,
@@ -169,8 +176,10 @@ def param_specs(shapes: Mapping[str, Any], rules: Sequence[Rule] = PARAM_RULES
         name = re.sub(r"^layers_\d+/", "layers/", name)  # split for decoding
         hits = [r for r in rules if r.part == part and re.fullmatch(r.pattern, name)]
         if len(hits) != 1:
-            raise ValueError(f"parameter '{path}' {tuple(leaf.shape)} is covered by {len(hits)} "
-                             f"sharding rules, not by one: {[r.pattern for r in hits]}")
+            raise ValueError(
+                f"parameter '{path}' {tuple(leaf.shape)} is covered by {len(hits)} "
+                f"sharding rules, not by one: {[r.pattern for r in hits]}"
+            )
         used.add(hits[0])
         stack = (None,) if path.startswith(f"{part}/layers/") else ()
         spec = (*stack, *hits[0].spec) if hits[0].spec else ()
@@ -184,15 +193,17 @@ def param_specs(shapes: Mapping[str, Any], rules: Sequence[Rule] = PARAM_RULES
     return specs
 
 
-def shardings(shapes: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule] = PARAM_RULES
-              ) -> dict[str, Any]:
+def shardings(shapes: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule] = PARAM_RULES) -> dict[str, Any]:
     """Tree of NamedSharding for a parameter tree; UserError where an axis does not divide."""
+
     def place(path: str, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
         for dim, axis in enumerate(spec):
             if axis is not None and shape[dim] % mesh.shape[axis]:
                 fits = [d for d in range(1, len(mesh.devices.flat) + 1) if shape[dim] % d == 0]
-                raise UserError(f"mesh.{axis}={mesh.shape[axis]} does not divide dimension {dim} "
-                                f"of {path} {tuple(shape)}; these sizes would: {fits}")
+                raise UserError(
+                    f"mesh.{axis}={mesh.shape[axis]} does not divide dimension {dim} "
+                    f"of {path} {tuple(shape)}; these sizes would: {fits}"
+                )
         return NamedSharding(mesh, spec)
 
     specs = param_specs(shapes, rules)
@@ -213,8 +224,10 @@ def check_rows(rows: int, mesh: Mesh, key: str) -> None:
     """UserError unless `rows`, the value of config key `key`, splits evenly over the mesh."""
     ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
     if rows % ways:
-        raise UserError(f"{key}={rows} is not a multiple of the {ways} data-parallel shards "
-                        f"({' x '.join('mesh.' + a for a in BATCH_AXES)})")
+        raise UserError(
+            f"{key}={rows} is not a multiple of the {ways} data-parallel shards "
+            f"({' x '.join('mesh.' + a for a in BATCH_AXES)})"
+        )
 
 
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
@@ -229,5 +242,4 @@ def local_rows(mesh: Mesh, rows: int) -> list[int]:
 def global_batch(mesh: Mesh, host_batch: Any) -> Any:
     """The rows of `local_rows` (a tree of numpy arrays) -> the global batch on the devices."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), host_batch)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), host_batch)

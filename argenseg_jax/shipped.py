@@ -1,4 +1,5 @@
 """Where the configs and launchers are: beside the package in a clone, within it in an installed wheel."""
+
 from __future__ import annotations
 
 import pathlib

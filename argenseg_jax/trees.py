@@ -1,4 +1,5 @@
 """Nested dicts seen as flat 'a/b/c' names: flatten, select by path regex, merge without surprises."""
+
 from __future__ import annotations
 
 import re
@@ -45,8 +46,10 @@ def match(patterns: Iterable[str], name: str) -> bool:
 def split(tree: Mapping[str, Any], select: Callable[[str], bool]) -> tuple[dict, dict]:
     """(leaves whose name is selected, the others), both as nested dicts."""
     flat = flatten(tree)
-    return (unflatten({n: v for n, v in flat.items() if select(n)}),
-            unflatten({n: v for n, v in flat.items() if not select(n)}))
+    return (
+        unflatten({n: v for n, v in flat.items() if select(n)}),
+        unflatten({n: v for n, v in flat.items() if not select(n)}),
+    )
 
 
 def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,8 +76,13 @@ def check_same(have: Mapping[str, Any], want: Mapping[str, Any], what: str) -> N
     """Raises one UserError that lists every missing, unknown or misshapen leaf of `have`."""
     a, b = flatten(have), flatten(want)
     faults = [f"missing {n}" for n in b if n not in a] + [f"unknown {n}" for n in a if n not in b]
-    faults += [f"{n} has shape {tuple(a[n].shape)}, not {tuple(b[n].shape)}"
-               for n in a if n in b and tuple(a[n].shape) != tuple(b[n].shape)]
+    faults += [
+        f"{n} has shape {tuple(a[n].shape)}, not {tuple(b[n].shape)}"
+        for n in a
+        if n in b and tuple(a[n].shape) != tuple(b[n].shape)
+    ]
     if faults:
-        raise UserError(f"{what} does not fit the model: {'; '.join(faults[:12])}"
-                        + (f"; and {len(faults) - 12} more" if len(faults) > 12 else ""))
+        raise UserError(
+            f"{what} does not fit the model: {'; '.join(faults[:12])}"
+            + (f"; and {len(faults) - 12} more" if len(faults) > 12 else "")
+        )

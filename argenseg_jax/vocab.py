@@ -3,6 +3,7 @@
 The official order is `<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box> <mask>
 <ge_start> <ge_end> <MASK_CONTEXT>`, followed by `<visual token 000000>` ... (4096 of them).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -10,8 +11,21 @@ import dataclasses
 IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 MASK, GE_START, GE_END, MASK_CONTEXT = "<mask>", "<ge_start>", "<ge_end>", "<MASK_CONTEXT>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-SPECIAL_TOKENS = (IMG_START, IMG_END, IMG_CONTEXT, "<quad>", "</quad>", "<ref>", "</ref>", "<box>",
-                  "</box>", MASK, GE_START, GE_END, MASK_CONTEXT)
+SPECIAL_TOKENS = (
+    IMG_START,
+    IMG_END,
+    IMG_CONTEXT,
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+    MASK,
+    GE_START,
+    GE_END,
+    MASK_CONTEXT,
+)
 IGNORE = -100  # label of a place that is no target
 PAD_MULTIPLE = 256  # the vocabulary in memory; divisible by any tensor-parallel degree in use
 

@@ -7,6 +7,7 @@ Writes a sharded folder of random bits under the official key names (--dtype, bf
 three copies on disk (3 x 16 GB for 8b), which are removed at the end; --scale takes that share of
 the layers. Prints one JSON line; exit code 1 when a bit differs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -45,16 +46,17 @@ def scaled(variant: str, scale: float) -> dict[str, Any]:
 def write(folder: pathlib.Path, cfg: dict[str, Any], dtype: str) -> int:
     """A folder of random bits; returns its bytes."""
     model = variants.build(cfg)
-    leaves = trees.map_named(lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype),
-                             hf_folder.param_shapes(model))
+    leaves = trees.map_named(lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), hf_folder.param_shapes(model))
     tensors = torch_convert.export(trees.flatten(leaves), vocab_size=model.vocab.size)
 
     def draw(key: str, like: tensor_files.Lazy) -> np.ndarray:
         bits = np.random.default_rng(zlib.crc32(key.encode())).bytes(like.nbytes)
         return np.frombuffer(bits, like.dtype).reshape(like.shape)
 
-    random = {key: tensor_files.Lazy(lazy.shape, lazy.dtype, functools.partial(draw, key, lazy))
-              for key, lazy in tensors.items()}
+    random = {
+        key: tensor_files.Lazy(lazy.shape, lazy.dtype, functools.partial(draw, key, lazy))
+        for key, lazy in tensors.items()
+    }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(hf_config.model_cfg_to_hf(cfg, dtype)))
     return hf_folder.write_tensors(folder, random)
@@ -63,26 +65,34 @@ def write(folder: pathlib.Path, cfg: dict[str, Any], dtype: str) -> int:
 def convert(source: pathlib.Path, target: pathlib.Path) -> dict[str, float]:
     """Runs the command; {seconds, MB/s, peak RSS in MiB} of its process."""
     start = time.monotonic()
-    command = [sys.executable, "-m", "argenseg_jax", "convert",
-               f"--from={source}", f"--to={target}"]
-    child = subprocess.Popen(command, cwd=pathlib.Path(__file__).parent.parent,
-                             stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "argenseg_jax", "convert", f"--from={source}", f"--to={target}"]
+    child = subprocess.Popen(command, cwd=pathlib.Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True)
     result = json.loads(child.stdout.read().splitlines()[-1])
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise SystemExit(f"convert ended with {status}")
     seconds = time.monotonic() - start
-    return {"seconds": round(seconds, 1), "MB_per_s": round(result["bytes"] / seconds / 1e6, 1),
-            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-            "peak_rss_MiB": round(usage.ru_maxrss / 1024)}
+    return {
+        "seconds": round(seconds, 1),
+        "MB_per_s": round(result["bytes"] / seconds / 1e6, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_rss_MiB": round(usage.ru_maxrss / 1024),
+    }
 
 
 def differing(a: pathlib.Path, b: pathlib.Path) -> list[str]:
     """Keys whose bits, shape or dtype differ; the codebook's hit counts are not carried."""
     a, b = hf_folder.open_tensors(a), hf_folder.open_tensors(b)
     keys = sorted((a.keys() | b.keys()) - {HITS})
-    return [key for key in keys if key not in a or key not in b or a[key].dtype != b[key].dtype
-            or a[key].shape != b[key].shape or a[key].tobytes() != b[key].tobytes()]
+    return [
+        key
+        for key in keys
+        if key not in a
+        or key not in b
+        or a[key].dtype != b[key].dtype
+        or a[key].shape != b[key].shape
+        or a[key].tobytes() != b[key].tobytes()
+    ]
 
 
 def main() -> int:
@@ -99,9 +109,15 @@ def main() -> int:
     there, orbax, back = (args.folder / name for name in ("torch", "orbax", "back"))
     try:
         size = write(there, cfg, args.dtype)
-        result = {"variant": args.variant, "scale": args.scale, "dtype": args.dtype, "bytes": size,
-                  "shards": len(list(there.glob("*.safetensors"))),
-                  "to_orbax": convert(there, orbax), "to_torch": convert(orbax, back)}
+        result = {
+            "variant": args.variant,
+            "scale": args.scale,
+            "dtype": args.dtype,
+            "bytes": size,
+            "shards": len(list(there.glob("*.safetensors"))),
+            "to_orbax": convert(there, orbax),
+            "to_torch": convert(orbax, back),
+        }
         different = differing(there, back)
     finally:
         shutil.rmtree(args.folder)

@@ -9,6 +9,7 @@ them alike; each figure is a median over the rounds. `overhead` is CPU time of t
 that of the same calls in a plain loop; the speeds are samples per second of wall time, with 1 and 2
 worker processes, after their start. Prints one JSON line.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -48,9 +49,18 @@ def photographs(folder: pathlib.Path, count: int = 48) -> pathlib.Path:
         picture = np.clip(blurred.astype(np.int32) + noise, 0, 255).astype(np.uint8)
         (folder / f"{k}.png").write_bytes(encode_png(picture))
         (folder / f"{k}_mask.png").write_bytes(encode_png(((blurred[..., 0] > 128) * 255).astype(np.uint8)))
-        lines.append(json.dumps({"image": f"{k}.png", "mask": f"{k}_mask.png", "conversations": [
-            {"from": "human", "value": "<image>\nSegment the bright parts of the picture."},
-            {"from": "gpt", "value": "Sure, the segmentation result: <mask>."}]}))
+        lines.append(
+            json.dumps(
+                {
+                    "image": f"{k}.png",
+                    "mask": f"{k}_mask.png",
+                    "conversations": [
+                        {"from": "human", "value": "<image>\nSegment the bright parts of the picture."},
+                        {"from": "gpt", "value": "Sure, the segmentation result: <mask>."},
+                    ],
+                }
+            )
+        )
     (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "data.jsonl"
 
@@ -70,8 +80,9 @@ class Samples(torch.utils.data.Dataset):
 
 def torch_batches(data: Samples, workers: int) -> Iterator[dict[str, torch.Tensor]]:
     """Endless shuffled batches of a DataLoader with worker processes that stay."""
-    loader = torch.utils.data.DataLoader(data, batch_size=BATCH, shuffle=True, num_workers=workers,
-                                         drop_last=True, persistent_workers=workers > 0)
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
+    )
     while True:
         yield from loader
 
@@ -105,15 +116,16 @@ def overhead(data: Samples, config: dict[str, Any], batches: int, rounds: int) -
         spent["plain"].append(taken(plain, batches)[1])
     ours.close()
     plain_cpu, pipeline_cpu = (statistics.median(spent[k]) for k in ("plain", "pipeline"))
-    return {"plain_ms": 1e3 * plain_cpu / batches / BATCH, "pipeline_ms": 1e3 * pipeline_cpu / batches / BATCH,
-            "overhead": pipeline_cpu / plain_cpu - 1}
+    return {
+        "plain_ms": 1e3 * plain_cpu / batches / BATCH,
+        "pipeline_ms": 1e3 * pipeline_cpu / batches / BATCH,
+        "overhead": pipeline_cpu / plain_cpu - 1,
+    }
 
 
-def speeds(data: Samples, config: dict[str, Any], workers: int, batches: int, rounds: int
-           ) -> dict[str, float]:
+def speeds(data: Samples, config: dict[str, Any], workers: int, batches: int, rounds: int) -> dict[str, float]:
     """Samples per second of both, in turn; what lay in a program's buffers is taken before its time."""
-    ours = train_iterator({**config, "workers": workers}, data.encoder.tokenizer, GEOMETRY, seed=0,
-                          batch_size=BATCH)
+    ours = train_iterator({**config, "workers": workers}, data.encoder.tokenizer, GEOMETRY, seed=0, batch_size=BATCH)
     programs: dict[str, Iterator[Any]] = {"argenseg": ours, "torch": torch_batches(data, workers)}
     times: dict[str, list[float]] = {name: [] for name in programs}
     for turn in range(1 + rounds):

@@ -12,6 +12,7 @@ width (as the decoder has). Measurements take turns, ours then theirs, and media
 machine is seldom idle. The floor is what the device's own speed of multiplying and of reading memory,
 measured here, allows for the FLOPs and the bytes of weights and cache. Last line: JSON. PyTorch and transformers are needed for the peer only.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -54,11 +55,24 @@ def model_config(args: argparse.Namespace) -> dict[str, Any]:
         return dict(variant=args.variant, dtype=args.dtype or "bfloat16")
     w = args.width
     return dict(
-        image_size=56, dtype=args.dtype or "float32",
-        vision=dict(image_size=56, patch=14, width=64, depth=1, heads=1, mlp=64), connector={},
-        llm=dict(width=w, depth=8, heads=w // 64, kv_heads=w // 256, head_dim=64, mlp=w * 11 // 4,
-                 eps=1e-6, rope_theta=1e6, qkv_bias=True),
-        vqvae=dict(ch=32), vocab=dict(base=8000, eos=7999))
+        image_size=56,
+        dtype=args.dtype or "float32",
+        vision=dict(image_size=56, patch=14, width=64, depth=1, heads=1, mlp=64),
+        connector={},
+        llm=dict(
+            width=w,
+            depth=8,
+            heads=w // 64,
+            kv_heads=w // 256,
+            head_dim=64,
+            mlp=w * 11 // 4,
+            eps=1e-6,
+            rope_theta=1e6,
+            qkv_bias=True,
+        ),
+        vqvae=dict(ch=32),
+        vocab=dict(base=8000, eos=7999),
+    )
 
 
 def random_params(model: ARGenSeg, dtype: jnp.dtype) -> Params:
@@ -72,7 +86,7 @@ def random_params(model: ARGenSeg, dtype: jnp.dtype) -> Params:
         fan = leaf.shape[-2] if name.endswith(("kernel",)) and len(leaf.shape) < 4 else 2500
         if "/attn/" in name and name.startswith("llm"):
             fan = model.llm.width
-        x = rng.standard_normal(leaf.shape, np.float32) * fan ** -0.5
+        x = rng.standard_normal(leaf.shape, np.float32) * fan**-0.5
         return x if name.startswith("vqvae") else x.astype(keep)  # the VQ-VAE stays in f32
 
     shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
@@ -80,7 +94,7 @@ def random_params(model: ARGenSeg, dtype: jnp.dtype) -> Params:
     for path, axis in (("embed/embedding", 0), ("lm_head/kernel", 1)):
         leaf = trees.flatten(params["llm"]).get(path)
         if leaf is not None:
-            np.moveaxis(leaf, axis, 0)[model.vocab.size:] = 0
+            np.moveaxis(leaf, axis, 0)[model.vocab.size :] = 0
     return params
 
 
@@ -99,8 +113,9 @@ class Ours:
 
     def start(self):
         """Prefill and text; every row then stands at a mask, whatever random weights would write."""
-        answer = self.engine.prefill(self.tokens, self.lengths, self.tiles, Rules(), self.capacity,
-                                     max(self.text_tokens, 1))
+        answer = self.engine.prefill(
+            self.tokens, self.lengths, self.tiles, Rules(), self.capacity, max(self.text_tokens, 1)
+        )
         if self.text_tokens:
             answer = self.engine.text(answer)
         return answer.replace(at_mask=jnp.ones(self.rows, bool), ended=jnp.zeros(self.rows, bool))
@@ -112,12 +127,14 @@ class Ours:
 
     def phases(self) -> dict[str, Callable[[], Any]]:
         """The parts of `mask` that can be run alone: all but the scales and <ge_end>."""
-        draw = jax.jit(nn.apply(scale_decode.to_image, self.model),
-                       compiler_options=compiler_options(jax.default_backend()))
-        f_hat = jnp.zeros((self.rows, self.model.scales.side, self.model.scales.side,
-                           self.model.vqvae.z_channels))
-        return {"prefill_and_text": lambda: jax.block_until_ready(self.start()),
-                "vqvae": lambda: jax.block_until_ready(draw({"params": self.engine.params}, f_hat))}
+        draw = jax.jit(
+            nn.apply(scale_decode.to_image, self.model), compiler_options=compiler_options(jax.default_backend())
+        )
+        f_hat = jnp.zeros((self.rows, self.model.scales.side, self.model.scales.side, self.model.vqvae.z_channels))
+        return {
+            "prefill_and_text": lambda: jax.block_until_ready(self.start()),
+            "vqvae": lambda: jax.block_until_ready(draw({"params": self.engine.params}, f_hat)),
+        }
 
     def timeline(self, phases: Mapping[str, float]) -> list[tuple[str, float, str]]:
         """From measured phases: (phase, seconds, remark) in their order, each scale run alone on a cache of its length."""
@@ -127,13 +144,14 @@ class Ours:
         for begin, end in model.scales.bounds:
             x = jnp.zeros((self.rows, end - begin, model.llm.width), model.llm.dtype)
             here = cache.replace(length=cache.length + begin)
-            run = functools.partial(extend, {"params": self.engine.params}, x,
-                                    jnp.zeros((*x.shape[:2], 2)), here)
+            run = functools.partial(extend, {"params": self.engine.params}, x, jnp.zeros((*x.shape[:2], 2)), here)
             seconds.append(median(lambda: jax.block_until_ready(run())))
         sides = model.scales.patch_nums
-        return [("prefill", phases["prefill_and_text"], f"{self.tokens.shape[1]} places"),
-                *((f"scale {k}", s, f"{pn} x {pn} codes") for k, (s, pn) in enumerate(zip(seconds, sides))),
-                ("VQ-VAE", phases["vqvae"], f"{model.mask_size} px")]
+        return [
+            ("prefill", phases["prefill_and_text"], f"{self.tokens.shape[1]} places"),
+            *((f"scale {k}", s, f"{pn} x {pn} codes") for k, (s, pn) in enumerate(zip(seconds, sides))),
+            ("VQ-VAE", phases["vqvae"], f"{model.mask_size} px"),
+        ]
 
     def one_by_one(self, count: int) -> Callable[[], Any]:
         """Behind a prefill: decodes so many codes in one jitted scan, each fed to predict the next."""
@@ -193,13 +211,18 @@ def floor(model: ARGenSeg, params: Params, ours: Ours) -> dict[str, float]:
         return seconds
 
     vision = 0.0 if ours.tiles is None else 2 * rows * size("vision/layers") * (model.image_size // 14) ** 2 / flops_s
-    image = jax.jit(lambda p, f: model.apply({"params": p}, f, method=lambda m, f: m.vqvae.decode(f))).lower(
-        params, jnp.zeros((rows, model.scales.side, model.scales.side, model.vqvae.z_channels))
-    ).compile().cost_analysis()["flops"]
-    return {"prefill_and_text": vision + passes([t0], 0, head / t0) + passes([1] * ours.text_tokens, t0, head),
-            "scales": passes([pn * pn for pn in model.scales.patch_nums], t0 + ours.text_tokens, codes)
-            + passes([1], t0 + ours.text_tokens + n, head),
-            "vqvae": image / device_speed(jnp.float32)[0]}
+    image = (
+        jax.jit(lambda p, f: model.apply({"params": p}, f, method=lambda m, f: m.vqvae.decode(f)))
+        .lower(params, jnp.zeros((rows, model.scales.side, model.scales.side, model.vqvae.z_channels)))
+        .compile()
+        .cost_analysis()["flops"]
+    )
+    return {
+        "prefill_and_text": vision + passes([t0], 0, head / t0) + passes([1] * ours.text_tokens, t0, head),
+        "scales": passes([pn * pn for pn in model.scales.patch_nums], t0 + ours.text_tokens, codes)
+        + passes([1], t0 + ours.text_tokens + n, head),
+        "vqvae": image / device_speed(jnp.float32)[0],
+    }
 
 
 @functools.cache
@@ -211,8 +234,10 @@ def device_speed(dtype: Any) -> tuple[float, float]:
     total = jax.jit(jnp.sum)
     many = jnp.ones((64 << 20,), dtype)
     fastest = lambda run: min(timed(run) for _ in range(6))
-    return (2 * n ** 3 / fastest(lambda: jax.block_until_ready(product(a, a))),
-            many.nbytes / fastest(lambda: jax.block_until_ready(total(many))))
+    return (
+        2 * n**3 / fastest(lambda: jax.block_until_ready(product(a, a))),
+        many.nbytes / fastest(lambda: jax.block_until_ready(total(many))),
+    )
 
 
 # ------------------------------------------------------------------------------------ measurement
@@ -235,8 +260,9 @@ def by_phase(parts: Mapping[str, Callable[[], Any]], whole: float, rounds: int) 
     return {**seconds, "scales": max(whole - sum(seconds.values()), 0.0)}
 
 
-def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int,
-             measure: Callable[[Callable[[], Any]], float] = timed) -> dict[str, float]:
+def in_turns(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, measure: Callable[[Callable[[], Any]], float] = timed
+) -> dict[str, float]:
     """Median seconds of each, measured in turns behind one warm-up."""
     for run in runs.values():
         run()
@@ -248,7 +274,7 @@ def peak_memory() -> float:
     """GiB: of our arrays on an accelerator, of the whole process on a CPU."""
     stats = jax.devices()[0].memory_stats() or {}
     used = stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    return round(used / 2 ** 30, 2)
+    return round(used / 2**30, 2)
 
 
 def peers(model: ARGenSeg, params: Params, args: argparse.Namespace) -> dict[str, Any]:
@@ -263,21 +289,28 @@ def peers(model: ARGenSeg, params: Params, args: argparse.Namespace) -> dict[str
     torch.set_num_threads(args.threads)
     form = "qwen2"  # Llama's names are the same
     state = dict(to_torch(params, family=form, vocab_size=model.vocab.size, dtype=np.float32))
-    make = functools.partial(Peer, model, state, "cuda" if jax.default_backend() == "gpu" else "cpu",
-                             getattr(torch, jnp.dtype(model.llm.dtype).name))
+    make = functools.partial(
+        Peer,
+        model,
+        state,
+        "cuda" if jax.default_backend() == "gpu" else "cpu",
+        getattr(torch, jnp.dtype(model.llm.dtype).name),
+    )
     return {"eager": make(), **({"compile": make().compiled()} if args.compile else {})}
 
 
-def measure(model: ARGenSeg, params: Params, rows: int, others: Mapping[str, Any],
-            args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    model: ARGenSeg, params: Params, rows: int, others: Mapping[str, Any], args: argparse.Namespace
+) -> dict[str, Any]:
     """Seconds of both sides at one batch size, by phase, and how far their codes agree."""
     picture, text = bool(args.variant), 10 if args.variant else 0
-    rounds = max(1, round(args.rounds / rows ** 0.5))  # large batches take longer and vary less
+    rounds = max(1, round(args.rounds / rows**0.5))  # large batches take longer and vary less
     ours = Ours(model, params, rows, text, picture)
     runs, parts = {"ours": ours.mask}, {"ours": ours.phases()}
     out: dict[str, Any] = {}
     for name, peer in others.items():
         import torch
+
         tokens = torch.from_numpy(ours.tokens).long().to(peer.code_head.device)
         runs[name] = lambda peer=peer, tokens=tokens: [x.cpu() for x in peer.mask(tokens, text)]
         parts[name] = peer.phases(tokens, text)
@@ -287,9 +320,15 @@ def measure(model: ARGenSeg, params: Params, rows: int, others: Mapping[str, Any
         out["codes_equal"] = round(float(same), 4)
     phases = {name: by_phase(parts[name], seconds[name], rounds) for name in runs}
     least = floor(model, params, ours)
-    out |= {"rows": rows, "seconds": seconds, "masks_per_second": rows / seconds["ours"], "phases": phases,
-            "floor": least, "floor_fraction": sum(least.values()) / seconds["ours"],
-            "peak_gib": peak_memory()}
+    out |= {
+        "rows": rows,
+        "seconds": seconds,
+        "masks_per_second": rows / seconds["ours"],
+        "phases": phases,
+        "floor": least,
+        "floor_fraction": sum(least.values()) / seconds["ours"],
+        "peak_gib": peak_memory(),
+    }
     if rows == 1:
         out["one_by_one"] = one_by_one(ours, others, phases["ours"]["scales"], rounds)
         if args.figure:
@@ -305,6 +344,7 @@ def one_by_one(ours: Ours, others: Mapping[str, Any], scales: float, rounds: int
     runs = {"ours": ours.one_by_one(few)}
     if others:
         import torch
+
         peer = others["eager"]
         tokens = torch.from_numpy(ours.tokens).long().to(peer.code_head.device)
         runs["eager"] = peer.one_by_one(tokens, few)
@@ -323,8 +363,12 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8", help="rows; 32 too where there is time")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of the peer; jax takes every core")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu counts the seconds "
-                        "of all threads: on a machine that others use, pin one thread and take this")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu counts the seconds of all threads: on a machine that others use, pin one thread and take this",
+    )
     parser.add_argument("--figure", default="", help="draw the timeline of batch 1 as this SVG")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip torch.compile")
     args = parser.parse_args()
@@ -333,8 +377,12 @@ def main() -> None:
     model = variants.build(model_config(args))
     params = random_params(model, model.llm.dtype)
     others = peers(model, params, args)
-    result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "dtype": jnp.dtype(model.llm.dtype).name,
-                              "width": model.llm.width, "layers": model.llm.depth}
+    result: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "dtype": jnp.dtype(model.llm.dtype).name,
+        "width": model.llm.width,
+        "layers": model.llm.depth,
+    }
     for rows in map(int, args.batches.split(",")):
         # torch.compile is measured at batch 1 only: it compiles anew, for minutes, at another.
         chosen = {n: p for n, p in others.items() if n == "eager" or rows == 1}
@@ -343,8 +391,10 @@ def main() -> None:
         for name in chosen:
             result[f"ratio_peer_{name}_b{rows}"] = part["seconds"][name] / part["seconds"]["ours"]
         if rows == 1:
-            result |= {"ratio_token_by_token": part["one_by_one"]["saved_by_scales"],
-                       "floor_fraction": part["floor_fraction"]}
+            result |= {
+                "ratio_token_by_token": part["one_by_one"]["saved_by_scales"],
+                "floor_fraction": part["floor_fraction"],
+            }
             if others:
                 result["ratio_peer_one_by_one"] = part["one_by_one"]["ratio_peer"]
         result[f"seconds_b{rows}"] = part["seconds"]["ours"]

@@ -10,6 +10,7 @@ not measured on data. Rows are filled by argenseg_jax/data/packing.py, as in tra
 of train/loop.py on a model of width 256 with 4 layers whose ViT, codes and rows have the lengths of the
 8b. Measurements take turns, medians count. Last line: JSON; gain = tokens/s packed over unpacked.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -40,9 +41,14 @@ MAX_TILES = 4  # of a sample
 def model_config() -> dict[str, Any]:
     """Small but for its lengths: 256 tokens a tile, 680 codes a mask."""
     return dict(
-        image_size=448, vision=dict(image_size=448, patch=14, width=64, depth=1, heads=1, mlp=64), connector={},
+        image_size=448,
+        vision=dict(image_size=448, patch=14, width=64, depth=1, heads=1, mlp=64),
+        connector={},
         llm=dict(width=256, depth=4, heads=4, kv_heads=2, head_dim=64, mlp=704, eps=1e-6, qkv_bias=True),
-        vqvae=dict(ch=32), vocab=dict(base=2000, eos=1999), dtype="float32")
+        vqvae=dict(ch=32),
+        vocab=dict(base=2000, eos=1999),
+        dtype="float32",
+    )
 
 
 def samples(model: ARGenSeg, max_tokens: int, seed: int = 0) -> Iterator[packing.Piece]:
@@ -53,16 +59,19 @@ def samples(model: ARGenSeg, max_tokens: int, seed: int = 0) -> Iterator[packing
         tiles = 1 if masks else int(rng.integers(1, MAX_TILES + 1)) * int(rng.random() < 0.5)
         words = int(rng.integers(40, 91)) if masks else int(rng.lognormal(np.log(250), 0.8)) + 10
         question = np.full(tiles * model.image_tokens + words // 2, vocab.img_context)
-        question[tiles * model.image_tokens:] = rng.integers(100, 1900, words // 2)
+        question[tiles * model.image_tokens :] = rng.integers(100, 1900, words // 2)
         answer = rng.integers(100, 1900, words - words // 2)
         codes = [vocab.ge_start, *[vocab.mask_context] * (n - 1), vocab.ge_end] if masks else []
         target = np.asarray([vocab.ge_start, *[vocab.mask_context] * n] if masks else [], np.int64)
         tokens = np.concatenate([question, answer, codes]).astype(np.int32)
         labels = np.concatenate([np.full(len(question), IGNORE), answer, target]).astype(np.int32)
         if len(tokens) <= max_tokens:
-            yield {"tokens": tokens, "labels": labels,
-                   "tiles": np.zeros((tiles, model.image_size, model.image_size, 3), np.uint8),
-                   "masks": np.zeros((masks, model.mask_size, model.mask_size, 3), np.uint8)}
+            yield {
+                "tokens": tokens,
+                "labels": labels,
+                "tiles": np.zeros((tiles, model.image_size, model.image_size, 3), np.uint8),
+                "masks": np.zeros((masks, model.mask_size, model.mask_size, 3), np.uint8),
+            }
 
 
 def rows(model: ARGenSeg, ahead: int, room: packing.Size, count: int) -> list[list[packing.Piece]]:
@@ -96,8 +105,10 @@ def main() -> None:
     args = parser.parse_args()
     model = variants.build(model_config())
     share = args.max_tokens / 2048
-    rooms = {"unpacked": (0, room(args.max_tokens, MAX_TILES, 1)),
-             "packed": (args.ahead, room(args.max_tokens, round(5 * share), max(round(2 * share), 1)))}
+    rooms = {
+        "unpacked": (0, room(args.max_tokens, MAX_TILES, 1)),
+        "packed": (args.ahead, room(args.max_tokens, round(5 * share), max(round(2 * share), 1))),
+    }
     result: dict[str, Any] = {"max_tokens": args.max_tokens, "ahead": args.ahead}
     for name, (ahead, space) in rooms.items():
         many = rows(model, ahead, space, 500)
@@ -105,22 +116,24 @@ def main() -> None:
         result[f"samples_a_row_{name}"] = sum(map(len, many)) / len(many)
     for ahead in (1, 4, 64):
         result[f"padding_packed_{ahead}_ahead"] = padding(
-            rows(model, ahead, rooms["packed"][1], 500), rooms["packed"][1])["tokens"]
+            rows(model, ahead, rooms["packed"][1], 500), rooms["packed"][1]
+        )["tokens"]
     if args.steps:
         result |= speeds(model, rooms, args)
     print(json.dumps(rounded(result)), flush=True)
 
 
-def speeds(model: ARGenSeg, rooms: dict[str, tuple[int, packing.Size]], args: argparse.Namespace
-           ) -> dict[str, float]:
+def speeds(model: ARGenSeg, rooms: dict[str, tuple[int, packing.Size]], args: argparse.Namespace) -> dict[str, float]:
     """Tokens a second that are no padding, on both sides."""
     params, steps = random_params(model, model.llm.dtype), {}
     for name, (ahead, space) in rooms.items():
         made, state, mesh = step_program(model, params, args.rows)
         chosen = rows(model, ahead, space, args.rows * (args.steps + 1))
         joined = [packing.join(row, space, model.vocab.pad) for row in chosen]
-        batches = [{key: np.stack([row[key] for row in joined[i:i + args.rows]]) for key in joined[0]}
-                   for i in range(0, len(joined), args.rows)]
+        batches = [
+            {key: np.stack([row[key] for row in joined[i : i + args.rows]]) for key in joined[0]}
+            for i in range(0, len(joined), args.rows)
+        ]
         steps[name] = [made, state, mesh, batches]
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(args.steps + 1):

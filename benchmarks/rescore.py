@@ -7,6 +7,7 @@ Writes a predictions.jsonl of each size (the same rows every time) and runs `eva
 The masks are ellipses with ragged edges, so that run lengths are as long as those of real objects.
 Prints a table: rows, size of the file, milliseconds a row (wall, CPU), peak memory of the process.
 """
+
 from __future__ import annotations
 
 import json
@@ -36,7 +37,7 @@ def masks(count: int = SHAPES, seed: int = 0) -> list[dict]:
     for k in range(count):
         middle, radii = rng.uniform(0.2, 0.8, 2) * SIZE, rng.uniform(15, 180, 2)
         edge = 1 + 0.1 * rng.standard_normal(SIZE[1])  # of each column
-        inside = ((y - middle[0]) / radii[0])**2 + ((x - middle[1]) / radii[1])**2 < edge
+        inside = ((y - middle[0]) / radii[0]) ** 2 + ((x - middle[1]) / radii[1]) ** 2 < edge
         found.append(encode_rle(inside & (k % 20 > 0)))
     return found
 
@@ -49,17 +50,20 @@ def write(path: pathlib.Path, rows: int, seed: int = 0) -> None:
     with path.open("w") as file:
         for k, ((a, b), (inner, more)) in enumerate(zip(pairs.tolist(), pixels.tolist())):
             b = a if k % 3 == 0 else b
-            file.write(f'{{"index": {k}, "question": "Segment object {k} on the left.", "answer": "Sure.", '
-                       f'"masks": 1, "iou": 0.5, "prediction": {texts[a]}, "truth": {texts[b]}, '
-                       f'"kind": "kind {k % 7}", "id": {k}, "metric": "referring", '
-                       f'"baseline": [{inner}, {inner + more}]}}\n')
+            file.write(
+                f'{{"index": {k}, "question": "Segment object {k} on the left.", "answer": "Sure.", '
+                f'"masks": 1, "iou": 0.5, "prediction": {texts[a]}, "truth": {texts[b]}, '
+                f'"kind": "kind {k % 7}", "id": {k}, "metric": "referring", '
+                f'"baseline": [{inner}, {inner + more}]}}\n'
+            )
 
 
 def measure(path: pathlib.Path) -> tuple[float, float, int, dict]:
     """(seconds, CPU seconds, peak RSS in bytes, scores) of `evaluate --rescore`."""
     start = time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-m", "argenseg_jax", "evaluate", "--rescore", str(path)],
-                             stdout=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "argenseg_jax", "evaluate", "--rescore", str(path)], stdout=subprocess.PIPE
+    )
     said = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     if status:
@@ -75,8 +79,11 @@ def main(counts: list[int]) -> None:
             path = pathlib.Path(folder) / "predictions.jsonl"
             write(path, rows)
             seconds, cpu, peak, _ = measure(path)
-            print(f"| {rows:7,} | {path.stat().st_size / 1e6:6.1f} | {1000 * seconds / rows:8.3f} | "
-                  f"{1000 * cpu / rows:8.3f} | {peak / 2**20:8.0f} |", flush=True)
+            print(
+                f"| {rows:7,} | {path.stat().st_size / 1e6:6.1f} | {1000 * seconds / rows:8.3f} | "
+                f"{1000 * cpu / rows:8.3f} | {peak / 2**20:8.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Draws where the time of one decode goes: a bar for each phase, as an SVG."""
+
 from __future__ import annotations
 
 import pathlib
@@ -16,14 +17,17 @@ def draw(title: str, phases: Sequence[tuple[str, float, str]], path: str) -> Non
         wide = max(WIDTH * seconds / total, 1.0)
         after = x + wide + 6
         side = f'x="{after:.1f}"' if after < LEFT + WIDTH - 60 else f'x="{x - 6:.1f}" text-anchor="end"'
-        rows.append(f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{name}, {remark}</text>'
-                    f'<rect x="{x:.1f}" y="{y + 3}" width="{wide:.1f}" height="{ROW - 6}" rx="2" '
-                    f'fill="{COLORS[name.split()[0]]}"/>'
-                    f'<text {side} y="{y + 14}">{1000 * seconds:.1f} ms</text>')
+        rows.append(
+            f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{name}, {remark}</text>'
+            f'<rect x="{x:.1f}" y="{y + 3}" width="{wide:.1f}" height="{ROW - 6}" rx="2" '
+            f'fill="{COLORS[name.split()[0]]}"/>'
+            f'<text {side} y="{y + 14}">{1000 * seconds:.1f} ms</text>'
+        )
         at += seconds
     height = TOP + ROW * len(phases) + 10
     pathlib.Path(path).write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 40} {height}" '
         'font-family="sans-serif" font-size="12" fill="#333">'
         f'<rect width="100%" height="100%" fill="white"/><text x="12" y="20" font-weight="bold">{title}'
-        '</text>' + "".join(rows) + "</svg>\n")
+        "</text>" + "".join(rows) + "</svg>\n"
+    )

@@ -3,6 +3,7 @@
 The decoder is transformers' Qwen2 or Llama on a DynamicCache; the VQ-VAE's decoder and quantizer follow
 VAR under the official names, so that the weights of our side load strictly. Layout NCHW.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -95,17 +96,26 @@ class Peer(nn.Module):
             self.phi = nn.ModuleList(conv(vq.z_channels, vq.z_channels) for _ in range(vq.num_phi))
             self.word_embed = nn.Linear(vq.z_channels, model.llm.width, dtype=dtype)
             self.places = nn.Parameter(torch.empty(model.scales.num_codes, model.llm.width, dtype=dtype))
-        names = {"image_tokenizer.decoder": "decoder", "image_tokenizer.post_quant_conv": "post_quant_conv",
-                 "image_tokenizer.quantize.embedding": "codebook", "word_embed": "word_embed",
-                 "image_tokenizer.quantize.quant_resi.qresi_ls": "phi", "language_model": "language_model"}
-        own = {names[p] + k[len(p):]: torch.from_numpy(v) for k, v in state.items()
-               for p in names if k.startswith(p + ".")}
+        names = {
+            "image_tokenizer.decoder": "decoder",
+            "image_tokenizer.post_quant_conv": "post_quant_conv",
+            "image_tokenizer.quantize.embedding": "codebook",
+            "word_embed": "word_embed",
+            "image_tokenizer.quantize.quant_resi.qresi_ls": "phi",
+            "language_model": "language_model",
+        }
+        own = {
+            names[p] + k[len(p) :]: torch.from_numpy(v)
+            for k, v in state.items()
+            for p in names
+            if k.startswith(p + ".")
+        }
         levels = state["lvl_embed.weight"][model.scales.levels]
         own["places"] = torch.from_numpy(levels + state["pos_1LC"][0])
         self.load_state_dict(own, strict=True)
         self.eval().requires_grad_(False)
         first = self.vocab.first_code
-        self.code_head = self.language_model.lm_head.weight[first:first + self.vocab.num_codes]
+        self.code_head = self.language_model.lm_head.weight[first : first + self.vocab.num_codes]
         self.run, self.draw = self.language_model.model, self.decoder  # what torch.compile wraps
 
     def compiled(self) -> Peer:
@@ -172,10 +182,13 @@ class Peer(nn.Module):
                     part()
                 if tokens.is_cuda:
                     torch.cuda.synchronize()
+
             return run
 
-        return {"prefill_and_text": alone(lambda: self.prefill(tokens, text_tokens)),
-                "vqvae": alone(lambda: self.image(f_hat))}
+        return {
+            "prefill_and_text": alone(lambda: self.prefill(tokens, text_tokens)),
+            "vqvae": alone(lambda: self.image(f_hat)),
+        }
 
     def image(self, f_hat: Tensor) -> Tensor:
         image = self.draw(self.post_quant_conv(f_hat)).clamp(-1, 1)
@@ -203,11 +216,20 @@ def language_model(model: ARGenSeg, dtype: torch.dtype) -> nn.Module:
     """Qwen2 where q, k and v have biases, otherwise Llama, in the sizes of our decoder."""
     lm = model.llm
     form = "Qwen2" if lm.qkv_bias else "Llama"
-    sizes = dict(vocab_size=model.vocab.size, hidden_size=lm.width, intermediate_size=lm.mlp,
-                 num_hidden_layers=lm.depth, num_attention_heads=lm.heads, rms_norm_eps=lm.eps,
-                 num_key_value_heads=lm.kv_heads, head_dim=lm.head_dim, tie_word_embeddings=lm.tied,
-                 max_position_embeddings=lm.max_positions, pad_token_id=None,
-                 rope_parameters={"rope_type": "default", "rope_theta": lm.rope_theta})
+    sizes = dict(
+        vocab_size=model.vocab.size,
+        hidden_size=lm.width,
+        intermediate_size=lm.mlp,
+        num_hidden_layers=lm.depth,
+        num_attention_heads=lm.heads,
+        rms_norm_eps=lm.eps,
+        num_key_value_heads=lm.kv_heads,
+        head_dim=lm.head_dim,
+        tie_word_embeddings=lm.tied,
+        max_position_embeddings=lm.max_positions,
+        pad_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": lm.rope_theta},
+    )
     config = getattr(transformers, f"{form}Config")(**sizes)
     return getattr(transformers, f"{form}ForCausalLM")(config).to(dtype)
 

@@ -15,6 +15,7 @@ Each side runs in a process of its own, as its users run it: ours with the mallo
 makes, the peer with glibc's. `kept` is the eager peer with our settings, which help it too. They take
 turns, and medians count. Last line: JSON; ratios are the peer's seconds over ours.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -44,35 +45,66 @@ from argenseg_jax.vocab import IGNORE
 from benchmarks.decode import in_turns, random_params, rounded, timed
 
 ROWS, TOKENS, LAYERS = 4, 1024, 8
-OPTIM = dict(name="adamw", lr=1e-4, schedule="constant", warmup=0, b1=0.9, b2=0.999, eps=1e-8,
-             weight_decay=0.05, clip=1.0, freeze=(r"vision/.*",), groups=((".*", 1.0),), ema=0.0, final=0.0)
+OPTIM = dict(
+    name="adamw",
+    lr=1e-4,
+    schedule="constant",
+    warmup=0,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    weight_decay=0.05,
+    clip=1.0,
+    freeze=(r"vision/.*",),
+    groups=((".*", 1.0),),
+    ema=0.0,
+    final=0.0,
+)
 
 
 def model_config(width: int) -> dict[str, Any]:
     """Shapes of InternVL on Qwen2.5 at a width that a CPU can carry."""
     return dict(
-        image_size=224, unroll=True,  # without the copies of a scan, which cost CPUs a tenth of the step
-        vision=dict(image_size=224, patch=14, width=256, depth=4, heads=4, mlp=1024), connector={},
-        llm=dict(width=width, depth=LAYERS, heads=width // 64, kv_heads=width // 256, head_dim=64,
-                 mlp=width * 11 // 4, eps=1e-6, rope_theta=1e6, qkv_bias=True),
-        vqvae=dict(ch=32), vocab=dict(base=8000, eos=7999))
+        image_size=224,
+        unroll=True,  # without the copies of a scan, which cost CPUs a tenth of the step
+        vision=dict(image_size=224, patch=14, width=256, depth=4, heads=4, mlp=1024),
+        connector={},
+        llm=dict(
+            width=width,
+            depth=LAYERS,
+            heads=width // 64,
+            kv_heads=width // 256,
+            head_dim=64,
+            mlp=width * 11 // 4,
+            eps=1e-6,
+            rope_theta=1e6,
+            qkv_bias=True,
+        ),
+        vqvae=dict(ch=32),
+        vocab=dict(base=8000, eos=7999),
+    )
 
 
 def draw_batch(model: ARGenSeg) -> dict[str, np.ndarray]:
     """One batch: a picture and words in each row, everything behind the picture a target."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(100, model.vocab.base, (ROWS, TOKENS), np.int32)
-    tokens[:, :model.image_tokens] = model.vocab.img_context
+    tokens[:, : model.image_tokens] = model.vocab.img_context
     labels = np.where(np.arange(TOKENS) > model.image_tokens, tokens, IGNORE).astype(np.int32)
     side = model.image_size
-    return {"tokens": tokens, "labels": labels, "segment_ids": np.ones_like(tokens),
-            "positions": np.broadcast_to(np.arange(TOKENS, dtype=np.int32), tokens.shape),
-            "tiles": rng.integers(0, 256, (ROWS, 1, side, side, 3), np.uint8),
-            "masks": np.zeros((ROWS, 0, model.mask_size, model.mask_size, 3), np.uint8)}
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "segment_ids": np.ones_like(tokens),
+        "positions": np.broadcast_to(np.arange(TOKENS, dtype=np.int32), tokens.shape),
+        "tiles": rng.integers(0, 256, (ROWS, 1, side, side, 3), np.uint8),
+        "masks": np.zeros((ROWS, 0, model.mask_size, model.mask_size, 3), np.uint8),
+    }
 
 
-def step_program(model: ARGenSeg, params: Mapping[str, Any], rows: int
-                 ) -> tuple[program.Program, TrainState, jax.sharding.Mesh]:
+def step_program(
+    model: ARGenSeg, params: Mapping[str, Any], rows: int
+) -> tuple[program.Program, TrainState, jax.sharding.Mesh]:
     """The program of the lm phase on one device, its first state, and the mesh."""
     task = losses.lm_task(model, losses.LMOptions())
     phase = Phase(task, 1000, rows, 0, OPTIM, data=lambda mesh: iter(()))
@@ -93,8 +125,14 @@ def ours(model: ARGenSeg, params: Mapping[str, Any], batch: Mapping[str, np.ndar
         yield float(metrics["loss"])
 
 
-def peer(model: ARGenSeg, config: Mapping[str, Any], params: Mapping[str, Any],
-         batch: Mapping[str, np.ndarray], *, compiled: bool) -> Iterator[float]:
+def peer(
+    model: ARGenSeg,
+    config: Mapping[str, Any],
+    params: Mapping[str, Any],
+    batch: Mapping[str, np.ndarray],
+    *,
+    compiled: bool,
+) -> Iterator[float]:
     """The same in PyTorch, with the threads that torch has."""
     import torch
     import transformers
@@ -104,16 +142,18 @@ def peer(model: ARGenSeg, config: Mapping[str, Any], params: Mapping[str, Any],
     with tempfile.TemporaryDirectory() as folder:
         hf_folder.save_folder(f"{folder}/hf", params, config, (), layout="hf")
         net = transformers.InternVLForConditionalGeneration.from_pretrained(
-            f"{folder}/hf", dtype=torch.float32, attn_implementation="sdpa").train()
+            f"{folder}/hf", dtype=torch.float32, attn_implementation="sdpa"
+        ).train()
     net.requires_grad_(True)
     for name, weight in net.named_parameters():
         if "vision_tower" in name:
             weight.requires_grad_(False)
     learned = [weight for weight in net.parameters() if weight.requires_grad]
-    groups = [{"params": [w for w in learned if w.ndim > 1], "weight_decay": OPTIM["weight_decay"]},
-              {"params": [w for w in learned if w.ndim == 1], "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, lr=OPTIM["lr"], betas=(OPTIM["b1"], OPTIM["b2"]), eps=OPTIM["eps"],
-                             fused=True)
+    groups = [
+        {"params": [w for w in learned if w.ndim > 1], "weight_decay": OPTIM["weight_decay"]},
+        {"params": [w for w in learned if w.ndim == 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=OPTIM["lr"], betas=(OPTIM["b1"], OPTIM["b2"]), eps=OPTIM["eps"], fused=True)
     run = torch.compile(net) if compiled else net
     mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     tiles = torch.from_numpy(((batch["tiles"][:, 0] / np.float32(255) - mean) / std).transpose(0, 3, 1, 2).copy())
@@ -138,6 +178,7 @@ def serve(pipe: multiprocessing.connection.Connection, side: str, width: int, th
         steps = ours(model, params, batch)
     else:
         import torch
+
         torch.set_num_threads(threads)
         steps = peer(model, config, params, batch, compiled=side == "compile")
     while pipe.recv():
@@ -178,23 +219,34 @@ def measure(width: int, names: list[str], args: argparse.Namespace) -> dict[str,
     seconds = in_turns({name: side.step for name, side in sides.items()}, args.rounds, clock)
     for side in sides.values():
         side.stop()
-    return {"width": width, "losses_apart": apart, "seconds": seconds,
-            "tokens_per_second": ROWS * TOKENS / seconds["ours"]}
+    return {
+        "width": width,
+        "losses_apart": apart,
+        "seconds": seconds,
+        "tokens_per_second": ROWS * TOKENS / seconds["ours"],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--widths", type=lambda text: [int(w) for w in text.split(",")], default=[512, 1024],
-                        help="of the decoder; multiples of 256")
+    parser.add_argument(
+        "--widths",
+        type=lambda text: [int(w) for w in text.split(",")],
+        default=[512, 1024],
+        help="of the decoder; multiples of 256",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of the peer; jax takes every core")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip torch.compile")
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="only ours")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu counts the seconds "
-                        "of all threads: on a machine that others use, pin one thread and take this")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu counts the seconds of all threads: on a machine that others use, pin one thread and take this",
+    )
     args = parser.parse_args()
-    result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "layers": LAYERS, "rows": ROWS,
-                              "tokens": TOKENS}
+    result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "layers": LAYERS, "rows": ROWS, "tokens": TOKENS}
     for width in args.widths:
         names = ["ours"]
         if args.peer:

@@ -5,6 +5,7 @@
 For each of float32, bfloat16 and int8: seconds per image (behind a warm-up), MiB of weights as decoded
 with, and the mean IoU of the first masks with those of bfloat16. Last line: JSON.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,15 +38,14 @@ def main() -> None:
     masks, report = {}, {}
     for dtype in WEIGHTS:
         predictor = argenseg_jax.load(args.checkpoint, dtype)
-        predictor.segment_batch(requests[:args.batch])  # compiles
+        predictor.segment_batch(requests[: args.batch])  # compiles
         begin, results = time.perf_counter(), []
         for i in range(0, len(requests), args.batch):
-            results += predictor.segment_batch(requests[i:i + args.batch])
+            results += predictor.segment_batch(requests[i : i + args.batch])
         seconds = (time.perf_counter() - begin) / len(requests)
-        masks[dtype] = [r.masks[0] if r.masks else np.zeros(q.image.shape[:2], bool)
-                        for q, r in zip(requests, results)]
+        masks[dtype] = [r.masks[0] if r.masks else np.zeros(q.image.shape[:2], bool) for q, r in zip(requests, results)]
         size = sum(x.nbytes for x in jax.tree.leaves(predictor.engine.params))
-        report[dtype] = {"seconds_per_image": round(seconds, 4), "mib": round(size / 2 ** 20, 3)}
+        report[dtype] = {"seconds_per_image": round(seconds, 4), "mib": round(size / 2**20, 3)}
     for dtype in WEIGHTS:
         same = [iou(a, b) for a, b in zip(masks[dtype], masks["bfloat16"])]
         report[dtype]["iou_with_bfloat16"] = round(float(np.mean(same)), 4)

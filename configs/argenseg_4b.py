@@ -6,6 +6,7 @@
 
 The recipe is common.paper. No run of this size has been made yet.
 """
+
 from __future__ import annotations
 
 from ml_collections import ConfigDict

@@ -1,4 +1,5 @@
 """Defaults that every experiment shares, key by key; a config file starts from `base()`."""
+
 from __future__ import annotations
 
 import ast
@@ -37,110 +38,112 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
 def optimizer(**changes: Any) -> dict[str, Any]:
     """The keys that `train.optim` reads: all of `optim`, and part of `vqvae`."""
     return {
-        "name": "adamw",        # adamw | adafactor | muon (hidden matrices by it, the rest by AdamW)
-        "lr": 4e-5,             # peak learning rate (of Muon, where name is muon)
-        "adam_lr": 0.0,         # muon: peak learning rate of the AdamW part; 0 = lr
-        "schedule": "cosine",   # cosine | constant | wsd (warm-up, stable, linear decay)
-        "warmup": 0.03,         # below 1: share of the steps, otherwise a number of steps
-        "decay": 0.2,           # wsd: length of the final decay, like warmup
-        "final": 0.0,           # cosine, wsd: last learning rate / lr
-        "b1": 0.9,              # AdamW: first moment
-        "b2": 0.999,            # AdamW: second moment
-        "eps": 1e-8,            # AdamW: added to the root of the second moment
-        "momentum": 0.95,       # Muon: Nesterov momentum
+        "name": "adamw",  # adamw | adafactor | muon (hidden matrices by it, the rest by AdamW)
+        "lr": 4e-5,  # peak learning rate (of Muon, where name is muon)
+        "adam_lr": 0.0,  # muon: peak learning rate of the AdamW part; 0 = lr
+        "schedule": "cosine",  # cosine | constant | wsd (warm-up, stable, linear decay)
+        "warmup": 0.03,  # below 1: share of the steps, otherwise a number of steps
+        "decay": 0.2,  # wsd: length of the final decay, like warmup
+        "final": 0.0,  # cosine, wsd: last learning rate / lr
+        "b1": 0.9,  # AdamW: first moment
+        "b2": 0.999,  # AdamW: second moment
+        "eps": 1e-8,  # AdamW: added to the root of the second moment
+        "momentum": 0.95,  # Muon: Nesterov momentum
         "matrices": (r".*/layers/.*/kernel", r"connector/.*/kernel"),  # params for Muon
-        "weight_decay": 0.05,   # decoupled; on kernels and embeddings only
-        "clip": 1.0,            # global gradient norm; 0 = no clipping
-        "freeze": (),           # path regexes of params that stay as they are
+        "weight_decay": 0.05,  # decoupled; on kernels and embeddings only
+        "clip": 1.0,  # global gradient norm; 0 = no clipping
+        "freeze": (),  # path regexes of params that stay as they are
         "groups": ((".*", 1.0),),  # (path regex, learning-rate multiplier), first match wins
-        "ema": 0.0,             # decay of the averaged weights that evaluation uses; 0 = none
+        "ema": 0.0,  # decay of the averaged weights that evaluation uses; 0 = none
         **changes,
     }
 
 
 def base() -> ConfigDict:
     """All sections with their defaults: the paper's recipe where it has one."""
-    return ConfigDict({
-        "seed": 0,              # of initial weights, data order, dropout and token noise
-        "init_from": "",        # checkpoint for the first weights: Orbax, workdir, HF folder, nano
-        "model": {
-            "variant": "nano",  # a name of models/variants.py; overrides of its fields go beside it
-        },
-        "vqvae": {              # first phase: the mask tokenizer; 0 steps = take it from init_from
-            "steps": 0,         # of this phase
-            "batch": 32,        # masks per step, over all devices
-            **optimizer(lr=3e-3, weight_decay=0.0, warmup=50.0),
-        },
-        "data": {
-            "sources": (),      # names, `name*weight`, or paths; see data/mixture.py
-            "max_tokens": 8192,  # T, length of a row; longer samples are dropped and counted
-            "max_labels": 0,    # targets of a row, the places that the head reads; 0 = max_tokens
-            "image_last": False,  # move <image> behind the human text, in training and use
-            "system": None,     # system message; None = the official one, '' = none
-            "workers": 0,       # most grain worker processes; 0 reads in the training process
-            "threads": 2,       # of the training process that read, where workers is 0
-            "root": "",         # directory that relative paths of the sources start from
-            "pack": 0,          # samples that wait to fill a row, which then holds several; 0 = one a row
-            "max_tiles": 1,     # P, tiles per row
-            "sample_tiles": 0,  # most tiles of one sample; 0 = max_tiles
-            "max_masks": 1,     # M, masks per row
-            "pad_to_square": False,  # keep the aspect ratio of images and masks, and pad them
-            "window": (),       # (low, high) of images of more than 8 bits -> 0..255; () = by their values
-            "max_pixels": 0,    # most pixels of an image file; 0 = 64 Mi
-            "allow_outside": False,  # relative paths in data files may lead out of their folder
-            "augment": False,   # disturb photographs: data/augment.py
-            "recolour": 0.0,    # share of samples in other colours, where the text names none
-            "prompt_drop": 0.0,  # share of text-to-image prompts that ask for nothing (guidance)
-            "codes": False,     # read the codes that `prepare --codes` kept, in place of masks
-            "max_broken": 0.01,  # largest share of broken samples; more of them end the run
-        },
-        "optim": optimizer(freeze=(r"vision/.*",)),  # of the lm phase
-        "mesh": {               # devices along each axis; -1 = all that are left
-            "dcn_data": 1,      # data-parallel slices, joined by the data-centre network
-            "data": -1,         # data-parallel replicas inside a slice
-            "fsdp": 1,          # shards of every weight, also data-parallel
-            "tensor": 1,        # heads, MLP width and vocabulary
-        },
-        "train": {
-            "steps": 1000,      # of the lm phase
-            "global_batch": 128,  # rows per step, over all devices
-            "microbatch": 0,    # rows per forward pass, over all devices; 0 = global_batch
-            "remat": "full",    # none | full | dots: what the backward pass computes again
-            "dtype": "bfloat16",  # of the computation; parameters stay float32
-            "grad_dtype": "",   # in which gradients of layers are summed over devices; '' = dtype
-            "checkpoint_every": 1000,  # steps, at least 1; the end of a phase is saved too
-            "keep": 2,          # checkpoints kept, the newest ones; 0 = all
-            "keep_best": "",    # min:NAME or max:NAME of a logged number: its best one is kept too
-            "log_every": 50,    # steps per line of metrics.jsonl, at least 1
-            "sample_every": 0,  # steps per picture in samples/; 0 = none
-            "max_skipped": 0,   # so many steps that are not finite end the run; 0 = any number
-            "allow_fresh": (),  # path regexes of params that may stay as drawn: not loaded, not trained
-            "lora": {           # low-rank adapters of frozen kernels; see models/lora.py
-                "rank": 0,      # of each; 0 = none: everything learns that optim.freeze leaves
-                "alpha": 0.0,   # what they add is multiplied with alpha / rank; 0 = with 1
-                "targets": (),  # path regexes of kernels; () = all of the decoder's layers
-                "also": (),     # path regexes of what learns, whole, beside them; nothing else does
+    return ConfigDict(
+        {
+            "seed": 0,  # of initial weights, data order, dropout and token noise
+            "init_from": "",  # checkpoint for the first weights: Orbax, workdir, HF folder, nano
+            "model": {
+                "variant": "nano",  # a name of models/variants.py; overrides of its fields go beside it
             },
-            "loss": {           # departures from the paper's plain loss; see train/losses.LMOptions
-                "soft_targets": 0.0,  # temperature that spreads a code's target over near codes
-                "scale_power": 0.0,  # weight of a code ~ (codes of its scale) ** -power
-                "foreground": 1.0,  # weight of codes other than code 0
-                "text": 1.0,    # weight of the text loss beside that of the codes
-                "corrupt": 0.0,  # up to this share of the input codes is replaced by random ones
-                "chunk": 0,     # places whose logits are in memory at a time; 0 = all
-                "scale_accuracy": False,  # log the share of right codes of each scale too
+            "vqvae": {  # first phase: the mask tokenizer; 0 steps = take it from init_from
+                "steps": 0,  # of this phase
+                "batch": 32,  # masks per step, over all devices
+                **optimizer(lr=3e-3, weight_decay=0.0, warmup=50.0),
             },
-        },
-        "decode": {
-            "max_text_tokens": 64,  # per answer, codes not counted
-        },
-        "eval": {
-            "prompt": "referring",  # PSALM: referring | semantic | reasoning, or a text with {sent}
-            "data": (),         # what `evaluate` scores without --data: DATA or METRIC@DATA each
-            "metric": "",       # of eval/metrics/registry.py; "" = what the data asks for, or referring
-            "masks": "first",   # first | union: which masks of an answer are scored
-        },
-    })
+            "data": {
+                "sources": (),  # names, `name*weight`, or paths; see data/mixture.py
+                "max_tokens": 8192,  # T, length of a row; longer samples are dropped and counted
+                "max_labels": 0,  # targets of a row, the places that the head reads; 0 = max_tokens
+                "image_last": False,  # move <image> behind the human text, in training and use
+                "system": None,  # system message; None = the official one, '' = none
+                "workers": 0,  # most grain worker processes; 0 reads in the training process
+                "threads": 2,  # of the training process that read, where workers is 0
+                "root": "",  # directory that relative paths of the sources start from
+                "pack": 0,  # samples that wait to fill a row, which then holds several; 0 = one a row
+                "max_tiles": 1,  # P, tiles per row
+                "sample_tiles": 0,  # most tiles of one sample; 0 = max_tiles
+                "max_masks": 1,  # M, masks per row
+                "pad_to_square": False,  # keep the aspect ratio of images and masks, and pad them
+                "window": (),  # (low, high) of images of more than 8 bits -> 0..255; () = by their values
+                "max_pixels": 0,  # most pixels of an image file; 0 = 64 Mi
+                "allow_outside": False,  # relative paths in data files may lead out of their folder
+                "augment": False,  # disturb photographs: data/augment.py
+                "recolour": 0.0,  # share of samples in other colours, where the text names none
+                "prompt_drop": 0.0,  # share of text-to-image prompts that ask for nothing (guidance)
+                "codes": False,  # read the codes that `prepare --codes` kept, in place of masks
+                "max_broken": 0.01,  # largest share of broken samples; more of them end the run
+            },
+            "optim": optimizer(freeze=(r"vision/.*",)),  # of the lm phase
+            "mesh": {  # devices along each axis; -1 = all that are left
+                "dcn_data": 1,  # data-parallel slices, joined by the data-centre network
+                "data": -1,  # data-parallel replicas inside a slice
+                "fsdp": 1,  # shards of every weight, also data-parallel
+                "tensor": 1,  # heads, MLP width and vocabulary
+            },
+            "train": {
+                "steps": 1000,  # of the lm phase
+                "global_batch": 128,  # rows per step, over all devices
+                "microbatch": 0,  # rows per forward pass, over all devices; 0 = global_batch
+                "remat": "full",  # none | full | dots: what the backward pass computes again
+                "dtype": "bfloat16",  # of the computation; parameters stay float32
+                "grad_dtype": "",  # in which gradients of layers are summed over devices; '' = dtype
+                "checkpoint_every": 1000,  # steps, at least 1; the end of a phase is saved too
+                "keep": 2,  # checkpoints kept, the newest ones; 0 = all
+                "keep_best": "",  # min:NAME or max:NAME of a logged number: its best one is kept too
+                "log_every": 50,  # steps per line of metrics.jsonl, at least 1
+                "sample_every": 0,  # steps per picture in samples/; 0 = none
+                "max_skipped": 0,  # so many steps that are not finite end the run; 0 = any number
+                "allow_fresh": (),  # path regexes of params that may stay as drawn: not loaded, not trained
+                "lora": {  # low-rank adapters of frozen kernels; see models/lora.py
+                    "rank": 0,  # of each; 0 = none: everything learns that optim.freeze leaves
+                    "alpha": 0.0,  # what they add is multiplied with alpha / rank; 0 = with 1
+                    "targets": (),  # path regexes of kernels; () = all of the decoder's layers
+                    "also": (),  # path regexes of what learns, whole, beside them; nothing else does
+                },
+                "loss": {  # departures from the paper's plain loss; see train/losses.LMOptions
+                    "soft_targets": 0.0,  # temperature that spreads a code's target over near codes
+                    "scale_power": 0.0,  # weight of a code ~ (codes of its scale) ** -power
+                    "foreground": 1.0,  # weight of codes other than code 0
+                    "text": 1.0,  # weight of the text loss beside that of the codes
+                    "corrupt": 0.0,  # up to this share of the input codes is replaced by random ones
+                    "chunk": 0,  # places whose logits are in memory at a time; 0 = all
+                    "scale_accuracy": False,  # log the share of right codes of each scale too
+                },
+            },
+            "decode": {
+                "max_text_tokens": 64,  # per answer, codes not counted
+            },
+            "eval": {
+                "prompt": "referring",  # PSALM: referring | semantic | reasoning, or a text with {sent}
+                "data": (),  # what `evaluate` scores without --data: DATA or METRIC@DATA each
+                "metric": "",  # of eval/metrics/registry.py; "" = what the data asks for, or referring
+                "masks": "first",  # first | union: which masks of an answer are scored
+            },
+        }
+    )
 
 
 def paper(variant: str, arg: str | None = None) -> ConfigDict:
@@ -165,6 +168,7 @@ def paper(variant: str, arg: str | None = None) -> ConfigDict:
     cfg.train.max_skipped = 100
     cfg.train.loss.update(chunk=512, scale_accuracy=True)
     if arg.lora:
-        cfg.train.lora.update(rank=arg.lora, alpha=2.0 * arg.lora,
-                              also=(r"connector/.*", r"visual/.*", r"llm/(embed|lm_head)/.*"))
+        cfg.train.lora.update(
+            rank=arg.lora, alpha=2.0 * arg.lora, also=(r"connector/.*", r"visual/.*", r"llm/(embed|lm_head)/.*")
+        )
     return cfg

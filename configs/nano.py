@@ -5,6 +5,7 @@
 First the mask VQ-VAE, then the language model, in one run. The words stand before the image tokens
 (data.image_last), which a small causal model needs: docs/nano.md.
 """
+
 from __future__ import annotations
 
 from ml_collections import ConfigDict
@@ -17,12 +18,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = common.parse_arg(arg, devices=1)
     cfg = common.base()
     cfg.model.update(variant="nano", unroll=True)
-    cfg.data.update(sources=("shapes:simple:train",), max_tokens=158, max_labels=75,
-                    image_last=True, system="", recolour=0.5, threads=0)
+    cfg.data.update(
+        sources=("shapes:simple:train",),
+        max_tokens=158,
+        max_labels=75,
+        image_last=True,
+        system="",
+        recolour=0.5,
+        threads=0,
+    )
     cfg.vqvae.update(steps=1100, batch=16, lr=0.01, b2=0.98, weight_decay=0.01)
-    cfg.optim.update(name="muon", lr=0.01, adam_lr=3e-3, freeze=(), weight_decay=0.01, warmup=0.02,
-                     schedule="wsd", decay=0.3)
-    cfg.train.update(steps=2050, global_batch=16, remat="none", dtype="float32", log_every=50,
-                     checkpoint_every=1000)
+    cfg.optim.update(
+        name="muon", lr=0.01, adam_lr=3e-3, freeze=(), weight_decay=0.01, warmup=0.02, schedule="wsd", decay=0.3
+    )
+    cfg.train.update(steps=2050, global_batch=16, remat="none", dtype="float32", log_every=50, checkpoint_every=1000)
     cfg.mesh.data = arg.devices
     return cfg

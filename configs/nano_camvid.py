@@ -7,6 +7,7 @@
 The folder holds meta_train.json and the official JSONL. First the VQ-VAE learns the masks of
 photographs, then the language model is fine-tuned with flips, crops and colour jitter.
 """
+
 from __future__ import annotations
 
 from ml_collections import ConfigDict

@@ -8,6 +8,7 @@ Referring (with plurals and no target), point, box and scribble, semantic, lists
 described scenes, and chat. `chat` is for comparison: as many steps with as many chat samples, and nothing
 else. What came of it: docs/results.md.
 """
+
 from __future__ import annotations
 
 from ml_collections import ConfigDict
@@ -35,8 +36,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     cfg = nano_pretrain.get_config(f"devices={arg.devices}")
     cfg.init_from = "nano"
     cfg.vqvae.steps = 0
-    cfg.data.update(sources=tuple(f"{name}:{round(share * SAMPLES)}" for name, share in SHARES.items()),
-                    max_tokens=240, max_labels=140, recolour=0.5)
+    cfg.data.update(
+        sources=tuple(f"{name}:{round(share * SAMPLES)}" for name, share in SHARES.items()),
+        max_tokens=240,
+        max_labels=140,
+        recolour=0.5,
+    )
     cfg.train.update(steps=6000, global_batch=16, checkpoint_every=250, log_every=50)
     cfg.train.loss.text = 4.0
     cfg.optim.update(lr=0.003, adam_lr=1e-3, schedule="wsd", decay=0.4)

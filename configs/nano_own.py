@@ -6,6 +6,7 @@
 First the VQ-VAE sees the masks, then the language model is fine-tuned, with flips, crops and colour
 jitter.
 """
+
 from __future__ import annotations
 
 from ml_collections import ConfigDict

@@ -5,6 +5,7 @@
 A point is a set of config keys; whatever it does not name is as in get_config. `metrics` names what
 the table and the plot show: numbers of metrics.jsonl, or of `evaluate` with --data.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,4 +1,5 @@
 """gs:// in memory: what etils asks gcsfs for goes to fsspec's memory file system."""
+
 import contextlib
 
 import fsspec

@@ -1,4 +1,5 @@
 """Starts a command as several processes of one jax job on this machine."""
+
 import os
 import pathlib
 import socket
@@ -13,18 +14,28 @@ def start(count, *args, devices=1):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = ("--xla_backend_optimization_level=0 "
-             f"--xla_force_host_platform_device_count={devices}")
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "OMP_NUM_THREADS": "1",
-                        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-                        "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "OMP_NUM_THREADS": "1",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     if count > 1:
         env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
-    return [subprocess.Popen([sys.executable, "-m", *map(str, args)], cwd=ROOT, text=True,
-                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE,
-                             env=env | ({"JAX_PROCESS_ID": str(i)} if count > 1 else {}))
-            for i in range(count)]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", *map(str, args)],
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=env | ({"JAX_PROCESS_ID": str(i)} if count > 1 else {}),
+        )
+        for i in range(count)
+    ]
 
 
 def finish(processes, timeout=120):

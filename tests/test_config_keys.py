@@ -1,4 +1,5 @@
 """The table of the config's keys: it names what configs/common.py does, and refuses what means nothing."""
+
 import copy
 import importlib
 import json
@@ -28,23 +29,49 @@ def flat(tree, prefix=""):
 
 
 DEFAULTS = dict(flat(common.base().to_dict()))
-NUMBERS = sorted(key for key, known in config_keys.KEYS.items() if "number" in known.rule
-                 and "tuple" not in known.rule)
+NUMBERS = sorted(key for key, known in config_keys.KEYS.items() if "number" in known.rule and "tuple" not in known.rule)
 # Every other number has a least value above 0.
 ZERO = {
-    "seed", "vqvae.steps", "data.max_labels", "data.workers", "data.threads", "data.pack",
-    "data.sample_tiles", "data.max_masks", "data.max_pixels", "data.recolour", "data.prompt_drop",
+    "seed",
+    "vqvae.steps",
+    "data.max_labels",
+    "data.workers",
+    "data.threads",
+    "data.pack",
+    "data.sample_tiles",
+    "data.max_masks",
+    "data.max_pixels",
+    "data.recolour",
+    "data.prompt_drop",
     "data.max_broken",
-    "train.steps", "train.microbatch", "train.keep", "train.sample_every", "train.max_skipped",
-    "train.lora.rank", "train.lora.alpha", "train.loss.soft_targets", "train.loss.scale_power",
-    "train.loss.foreground", "train.loss.text", "train.loss.corrupt", "train.loss.chunk",
-    *(f"{part}.{name}" for part in ("optim", "vqvae") for name in (
-        "lr", "adam_lr", "warmup", "decay", "final", "b1", "b2", "momentum", "weight_decay", "clip", "ema")),
-    "model.vision.ls_init", "model.vision.drop_path", "model.vqvae.num_res_blocks", "model.vqvae.beta",
-    "model.vqvae.dead_zone", "model.vqvae.phi_ratio", "model.vocab.eos", "model.vocab.pad",
+    "train.steps",
+    "train.microbatch",
+    "train.keep",
+    "train.sample_every",
+    "train.max_skipped",
+    "train.lora.rank",
+    "train.lora.alpha",
+    "train.loss.soft_targets",
+    "train.loss.scale_power",
+    "train.loss.foreground",
+    "train.loss.text",
+    "train.loss.corrupt",
+    "train.loss.chunk",
+    *(
+        f"{part}.{name}"
+        for part in ("optim", "vqvae")
+        for name in ("lr", "adam_lr", "warmup", "decay", "final", "b1", "b2", "momentum", "weight_decay", "clip", "ema")
+    ),
+    "model.vision.ls_init",
+    "model.vision.drop_path",
+    "model.vqvae.num_res_blocks",
+    "model.vqvae.beta",
+    "model.vqvae.dead_zone",
+    "model.vqvae.phi_ratio",
+    "model.vocab.eos",
+    "model.vocab.pad",
 }
-MINUS = {"mesh.dcn_data", "mesh.data", "mesh.fsdp", "mesh.tensor", "model.vision.ls_init",
-         "model.vqvae.phi_ratio"}
+MINUS = {"mesh.dcn_data", "mesh.data", "mesh.fsdp", "mesh.tensor", "model.vision.ls_init", "model.vqvae.phi_ratio"}
 
 
 def with_value(key, value):
@@ -56,11 +83,21 @@ def with_value(key, value):
 def test_the_table_and_the_defaults_name_the_same_keys():
     rest = {key for key in config_keys.KEYS if not re.match(r"model\.(?!variant)", key)}
     assert rest == set(DEFAULTS)
-    fields = {f"{part}.{name}" for spec in variants.VARIANTS.values() for part, keys in spec.items()
-              if isinstance(keys, dict) for name in keys}
+    fields = {
+        f"{part}.{name}"
+        for spec in variants.VARIANTS.values()
+        for part, keys in spec.items()
+        if isinstance(keys, dict)
+        for name in keys
+    }
     assert fields <= set(config_keys.MODEL)
-    for part, module in (("vision", variants.InternViT), ("llm", variants.DecoderLM), ("vqvae", variants.VQVAE),
-                         ("connector", variants.Connector), ("vocab", variants.Vocab)):
+    for part, module in (
+        ("vision", variants.InternViT),
+        ("llm", variants.DecoderLM),
+        ("vqvae", variants.VQVAE),
+        ("connector", variants.Connector),
+        ("vocab", variants.Vocab),
+    ):
         names = {key.partition(".")[2] for key in config_keys.MODEL if key.startswith(f"{part}.")}
         assert names <= set(module.__dataclass_fields__)
 
@@ -98,23 +135,46 @@ def test_numbers_that_mean_nothing(key):
                 config_keys.check(with_value(key, value))
 
 
-@pytest.mark.parametrize("key, value, says", [
-    ("data.sources", (5,), "texts"), ("data.sources", ("",), "texts"), ("data.sources", "a", "tuple"),
-    ("data.root", "a\0b", "a text"), ("init_from", "\udcff", "a text"), ("init_from", None, "None is not allowed"),
-    ("data.system", 3, "None (= the official message)"), ("optim.freeze", ("(",), "regular expressions"),
-    ("optim.freeze", (5,), "regular expressions"), ("optim.matrices", ("(",), "regular expressions"),
-    ("optim.groups", (("a",),), "pairs"), ("optim.groups", ((".*", -1.0),), "pairs"),
-    ("optim.groups", (("(", 1.0),), "pairs"), ("optim.groups", (), "pairs"),
-    ("train.lora.targets", ("(",), "regular"), ("train.lora.also", (1,), "regular"),
-    ("train.keep_best", "loss", "min:NAME"), ("eval.prompt", "none", "{sent}"), ("eval.metric", "x", "unknown"),
-    ("eval.masks", "x", "first, union"), ("eval.data", (5,), "texts"), ("optim.name", "sgd", "adamw"),
-    ("optim.schedule", "sine", "wsd"), ("train.dtype", "float99", "bfloat16"), ("train.remat", None, "None"),
-    ("data.augment", 1, "true or false"), ("model.vqvae.patch_nums", (), "whole numbers"),
-    ("model.vqvae.patch_nums", (1, 2.5), "whole numbers"), ("model.llm", 5, "section"), ("train", None, "section"),
-    ("train.nope", 1, "no such config key"), ("nope", 1, "no such config key: nope"),
-    ("train.stepz", 1, "did you mean train.steps?"), ("model.llm.dtype", "bfloat16", "no such config key"),
-    ("train.max_tokens", 1, "did you mean data.max_tokens?"),
-])
+@pytest.mark.parametrize(
+    "key, value, says",
+    [
+        ("data.sources", (5,), "texts"),
+        ("data.sources", ("",), "texts"),
+        ("data.sources", "a", "tuple"),
+        ("data.root", "a\0b", "a text"),
+        ("init_from", "\udcff", "a text"),
+        ("init_from", None, "None is not allowed"),
+        ("data.system", 3, "None (= the official message)"),
+        ("optim.freeze", ("(",), "regular expressions"),
+        ("optim.freeze", (5,), "regular expressions"),
+        ("optim.matrices", ("(",), "regular expressions"),
+        ("optim.groups", (("a",),), "pairs"),
+        ("optim.groups", ((".*", -1.0),), "pairs"),
+        ("optim.groups", (("(", 1.0),), "pairs"),
+        ("optim.groups", (), "pairs"),
+        ("train.lora.targets", ("(",), "regular"),
+        ("train.lora.also", (1,), "regular"),
+        ("train.keep_best", "loss", "min:NAME"),
+        ("eval.prompt", "none", "{sent}"),
+        ("eval.metric", "x", "unknown"),
+        ("eval.masks", "x", "first, union"),
+        ("eval.data", (5,), "texts"),
+        ("optim.name", "sgd", "adamw"),
+        ("optim.schedule", "sine", "wsd"),
+        ("train.dtype", "float99", "bfloat16"),
+        ("train.remat", None, "None"),
+        ("data.augment", 1, "true or false"),
+        ("model.vqvae.patch_nums", (), "whole numbers"),
+        ("model.vqvae.patch_nums", (1, 2.5), "whole numbers"),
+        ("model.llm", 5, "section"),
+        ("train", None, "section"),
+        ("train.nope", 1, "no such config key"),
+        ("nope", 1, "no such config key: nope"),
+        ("train.stepz", 1, "did you mean train.steps?"),
+        ("model.llm.dtype", "bfloat16", "no such config key"),
+        ("train.max_tokens", 1, "did you mean data.max_tokens?"),
+    ],
+)
 def test_other_values_that_mean_nothing(key, value, says):
     with pytest.raises(UserError, match=re.escape(says)):
         config_keys.check(with_value(key, value))
@@ -164,12 +224,25 @@ def test_text_and_value_undo_each_other(key):
     assert config_keys.parse(key, config_keys.spell(value)) == value
 
 
-@pytest.mark.parametrize("key, value", [
-    ("data.system", None), ("data.system", "None"), ("data.system", "'None'"), ("data.system", "'quoted'"),
-    ("data.system", ""), ("data.system", '"a\' b'), ("init_from", "None"), ("data.sources", ("a b*2", "c'd", '"')),
-    ("data.sources", ("a,b",)), ("optim.lr", 1e-300), ("data.root", "日本 語"), ("eval.prompt", "'{sent}'"),
-    ("optim.groups", ((r"a\d", 0.5), (".*", 1))), ("mesh.data", -1),
-])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("data.system", None),
+        ("data.system", "None"),
+        ("data.system", "'None'"),
+        ("data.system", "'quoted'"),
+        ("data.system", ""),
+        ("data.system", "\"a' b"),
+        ("init_from", "None"),
+        ("data.sources", ("a b*2", "c'd", '"')),
+        ("data.sources", ("a,b",)),
+        ("optim.lr", 1e-300),
+        ("data.root", "日本 語"),
+        ("eval.prompt", "'{sent}'"),
+        ("optim.groups", ((r"a\d", 0.5), (".*", 1))),
+        ("mesh.data", -1),
+    ],
+)
 def test_odd_values_come_back_from_their_text(key, value):
     assert config_keys.parse(key, config_keys.spell(value)) == value
 
@@ -181,20 +254,40 @@ def test_numpy_values_are_spelled_as_numbers():
     assert type(config_keys.plain({"a": [np.float32(1)]})["a"][0]) is float
 
 
-@pytest.mark.parametrize("key, text, value", [
-    ("data.sources", "a.jsonl", ("a.jsonl",)), ("data.sources", "('a', 'b')", ("a", "b")),
-    ("data.sources", "['a']", ("a",)), ("data.augment", "true", True), ("optim.lr", "1", 1.0),
-    ("train.steps", "2_048", 2048), ("mesh.fsdp", "-1", -1), ("data.system", "None", None),
-])
+@pytest.mark.parametrize(
+    "key, text, value",
+    [
+        ("data.sources", "a.jsonl", ("a.jsonl",)),
+        ("data.sources", "('a', 'b')", ("a", "b")),
+        ("data.sources", "['a']", ("a",)),
+        ("data.augment", "true", True),
+        ("optim.lr", "1", 1.0),
+        ("train.steps", "2_048", 2048),
+        ("mesh.fsdp", "-1", -1),
+        ("data.system", "None", None),
+    ],
+)
 def test_texts_of_flags(key, text, value):
     assert config_keys.parse(key, text) == value
 
 
-@pytest.mark.parametrize("key, text", [
-    ("train.steps", "1e3"), ("train.steps", "10.0"), ("train.steps", "None"), ("optim.lr", "1e-3x"),
-    ("optim.lr", "nan"), ("optim.lr", "1e999"), ("data.sources", "('a'"), ("data.sources", "(" * 10**5),
-    ("train.steps", "9" * 5000), ("seed", ""), ("init_from", "None"), ("data.augment", "maybe"),
-])
+@pytest.mark.parametrize(
+    "key, text",
+    [
+        ("train.steps", "1e3"),
+        ("train.steps", "10.0"),
+        ("train.steps", "None"),
+        ("optim.lr", "1e-3x"),
+        ("optim.lr", "nan"),
+        ("optim.lr", "1e999"),
+        ("data.sources", "('a'"),
+        ("data.sources", "(" * 10**5),
+        ("train.steps", "9" * 5000),
+        ("seed", ""),
+        ("init_from", "None"),
+        ("data.augment", "maybe"),
+    ],
+)
 def test_texts_that_are_refused(key, text):
     with pytest.raises(UserError, match=key) as error:
         config_keys.parse(key, text)

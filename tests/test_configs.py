@@ -1,4 +1,5 @@
 """Every experiment: parses, locks, builds at full size (shapes only), has known sections and layouts."""
+
 import importlib
 import pathlib
 

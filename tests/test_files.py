@@ -1,4 +1,5 @@
 """The gate for files: lines one at a time, parts written as one file, a folder tried before the work."""
+
 import codecs
 import os
 
@@ -9,12 +10,15 @@ from argenseg_jax.data.mixture import open_source
 from argenseg_jax.errors import UserError
 
 
-@pytest.mark.parametrize("content, lines", [
-    (b"a\r\n\n \t\r\nb", [(1, "a\r\n"), (4, "b")]),
-    (codecs.BOM_UTF8 + "ä\nb\n".encode(), [(1, "ä\n"), (2, "b\n")]),
-    ("ä\nb".encode("utf-16"), [(1, "ä\n"), (2, "b")]),
-    (b"", []),
-])
+@pytest.mark.parametrize(
+    "content, lines",
+    [
+        (b"a\r\n\n \t\r\nb", [(1, "a\r\n"), (4, "b")]),
+        (codecs.BOM_UTF8 + "ä\nb\n".encode(), [(1, "ä\n"), (2, "b\n")]),
+        ("ä\nb".encode("utf-16"), [(1, "ä\n"), (2, "b")]),
+        (b"", []),
+    ],
+)
 def test_lines_of_every_encoding(tmp_path, content, lines):
     (tmp_path / "f").write_bytes(content)
     assert list(files.read_lines(tmp_path / "f")) == lines

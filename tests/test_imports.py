@@ -1,4 +1,5 @@
 """Imports point down only, and the rooms that must run anywhere import little (read from the source)."""
+
 import ast
 import pathlib
 import sys
@@ -8,9 +9,32 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "argenseg_jax"
 # Higher rooms may import lower ones and themselves.
-RANKS = {"cli": 11, "compile": 10, "parity": 10, "train": 8, "eval": 7, "decode": 6, "ckpt": 5, "data": 4, "interop": 4,
-         "models": 3, "sharding": 2, "scales": 1, "vocab": 1, "pixels": 1,
-         "trees": 1, "config_keys": 1, "config_files": 2, "locks": 2, "files": 1, "distributed": 1, "hardware": 1, "shipped": 0, "processes": 0, "errors": 0}
+RANKS = {
+    "cli": 11,
+    "compile": 10,
+    "parity": 10,
+    "train": 8,
+    "eval": 7,
+    "decode": 6,
+    "ckpt": 5,
+    "data": 4,
+    "interop": 4,
+    "models": 3,
+    "sharding": 2,
+    "scales": 1,
+    "vocab": 1,
+    "pixels": 1,
+    "trees": 1,
+    "config_keys": 1,
+    "config_files": 2,
+    "locks": 2,
+    "files": 1,
+    "distributed": 1,
+    "hardware": 1,
+    "shipped": 0,
+    "processes": 0,
+    "errors": 0,
+}
 NUMPY_ONLY = ("scales", "vocab", "pixels", "trees", "config_keys", "processes", "errors")
 LIGHT = {"jax", "flax", "optax", "numpy", "safetensors", "ml_dtypes"}  # for models/ and decode/
 

@@ -1,4 +1,5 @@
 """The launchers' dry runs, the manifest, and the pins of the extras."""
+
 import os
 import pathlib
 import re
@@ -16,11 +17,17 @@ COMMAND = ["train", "--config", "configs/nano.py:devices=1", "--workdir", "gs://
 
 def launch(script, *args, **env):
     """(exit code, the words of every command that would be run, stderr)."""
-    done = subprocess.run(["bash", ROOT / "launch" / script, *args], capture_output=True, text=True,
-                          check=False, env={"PATH": os.environ["PATH"], "DRY_RUN": "1", **env})
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / script, *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": os.environ["PATH"], "DRY_RUN": "1", **env},
+    )
     split = r"""while read -r line; do eval "words=($line)"; printf '%s\0' "${words[@]}"; printf '\1\0'; done"""
-    words = subprocess.run(["bash", "-c", split], input=done.stdout, capture_output=True, text=True,
-                           check=True).stdout.split("\0")
+    words = subprocess.run(
+        ["bash", "-c", split], input=done.stdout, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
     lines = [[]]
     for word in words[:-1]:
         lines.append([]) if word == "\1" else lines[-1].append(word)
@@ -29,19 +36,54 @@ def launch(script, *args, **env):
 
 def test_a_tpu_pod_is_asked_for_filled_run_and_emptied(tmp_path):
     where = ["--zone", "us-east5-b", "--project", "p"]
-    code, lines, errors = launch("tpu_pod.sh", *COMMAND, TPU="pod", ZONE="us-east5-b", PROJECT="p", SPOT="1",
-                                 TYPE="v5litepod-256", FETCH=str(tmp_path / "run"))
+    code, lines, errors = launch(
+        "tpu_pod.sh",
+        *COMMAND,
+        TPU="pod",
+        ZONE="us-east5-b",
+        PROJECT="p",
+        SPOT="1",
+        TYPE="v5litepod-256",
+        FETCH=str(tmp_path / "run"),
+    )
     assert code == 0, errors
-    assert [line[:5] for line in lines[:4]] == [["gcloud", "compute", "tpus", *rest] for rest in (
-        ("queued-resources", "create"), ("queued-resources", "describe"), ("tpu-vm", "scp"), ("tpu-vm", "ssh"))]
-    assert lines[0][5:] == ["pod", "--node-id", "pod", *where, "--accelerator-type", "v5litepod-256",
-                            "--runtime-version", "v2-alpha-tpuv5-lite", "--spot"]
+    assert [line[:5] for line in lines[:4]] == [
+        ["gcloud", "compute", "tpus", *rest]
+        for rest in (
+            ("queued-resources", "create"),
+            ("queued-resources", "describe"),
+            ("tpu-vm", "scp"),
+            ("tpu-vm", "ssh"),
+        )
+    ]
+    assert lines[0][5:] == [
+        "pod",
+        "--node-id",
+        "pod",
+        *where,
+        "--accelerator-type",
+        "v5litepod-256",
+        "--runtime-version",
+        "v2-alpha-tpuv5-lite",
+        "--spot",
+    ]
     assert lines[2][6:] == ["pod:argenseg.tgz", *where, "--worker=all"]
     remote = lines[3][lines[3].index("--command") + 1]
     assert shlex.split(remote.splitlines()[-1])[2:] == ["argenseg_jax", *COMMAND, "--distributed"]
     assert "pip install -q '.[tpu]'" in remote
-    assert lines[4] == ["gcloud", "storage", "rsync", "--recursive", "--exclude=checkpoints/.*",
-                        "gs://bucket/a run", str(tmp_path / "run")] and len(lines) == 5
+    assert (
+        lines[4]
+        == [
+            "gcloud",
+            "storage",
+            "rsync",
+            "--recursive",
+            "--exclude=checkpoints/.*",
+            "gs://bucket/a run",
+            str(tmp_path / "run"),
+        ]
+        and len(lines) == 5
+    )
 
 
 def test_a_tpu_pod_that_is_there_already():

@@ -1,4 +1,5 @@
 """Locks: one holder, stale ones are taken, a stopped heartbeat is waited for; folders and files of several writers."""
+
 import dataclasses
 import json
 import os
@@ -140,15 +141,24 @@ def test_of_many_at_once_one_gets_it(tmp_path):
     """Processes of their own race for a stale lock; the winner keeps it until all have tried."""
     path = epath.Path(tmp_path / locks.FILE)
     left(path, pid=dead())
-    code = ("import sys, time; from argenseg_jax import locks, errors\n"
-            "lock = locks.Lock(sys.argv[1], 'w')\n"
-            "sys.stdin.readline()\n"
-            "try: print(lock.attempt(), flush=True)\n"
-            "except errors.UserError: print('refused', flush=True)\n"
-            "sys.stdin.readline()")
-    children = [subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, text=True,
-                                 stdout=subprocess.PIPE, cwd=pathlib.Path(__file__).parent.parent)
-                for _ in range(4)]
+    code = (
+        "import sys, time; from argenseg_jax import locks, errors\n"
+        "lock = locks.Lock(sys.argv[1], 'w')\n"
+        "sys.stdin.readline()\n"
+        "try: print(lock.attempt(), flush=True)\n"
+        "except errors.UserError: print('refused', flush=True)\n"
+        "sys.stdin.readline()"
+    )
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, path],
+            stdin=subprocess.PIPE,
+            text=True,
+            stdout=subprocess.PIPE,
+            cwd=pathlib.Path(__file__).parent.parent,
+        )
+        for _ in range(4)
+    ]
     for child in children:
         child.stdin.write("\n")
         child.stdin.flush()
@@ -202,11 +212,17 @@ def test_a_folder_that_came_meanwhile_stays(tmp_path):
     assert (tmp_path / "x" / "b").read_text() == "2" and os.listdir(tmp_path) == ["x"]
 
 
-@pytest.mark.parametrize("fault, line", [
-    (OSError(28, "No space left on device"), "No space left on device"),
-    (RuntimeError("RESOURCE_EXHAUSTED: Error writing file: No space left on device [OS error 28]"),
-     "No space left on device"),
-    (OSError(30, "Read-only file system"), "Read-only file system")])
+@pytest.mark.parametrize(
+    "fault, line",
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Error writing file: No space left on device [OS error 28]"),
+            "No space left on device",
+        ),
+        (OSError(30, "Read-only file system"), "Read-only file system"),
+    ],
+)
 def test_a_full_or_read_only_disk_is_one_line(tmp_path, fault, line):
     with pytest.raises(UserError, match=f"x cannot be written \\({line}\\)$"), locks.new_folder(tmp_path / "x"):
         raise fault
@@ -258,19 +274,30 @@ def test_what_is_no_file_name_is_one_line(name):
 # ------------------------------------------------------------------------------------ children
 
 
-@pytest.mark.parametrize("start", [
-    "subprocess.Popen([sys.executable, '-c', CHILD], env=processes.child_environment())",
-    "multiprocessing.get_context('spawn').Process(target=tests.test_locks.child).start()"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "subprocess.Popen([sys.executable, '-c', CHILD], env=processes.child_environment())",
+        "multiprocessing.get_context('spawn').Process(target=tests.test_locks.child).start()",
+    ],
+)
 def test_children_end_with_a_killed_parent(start, tmp_path):
     """The child holds the pipe open for as long as it lives."""
-    text = ("import multiprocessing, subprocess, sys, time, tests.test_locks\n"
-            "from argenseg_jax import processes\n"
-            "CHILD = 'import tests.test_locks; tests.test_locks.child()'\n"
-            f"if __name__ == '__main__':\n    {start}\n    time.sleep(60)\n")
+    text = (
+        "import multiprocessing, subprocess, sys, time, tests.test_locks\n"
+        "from argenseg_jax import processes\n"
+        "CHILD = 'import tests.test_locks; tests.test_locks.child()'\n"
+        f"if __name__ == '__main__':\n    {start}\n    time.sleep(60)\n"
+    )
     (tmp_path / "parent.py").write_text(text)
     root = str(pathlib.Path(__file__).parent.parent)
-    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"PYTHONPATH": root}, cwd=root)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root},
+        cwd=root,
+    )
     assert parent.stdout.readline() == "alive\n"
     parent.send_signal(signal.SIGKILL)
     begin = time.monotonic()

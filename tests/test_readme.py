@@ -1,4 +1,5 @@
 """README and launchers speak of commands, files and flags that exist."""
+
 import pathlib
 import re
 import subprocess
@@ -42,8 +43,7 @@ def test_status_names_the_commands_that_are_not_there():
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda p: p.name)
 def test_files_exist(path):
-    for name in re.findall(r"\b(?:argenseg_jax|configs|tests|launch|docs|examples)/[\w/]+\.\w+",
-                           path.read_text()):
+    for name in re.findall(r"\b(?:argenseg_jax|configs|tests|launch|docs|examples)/[\w/]+\.\w+", path.read_text()):
         assert (ROOT / name).exists(), f"{path.name}: {name}"
 
 

@@ -1,4 +1,5 @@
 """The mesh, the table of layouts against the real parameter trees, activation constraints."""
+
 import pathlib
 
 import jax
@@ -17,7 +18,7 @@ ONE = {"dcn_data": 1, "data": 1, "fsdp": 1, "tensor": 1}
 
 def mesh(**sizes):
     cfg = {**ONE, **sizes}
-    return sharding.make_mesh(cfg, jax.devices()[:int(np.prod(list(cfg.values())))])
+    return sharding.make_mesh(cfg, jax.devices()[: int(np.prod(list(cfg.values())))])
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,11 @@ def test_every_parameter_has_exactly_one_rule(variant, shapes):
 def test_golden_specs_of_the_8b(shapes):
     """tests/golden/shardings_8b.txt: a mesh axis, or - for whole, for each dimension."""
     specs = sharding.param_specs(shapes["8b"])
-    got = [f"{path}: {' '.join(axis or '-' for axis in spec) or 'whole'}" for path, spec in specs.items()
-           if not path.startswith("vqvae/")]
+    got = [
+        f"{path}: {' '.join(axis or '-' for axis in spec) or 'whole'}"
+        for path, spec in specs.items()
+        if not path.startswith("vqvae/")
+    ]
     golden = pathlib.Path(__file__).parent / "golden" / "shardings_8b.txt"
     assert sorted(got) == golden.read_text().splitlines()
     assert not any(any(spec) for path, spec in specs.items() if path.startswith("vqvae/"))
@@ -62,16 +66,27 @@ def test_a_parameter_without_a_rule_and_a_rule_without_a_parameter(shapes):
 
 
 def test_a_dimension_that_does_not_divide_is_named(shapes):
-    with pytest.raises(UserError, match=r"mesh.tensor=8 does not divide dimension 2 of llm/layers/attn/"
-                                        r"[kqv]/kernel .*these sizes would: \[1, [0-9, ]+\]"):
+    with pytest.raises(
+        UserError,
+        match=r"mesh.tensor=8 does not divide dimension 2 of llm/layers/attn/"
+        r"[kqv]/kernel .*these sizes would: \[1, [0-9, ]+\]",
+    ):
         sharding.shardings(shapes["nano"], mesh(tensor=8))
 
 
 def test_mesh_sizes(shapes):
     assert dict(sharding.make_mesh({**ONE, "data": -1, "fsdp": 2}).shape) == {
-        "dcn_data": 1, "data": 4, "fsdp": 2, "tensor": 1}
-    for wrong, text in (({"data": 3}, "3 devices, but there are 8"), ({"data": 0}, "positive"),
-                        ({"data": -1, "fsdp": -1}, "at most one"), ({"data": -1, "tensor": 3}, "3")):
+        "dcn_data": 1,
+        "data": 4,
+        "fsdp": 2,
+        "tensor": 1,
+    }
+    for wrong, text in (
+        ({"data": 3}, "3 devices, but there are 8"),
+        ({"data": 0}, "positive"),
+        ({"data": -1, "fsdp": -1}, "at most one"),
+        ({"data": -1, "tensor": 3}, "3"),
+    ):
         with pytest.raises(UserError, match=text):
             sharding.make_mesh({**ONE, **wrong})
 
@@ -94,8 +109,9 @@ def test_constrain():
 def test_the_residual_stream_is_split_over_places_and_batch():
     model, params = tiny.made()
     with jax.set_mesh(mesh(data=2, tensor=2)):
-        embed = jax.jit(lambda tokens: model.apply({"params": params}, tokens,
-                                                   method=lambda m, t: m.llm.embed_tokens(t)))
+        embed = jax.jit(
+            lambda tokens: model.apply({"params": params}, tokens, method=lambda m, t: m.llm.embed_tokens(t))
+        )
         assert embed(np.zeros((2, 8), np.int32)).addressable_shards[0].data.shape == (1, 4, 32)
         assert embed(np.zeros((2, 7), np.int32)).addressable_shards[0].data.shape == (1, 7, 32)
 

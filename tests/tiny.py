@@ -1,4 +1,5 @@
 """A model that compiles in seconds, in each of the forms that matter, with weights and samples."""
+
 from __future__ import annotations
 
 import functools
@@ -35,14 +36,28 @@ FORMS = tuple(LLM)
 def config(form: str = "qwen", *, block_causal: bool = False, **llm: Any) -> dict[str, Any]:
     """A `model` section: width 32, one ViT layer, two decoder layers, masks of 21 codes."""
     return dict(
-        image_size=32, block_causal=block_causal,
+        image_size=32,
+        block_causal=block_causal,
         vision=dict(image_size=32, patch=8, width=32, depth=1, heads=2, mlp=32, drop_path=0.1),
         connector=dict(ratio=0.5),
-        llm={**dict(width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp=48, rope_theta=1e4,
-                    max_positions=2048), **LLM[form], **llm},
-        vqvae=dict(ch=32, ch_mult=(1,), num_res_blocks=0, z_channels=8, codebook_size=NUM_CODES,
-                   patch_nums=(1, 2, 4), using_sa=False, using_mid_sa=False, patch_size=4),
-        vocab=variants.VARIANTS["nano"]["vocab"])
+        llm={
+            **dict(width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp=48, rope_theta=1e4, max_positions=2048),
+            **LLM[form],
+            **llm,
+        },
+        vqvae=dict(
+            ch=32,
+            ch_mult=(1,),
+            num_res_blocks=0,
+            z_channels=8,
+            codebook_size=NUM_CODES,
+            patch_nums=(1, 2, 4),
+            using_sa=False,
+            using_mid_sa=False,
+            patch_size=4,
+        ),
+        vocab=variants.VARIANTS["nano"]["vocab"],
+    )
 
 
 def params(model: ARGenSeg, seed: int = 0) -> dict[str, Any]:
@@ -54,9 +69,9 @@ def params(model: ARGenSeg, seed: int = 0) -> dict[str, Any]:
         return 1 + 0.1 * x if name.endswith("scale") else 0.2 * x
 
     drawn = trees.map_named(draw, hf_folder.param_shapes(model))
-    drawn["llm"]["embed"]["embedding"][model.vocab.size:] = 0
+    drawn["llm"]["embed"]["embedding"][model.vocab.size :] = 0
     if not model.llm.tied:
-        drawn["llm"]["lm_head"]["kernel"][:, model.vocab.size:] = 0
+        drawn["llm"]["lm_head"]["kernel"][:, model.vocab.size :] = 0
     return drawn
 
 
@@ -80,9 +95,11 @@ def picture(seed: int, height: int = 40, width: int = 30) -> np.ndarray:
 def sample(seed: int = 0, masks: int = 1, image: bool = True, answer: str = "It is <mask>.") -> Sample:
     """A question, and an answer with so many masks (each the left part of the picture)."""
     truth = np.zeros((40, 30), np.uint8)
-    truth[:, :5 + seed % 20] = 255
-    turns = [{"from": "human", "value": "Segment the red circle." + " Now!" * (seed % 3)},
-             {"from": "gpt", "value": " and ".join([answer] * masks) if masks else "There is none."}]
+    truth[:, : 5 + seed % 20] = 255
+    turns = [
+        {"from": "human", "value": "Segment the red circle." + " Now!" * (seed % 3)},
+        {"from": "gpt", "value": " and ".join([answer] * masks) if masks else "There is none."},
+    ]
     return Sample(turns, (picture(seed),) if image else (), (truth,) * masks)
 
 
@@ -91,8 +108,7 @@ def encoder(model: ARGenSeg, **data: Any) -> pipeline.Encoder:
     return pipeline.Encoder(pipeline.DataConfig(system="", **data), geometry(model), tokenizer())
 
 
-def batch(model: ARGenSeg, samples: list[Sample], max_tokens: int = 96, max_masks: int = 1
-          ) -> dict[str, np.ndarray]:
+def batch(model: ARGenSeg, samples: list[Sample], max_tokens: int = 96, max_masks: int = 1) -> dict[str, np.ndarray]:
     """The samples as a batch of the LM task."""
     encode = encoder(model, max_tokens=max_tokens, max_masks=max_masks).training_row
     rows = [encode(s, np.random.default_rng(0)) for s in samples]
@@ -108,12 +124,12 @@ def made_512() -> tuple[ARGenSeg, dict[str, Any]]:
     return model, params(model)
 
 
-def scripted(chain: Mapping[int, int], pair: tuple[ARGenSeg, dict[str, Any]] | None = None
-             ) -> tuple[ARGenSeg, dict[str, Any]]:
+def scripted(
+    chain: Mapping[int, int], pair: tuple[ARGenSeg, dict[str, Any]] | None = None
+) -> tuple[ARGenSeg, dict[str, Any]]:
     """(model, weights) that write chain[token] behind a token; codes follow the whole context."""
     model, weights = pair or made()
-    embed, head = (weights["llm"][a][b].copy() for a, b in (("embed", "embedding"),
-                                                            ("lm_head", "kernel")))
+    embed, head = (weights["llm"][a][b].copy() for a, b in (("embed", "embedding"), ("lm_head", "kernel")))
     for axis, token in enumerate(chain):  # one direction of the residual stream a token
         embed[token] = 30 * np.eye(model.llm.width)[axis]
     for axis, follower in enumerate(chain.values()):
@@ -129,11 +145,16 @@ def answers(first: Sequence[int], behind: Sequence[int]) -> tuple[ARGenSeg, dict
     return scripted({a: b for text in texts for a, b in zip(text, text[1:])})
 
 
-def workdir(folder: pathlib.Path, weights: Mapping[str, Any] | None = None, form: str = "qwen",
-            **sections: Any) -> pathlib.Path:
+def workdir(
+    folder: pathlib.Path, weights: Mapping[str, Any] | None = None, form: str = "qwen", **sections: Any
+) -> pathlib.Path:
     """Saves weights as `train` would, with config.json and tokenizer; returns the folder."""
-    run = {"model": config(form), "data": {"system": "", "max_tokens": 256},
-           "decode": {"max_text_tokens": 4}, **sections}
+    run = {
+        "model": config(form),
+        "data": {"system": "", "max_tokens": 256},
+        "decode": {"max_text_tokens": 4},
+        **sections,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     orbax_io.save_params(str(folder / orbax_io.DIRECTORY / "1"), weights or made(form)[1])
     (folder / orbax_io.CONFIG).write_text(json.dumps(run))
@@ -145,7 +166,11 @@ def hf(folder: pathlib.Path, source: pathlib.Path) -> pathlib.Path:
     """The workdir `source` as an HF folder, as `convert` makes it."""
     opened = checkpoint.open_checkpoint(str(source))
     run = {k: v for k, v in opened.config.items() if k != "model"}
-    hf_folder.save_folder(folder, opened.load_params(), opened.config["model"],
-                          hf_folder.tokenizer_files(source / checkpoint.TOKENIZER),
-                          texts={checkpoint.RUN_CONFIG: json.dumps(run)})
+    hf_folder.save_folder(
+        folder,
+        opened.load_params(),
+        opened.config["model"],
+        hf_folder.tokenizer_files(source / checkpoint.TOKENIZER),
+        texts={checkpoint.RUN_CONFIG: json.dumps(run)},
+    )
     return folder

@@ -1,4 +1,5 @@
 """Single arrays of a checkpoint, by TensorStore: where they are, and reading one layer at a time."""
+
 from __future__ import annotations
 
 import os
@@ -28,7 +29,7 @@ class StoredLeaf:
         if self._block is None or self._block[0] != block:
             self._block = None  # frees it before the next is read
             start, size = block * self._rows[0], self._rows[0]
-            self._block = block, self._array[start:min(start + size, self.shape[0])].read().result()
+            self._block = block, self._array[start : min(start + size, self.shape[0])].read().result()
         layer = self._block[1][place]
         if place + 1 == len(self._block[1]):
             self._block = None  # read to its end: the next leaf wants the memory
@@ -44,11 +45,14 @@ def spec(item: epath.Path, layout: Mapping[str, Any], name: str) -> dict[str, An
     key = name.replace("/", ".") + "/"
     text = os.fspath(item)
     if files.is_remote(item):
+
         def store(path: str) -> Any:
             return f"{text}/{path}"
     else:
+
         def store(path: str) -> Any:
             return {"driver": "file", "path": f"{text}/{path}"}
+
     driver = "zarr3" if layout.get("use_zarr3") else "zarr"
     if layout.get("use_ocdbt"):
         return {"driver": driver, "kvstore": {"driver": "ocdbt", "base": store(""), "path": key}}

@@ -1,4 +1,5 @@
 """Any checkpoint seen alike: an Orbax step, a workdir, an HF folder, or the shipped `nano`."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -143,7 +144,9 @@ def tokenizer_for(model: ARGenSeg, source: Checkpoint | None) -> Tokenizer:
     """The tokenizer to train with: that of the source, or nano's own; it must fit the model."""
     tokenizer = source.tokenizer() if source else nano_tokenizer(model.vocab.num_codes, corpus())
     if tokenizer.vocab != model.vocab:
-        raise UserError(f"the tokenizer's vocabulary {tokenizer.vocab} is not the model's "
-                        f"{model.vocab}: set model.vocab to it, or init_from to a folder that holds "
-                        "the model's own tokenizer")
+        raise UserError(
+            f"the tokenizer's vocabulary {tokenizer.vocab} is not the model's "
+            f"{model.vocab}: set model.vocab to it, or init_from to a folder that holds "
+            "the model's own tokenizer"
+        )
     return tokenizer

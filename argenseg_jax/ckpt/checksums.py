@@ -4,6 +4,7 @@ FOLDER/checksums-00000.json, ... beside `params`, one of each process that wrote
 many there were, "files": {path in FOLDER: [bytes, SHA-256 in hex]}}. Folders without any, as older versions
 wrote them, are read unchecked.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -33,8 +34,10 @@ def write(folder: epath.Path, process: int = 0, processes: int = 1) -> None:
     """Writes the checksums of the files that `process` wrote into a complete folder."""
     own = [path for path in _files(folder) if _writer(path) % processes == process]
     listed = _map(lambda name: (name, _digest(folder / name)), own)
-    files.write(folder / f"checksums-{process:05d}.json", json.dumps(
-        {"processes": processes, "files": {name: found for name, found in listed}}, indent=0) + "\n")
+    files.write(
+        folder / f"checksums-{process:05d}.json",
+        json.dumps({"processes": processes, "files": {name: found for name, found in listed}}, indent=0) + "\n",
+    )
 
 
 def remove(folder: epath.Path) -> None:
@@ -75,7 +78,7 @@ def check(folder: epath.Path, items: Sequence[str], share: tuple[int, int] = (0,
         return None
 
     largest = sorted(wanted, key=lambda name: (-wanted[name][0], name))
-    for found in _map(fault, largest[share[0]::share[1]]):
+    for found in _map(fault, largest[share[0] :: share[1]]):
         if found:
             raise UserError(f"{found}; copy it again or use another step (--checksums=false reads it as it is)")
 
@@ -110,8 +113,9 @@ class Writer:
             folder, complete = asked
             deadline = time.monotonic() + _PATIENCE_SECONDS
             try:
-                while not (done := complete()) and time.monotonic() < deadline and not self._closing.wait(
-                        _POLL_SECONDS):
+                while (
+                    not (done := complete()) and time.monotonic() < deadline and not self._closing.wait(_POLL_SECONDS)
+                ):
                     pass
                 if done or complete():
                     write(folder, self._process, self._processes)

@@ -1,4 +1,5 @@
 """A short name of the weights in a checkpoint, by which answers of other weights are told apart."""
+
 from __future__ import annotations
 
 import hashlib
@@ -59,8 +60,11 @@ def _hf_files(folder: epath.Path) -> list[tuple[str, epath.Path]]:
 
 def _step_files(step: epath.Path) -> list[tuple[str, epath.Path]]:
     """(name, path) of what Orbax keeps of the parameters; in a bucket, of what every save writes anew."""
-    return [(f"{k}/{path.relative_to(folder)}", path)
-            for k, folder in enumerate(orbax_io.param_folders(step, ema=True)) for path in _below(folder)]
+    return [
+        (f"{k}/{path.relative_to(folder)}", path)
+        for k, folder in enumerate(orbax_io.param_folders(step, ema=True))
+        for path in _below(folder)
+    ]
 
 
 def _below(folder: epath.Path) -> Iterator[epath.Path]:

@@ -8,6 +8,7 @@ The checksums (ckpt/checksums.py) come after that, and are checked by whoever re
 Parameters that a phase of training never changes are written once, to W/checkpoints/frozen/N, before
 its first step N is; `meta` of each of its steps refers to them ("frozen": N).
 """
+
 from __future__ import annotations
 
 import collections
@@ -42,8 +43,15 @@ _IN_FLIGHT_BYTES = 256 << 20  # of ParamsWriter
 class Checkpointer:
     """The checkpoints of a run: `params`, `ema` nested dicts, `train` any pytree of arrays."""
 
-    def __init__(self, workdir: epath.PathLike, keep: int | None = None, best: str = "", *,
-                 read_only: bool = False, checksums: bool = True):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        keep: int | None = None,
+        best: str = "",
+        *,
+        read_only: bool = False,
+        checksums: bool = True,
+    ):
         """Opens W/checkpoints.
 
         Args:
@@ -60,21 +68,29 @@ class Checkpointer:
         policies = [ocp.checkpoint_managers.LatestN(keep or None)]
         value = (lambda numbers: numbers[self.best]) if best else None
         if best:
-            policies.append(ocp.checkpoint_managers.BestN(
-                get_metric_fn=value, reverse=mode == "min", n=1,
-                keep_checkpoints_without_metrics=False))
+            policies.append(
+                ocp.checkpoint_managers.BestN(
+                    get_metric_fn=value, reverse=mode == "min", n=1, keep_checkpoints_without_metrics=False
+                )
+            )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-            best_fn=value, best_mode=mode, create=not read_only, read_only=read_only,
-            step_name_format=steps.WholeSteps(), enable_async_checkpointing=not read_only,
-            cleanup_tmp_directories=not read_only and not files.is_remote(workdir))
+            best_fn=value,
+            best_mode=mode,
+            create=not read_only,
+            read_only=read_only,
+            step_name_format=steps.WholeSteps(),
+            enable_async_checkpointing=not read_only,
+            cleanup_tmp_directories=not read_only and not files.is_remote(workdir),
+        )
         self._dir = files.absolute(workdir) / DIRECTORY
         orbax_threads.quiet_disk_faults()
         if not read_only and files.is_remote(workdir) and distributed.is_first():
             _clean_bucket(self._dir)
         with self._writing():
             self._manager = ocp.CheckpointManager(
-                self._dir, options=options, item_names=("params", "ema", "train", "meta"))
+                self._dir, options=options, item_names=("params", "ema", "train", "meta")
+            )
         self._frozen: int | None = None  # where this phase's frozen parameters are
         self._process = jax.process_index(), jax.process_count()
         self._checked = checksums
@@ -92,9 +108,18 @@ class Checkpointer:
         """The next save writes its frozen parameters anew; after `restore` there is no need to."""
         self._frozen = None
 
-    def save(self, step: int, params: Any, ema: Any, train: Any, meta: Mapping[str, Any],
-             data_state: Mapping[str, Any], numbers: Mapping[str, Any] | None = None, *,
-             frozen: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        params: Any,
+        ema: Any,
+        train: Any,
+        meta: Mapping[str, Any],
+        data_state: Mapping[str, Any],
+        numbers: Mapping[str, Any] | None = None,
+        *,
+        frozen: Mapping[str, Any] | None = None,
+    ) -> None:
         """Starts writing; the arrays are copied before it returns, the files come later.
 
         Args:
@@ -118,8 +143,11 @@ class Checkpointer:
         meta = {**meta, "data": _united(distributed.gather(data_state))}
         if frozen:
             meta[FROZEN] = self._frozen
-        items = {"params": ocp.args.StandardSave(params, _by_layer(params)),
-                 "train": ocp.args.StandardSave(train), "meta": ocp.args.JsonSave(meta)}
+        items = {
+            "params": ocp.args.StandardSave(params, _by_layer(params)),
+            "train": ocp.args.StandardSave(train),
+            "meta": ocp.args.JsonSave(meta),
+        }
         if ema:
             items["ema"] = ocp.args.StandardSave(ema, _by_layer(ema))
         value = (numbers or {}).get(self.best)
@@ -127,8 +155,9 @@ class Checkpointer:
         if distributed.is_first():
             self._clear(folder)
         with self._writing():
-            self._manager.save(step, args=ocp.args.Composite(**items),
-                               metrics=None if value is None else {self.best: value})
+            self._manager.save(
+                step, args=ocp.args.Composite(**items), metrics=None if value is None else {self.best: value}
+            )
         if self._checksums:
             self._checksums.add(folder, lambda: folder.exists() and steps.is_finished(folder))
         if distributed.is_first():
@@ -143,8 +172,14 @@ class Checkpointer:
         except UserError as fault:
             orbax_threads.wait()
             newest = newest_step(self._dir.parent, training=True)
-            raise UserError(f"{fault}; " + ("there is no whole step yet" if newest is None else
-                            f"the newest whole step is {newest}: the same command resumes there")) from fault
+            raise UserError(
+                f"{fault}; "
+                + (
+                    "there is no whole step yet"
+                    if newest is None
+                    else f"the newest whole step is {newest}: the same command resumes there"
+                )
+            ) from fault
 
     def _clear(self, folder: epath.Path) -> None:
         """Makes way for a step where a folder of its name is that is not whole; it stays under another name."""
@@ -160,13 +195,17 @@ class Checkpointer:
     def _sweep(self) -> None:
         """Removes frozen parameters that no step refers to: of earlier phases, or of a killed run."""
         folder = self._dir / FROZEN
-        found = [p for p in (folder.iterdir() if folder.is_dir() else ())
-                 if steps.number_of(p.name) not in (None, self._frozen)]
+        found = [
+            p
+            for p in (folder.iterdir() if folder.is_dir() else ())
+            if steps.number_of(p.name) not in (None, self._frozen)
+        ]
         if not found:
             return
         try:  # also of steps that are not whole: they may be mended
-            used = {read_meta(step).get(FROZEN) for step in self._dir.iterdir()
-                    if steps.number_of(step.name) is not None}
+            used = {
+                read_meta(step).get(FROZEN) for step in self._dir.iterdir() if steps.number_of(step.name) is not None
+            }
         except UserError:  # a step went while it was read, or is damaged
             return
         for path in found:
@@ -188,15 +227,19 @@ class Checkpointer:
         check_shapes(path, params)
         own = trees.flatten(_saved_shapes(path / "params"))
         changing, rest = trees.split(params, own.__contains__)
-        items = {"params": ocp.args.StandardRestore(changing), "meta": ocp.args.JsonRestore(),
-                 "train": ocp.args.StandardRestore(train)}
+        items = {
+            "params": ocp.args.StandardRestore(changing),
+            "meta": ocp.args.JsonRestore(),
+            "train": ocp.args.StandardRestore(train),
+        }
         if ema:
             items["ema"] = ocp.args.StandardRestore(ema)
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UserError(f"{path} is damaged, or was written with another optimizer or task: "
-                            f"{brief(error, 300)}") from error
+            raise UserError(
+                f"{path} is damaged, or was written with another optimizer or task: {brief(error, 300)}"
+            ) from error
         held = _restore_item(_frozen_folder(path), rest) if rest else {}
         self._frozen = found["meta"].get(FROZEN)
         data = found["meta"]["data"]
@@ -278,8 +321,7 @@ def _check(step: epath.Path, items: Sequence[str], share: tuple[int, int] = (0, 
         checksum_files.check(frozen.parent, (frozen.name,), share)
 
 
-def restore_params(path: epath.PathLike, want: Any | None = None, *, ema: bool = True,
-                   checksums: bool = True) -> Any:
+def restore_params(path: epath.PathLike, want: Any | None = None, *, ema: bool = True, checksums: bool = True) -> Any:
     """Parameters for use: the averaged weights where the run kept an average.
 
     Args:
@@ -327,8 +369,7 @@ def _frozen_folder(step: epath.Path) -> epath.Path | None:
         return None
     folder = step.parent / FROZEN / str(number) / "params"
     if not folder.exists():
-        raise UserError(f"{step} lacks what was frozen in training, {folder}: copy the folder "
-                        f"{DIRECTORY}/ as a whole")
+        raise UserError(f"{step} lacks what was frozen in training, {folder}: copy the folder {DIRECTORY}/ as a whole")
     return folder
 
 
@@ -361,8 +402,7 @@ class ParamsWriter:
     chunk a layer, uncompressed (the bits of weights hardly compress).
     """
 
-    def __init__(self, path: epath.PathLike, leaves: Mapping[str, jax.ShapeDtypeStruct], *,
-                 checksums: bool = True):
+    def __init__(self, path: epath.PathLike, leaves: Mapping[str, jax.ShapeDtypeStruct], *, checksums: bool = True):
         """Creates the arrays {leaf: shape and dtype}; every leaf must be written."""
         self._step, self._checksums = files.absolute(path), checksums
         item = self._step / "params"
@@ -377,10 +417,15 @@ class ParamsWriter:
         for name, leaf in leaves.items():
             chunks = [1 if is_stacked(name) else leaf.shape[0], *leaf.shape[1:]]
             self._arrays[name] = tensorstore.open(
-                {**spec(item, layout, name), "create": True, "delete_existing": True,
-                 "store_data_equal_to_fill_value": True,  # Orbax takes an absent chunk for damage
-                 "metadata": {"compressor": None, "shape": leaf.shape, "chunks": chunks}},
-                dtype=np.dtype(leaf.dtype)).result()
+                {
+                    **spec(item, layout, name),
+                    "create": True,
+                    "delete_existing": True,
+                    "store_data_equal_to_fill_value": True,  # Orbax takes an absent chunk for damage
+                    "metadata": {"compressor": None, "shape": leaf.shape, "chunks": chunks},
+                },
+                dtype=np.dtype(leaf.dtype),
+            ).result()
 
     def write(self, name: str, where: tuple[int | slice, ...], values: np.ndarray) -> None:
         """Puts values at an index of a leaf, in the leaf's dtype; the files may come later."""
@@ -439,20 +484,17 @@ def is_stacked(name: str) -> bool:
 
 def _by_layer(params: Any) -> Any:
     """Orbax's options to save each layer of a stack apart: one can be read without the rest."""
-    return trees.map_named(
-        lambda name, leaf: ocp.SaveArgs(shard_axes=(0,) if is_stacked(name) else ()), params)
+    return trees.map_named(lambda name, leaf: ocp.SaveArgs(shard_axes=(0,) if is_stacked(name) else ()), params)
 
 
 def _restore_item(folder: epath.Path, want: Any) -> Any:
     def place(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
         if leaf.sharding is None:
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-        return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape,
-                                    dtype=leaf.dtype)
+        return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
     with _readable(folder), ocp.PyTreeCheckpointer() as reader:
-        return reader.restore(files.absolute(folder), item=want,
-                              restore_args=jax.tree.map(place, want))
+        return reader.restore(files.absolute(folder), item=want, restore_args=jax.tree.map(place, want))
 
 
 def _saved_shapes(folder: epath.Path) -> dict[str, Any]:

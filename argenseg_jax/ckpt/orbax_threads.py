@@ -1,4 +1,5 @@
 """Orbax's threads on a full disk: what they print is left to the one line that tells of it."""
+
 from __future__ import annotations
 
 import functools
@@ -20,8 +21,9 @@ def quiet_disk_faults() -> None:
     loop that was closed meanwhile. The exception itself is raised where a save is waited for.
     """
     for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
-        logger.addFilter(lambda record: not (
-            record.exc_info and record.exc_info[1] and files.disk_fault(record.exc_info[1])))
+        logger.addFilter(
+            lambda record: not (record.exc_info and record.exc_info[1] and files.disk_fault(record.exc_info[1]))
+        )
     before = sys.unraisablehook
 
     def hook(raised: Any) -> None:

@@ -4,6 +4,7 @@ A step is whole when everything that it was saved with is there: Orbax notes its
 `train`, `meta`, ..., in a file beside them. An interrupted copy is not whole. A step of parameters alone, as
 `convert` writes it, is whole too, but no run resumes from it.
 """
+
 from __future__ import annotations
 
 import functools

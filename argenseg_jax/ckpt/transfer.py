@@ -1,4 +1,5 @@
 """Whole checkpoints from one form to the other, one tensor in memory at a time."""
+
 from __future__ import annotations
 
 import contextlib
@@ -24,8 +25,14 @@ from argenseg_jax.interop import state_dict as torch_convert
 VOCAB_LEAVES = ("llm/embed/embedding", "llm/lm_head/kernel")  # padded in memory
 
 
-def to_orbax(source: checkpoint.Checkpoint, weights: epath.PathLike, target: epath.PathLike, *,
-             vqvae: epath.PathLike | None = None, dtype: Any = None) -> dict[str, int]:
+def to_orbax(
+    source: checkpoint.Checkpoint,
+    weights: epath.PathLike,
+    target: epath.PathLike,
+    *,
+    vqvae: epath.PathLike | None = None,
+    dtype: Any = None,
+) -> dict[str, int]:
     """HF folder -> workdir with one checkpoint, the config, and the tokenizer with the added words.
 
     Args:
@@ -49,11 +56,11 @@ def to_orbax(source: checkpoint.Checkpoint, weights: epath.PathLike, target: epa
     plan = hf_folder.plan_import(weights, model, vqvae)
     shapes = trees.flatten(hf_folder.param_shapes(model))
     missing = np.dtype(dtype or plan.dtypes["llm/embed/embedding"])  # of tables that start as zeros
-    leaves = {name: jax.ShapeDtypeStruct(leaf.shape, dtype or plan.dtypes.get(name, missing))
-              for name, leaf in shapes.items()}
+    leaves = {
+        name: jax.ShapeDtypeStruct(leaf.shape, dtype or plan.dtypes.get(name, missing)) for name, leaf in shapes.items()
+    }
     with locks.new_folder(target) as folder, _bar(target, _nbytes(leaves)) as bar:
-        with orbax_io.ParamsWriter(folder / orbax_io.DIRECTORY / "0", leaves,
-                                   checksums=source.checksums) as writer:
+        with orbax_io.ParamsWriter(folder / orbax_io.DIRECTORY / "0", leaves, checksums=source.checksums) as writer:
             for name, layer, array in plan.slices():
                 writer.write(name, torch_convert.corner(layer, array), array)
                 bar.update(array.size * leaves[name].dtype.itemsize)
@@ -69,8 +76,9 @@ def _vocab(source: checkpoint.Checkpoint, model: Any) -> dict[str, int]:
     """The ids that the tokenizer of a folder knows best; UserError if it is of another model."""
     vocab = source.tokenizer().vocab
     if vocab.base != model.vocab.base:
-        raise UserError(f"{source.path}: its tokenizer has <img> at {vocab.base}, its config.json "
-                        f"at {model.vocab.base}")
+        raise UserError(
+            f"{source.path}: its tokenizer has <img> at {vocab.base}, its config.json at {model.vocab.base}"
+        )
     return {"base": vocab.base, "eos": vocab.eos, "pad": vocab.pad}
 
 
@@ -82,8 +90,9 @@ def _copy_tokenizer(source: checkpoint.Checkpoint, folder: epath.Path) -> None:
             (folder / file.name).write_bytes(files.read_bytes(file))
 
 
-def to_hf(source: checkpoint.Checkpoint, target: epath.PathLike, *, layout: str = "official",
-          dtype: Any = None) -> dict[str, int]:
+def to_hf(
+    source: checkpoint.Checkpoint, target: epath.PathLike, *, layout: str = "official", dtype: Any = None
+) -> dict[str, int]:
     """Orbax checkpoint -> HF folder; the run's config rides along: config.json has no name for it.
 
     Args:
@@ -99,13 +108,18 @@ def to_hf(source: checkpoint.Checkpoint, target: epath.PathLike, *, layout: str 
     source.check_shapes()
     leaves = source.adapters().merged_lazily(orbax_io.open_params(source.path, checksums=source.checksums))
     config = {key: value for key, value in source.config.items() if key != "model"}
-    kept = {name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype)
-            for name, leaf in leaves.items()}
+    kept = {name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype) for name, leaf in leaves.items()}
     with _bar(target, _nbytes(kept)) as bar:
         hf_folder.save_folder(
-            target, trees.unflatten(leaves), source.config["model"], source.tokenizer_files(),
-            dtype, {checkpoint.RUN_CONFIG: json.dumps(config, indent=2) + "\n"}, layout=layout,
-            done=bar.update)
+            target,
+            trees.unflatten(leaves),
+            source.config["model"],
+            source.tokenizer_files(),
+            dtype,
+            {checkpoint.RUN_CONFIG: json.dumps(config, indent=2) + "\n"},
+            layout=layout,
+            done=bar.update,
+        )
     return _sizes(model, kept)
 
 
@@ -116,10 +130,11 @@ def _nbytes(leaves: Any) -> int:
 def _sizes(model: Any, leaves: Any) -> dict[str, int]:
     """Number and bytes of the parameters, without the padding of the vocabulary."""
     share = model.vocab.size / model.vocab.padded_size
-    real = {name: math.prod(leaf.shape) * (share if name in VOCAB_LEAVES else 1)
-            for name, leaf in leaves.items()}
-    return {"params": round(sum(real.values())),
-            "bytes": round(sum(n * leaves[name].dtype.itemsize for name, n in real.items()))}
+    real = {name: math.prod(leaf.shape) * (share if name in VOCAB_LEAVES else 1) for name, leaf in leaves.items()}
+    return {
+        "params": round(sum(real.values())),
+        "bytes": round(sum(n * leaves[name].dtype.itemsize for name, n in real.items())),
+    }
 
 
 @contextlib.contextmanager
@@ -130,6 +145,13 @@ def _bar(target: epath.PathLike, total: int) -> Iterator[tqdm.tqdm]:
         parent = os.path.dirname(parent)
     if not files.is_remote(target) and (free := shutil.disk_usage(parent).free) < total:
         raise UserError(f"{target} needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
-    with tqdm.tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, delay=1,
-                   desc=os.path.basename(os.fspath(target)), dynamic_ncols=True) as bar:
+    with tqdm.tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        file=sys.stderr,
+        delay=1,
+        desc=os.path.basename(os.fspath(target)),
+        dynamic_ncols=True,
+    ) as bar:
         yield bar

@@ -4,6 +4,7 @@ A command is a module of this package. Importing it defines its absl flags and n
 jax); its `run() -> dict` then does the work, and the dict is printed as the last line of stdout. A
 `setup_devices()` of its own replaces the usual one, before the first use of jax.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -44,8 +45,9 @@ _MACHINE = re.compile(r"RESOURCE_EXHAUSTED|No space left on device|Disk quota ex
 def usage() -> str:
     """The help text without a command."""
     rows = "\n".join(f"  {name:9s} {text}" for name, (_, text) in COMMANDS.items())
-    return (f"usage: python -m argenseg_jax CMD [--flag=value ...]\n\n{rows}\n\n"
-            "`CMD --help` lists the flags of a command.")
+    return (
+        f"usage: python -m argenseg_jax CMD [--flag=value ...]\n\n{rows}\n\n`CMD --help` lists the flags of a command."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,8 +89,10 @@ def _report(error: BaseException, argv: Sequence[str]) -> int:
     if line is None or any(a in ("--debug", "--debug=true", "-debug") for a in argv):
         traceback.print_exception(error)
     if line is None:
-        line = (f"unexpected {type(error).__name__}; please report this, with the traceback above and the "
-                f"command: argenseg {shlex.join(argv)}")
+        line = (
+            f"unexpected {type(error).__name__}; please report this, with the traceback above and the "
+            f"command: argenseg {shlex.join(argv)}"
+        )
     print(f"error: {brief(line, _LINE)}", file=sys.stderr)
     if isinstance(error, BrokenPipeError):
         with contextlib.suppress(OSError, ValueError):  # what stdout still holds would raise again at the exit
@@ -124,8 +128,7 @@ def _run(command: str, args: list[str]) -> int:
         raise UserError(f"unknown command '{brief(command, 60)}'; there are {', '.join(COMMANDS)}")
     module = importlib.import_module(COMMANDS[command][0])
     if any(a in ("-h", "--help") for a in args):
-        print(f"{command}: {COMMANDS[command][1]}\n\n{module.__doc__}\n"
-              + flags.FLAGS.get_help(), file=sys.stderr)
+        print(f"{command}: {COMMANDS[command][1]}\n\n{module.__doc__}\n" + flags.FLAGS.get_help(), file=sys.stderr)
         return 0
     parsing.parse(command, args)
     getattr(module, "setup_devices", common.setup_devices)()

@@ -6,6 +6,7 @@
 With --prompt, those are the turns; otherwise they are read from the terminal until an empty line.
 The masks of turn t are written to OUT/turn_t.png, turn_t_1.png, ...
 """
+
 from __future__ import annotations
 
 import os
@@ -47,8 +48,7 @@ def run() -> dict[str, Any]:
         answers.append(result.text)
         common.log(f"> {text}\n{result.text}")
         for i, mask in enumerate(result.masks):
-            written.append(common.write_picture(f"{FLAGS.out}/turn_{number}.png", i,
-                                                mask.astype("uint8") * 255))
+            written.append(common.write_picture(f"{FLAGS.out}/turn_{number}.png", i, mask.astype("uint8") * 255))
             common.log(f"  {written[-1]}  score {result.scores[i]:.3f}")
     return {"turns": len(answers), "answers": answers, "files": written}
 

@@ -1,4 +1,5 @@
 """What commands share: flags, the choice of devices, progress on stderr, the result on stdout."""
+
 from __future__ import annotations
 
 import contextlib
@@ -26,18 +27,28 @@ _ACCELERATORS = (
     (("/dev/kfd",), ("jax_rocm60_plugin", "jax_rocm7_plugin")),
     (("/dev/accel[0-9]*", "/dev/vfio/[0-9]*"), ("libtpu",)),
 )
-flags.DEFINE_integer("cpu_devices", 0, "Number of devices that the CPU is split into; 0 takes the "
-                     "product of the config's mesh.", lower_bound=0, upper_bound=MAX_CPU_DEVICES)
-flags.DEFINE_bool("distributed", False, "Join the other hosts: the same command runs on each. jax "
-                  "finds them on TPU pods and under Slurm, Open MPI and Kubernetes; elsewhere set "
-                  "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.")
+flags.DEFINE_integer(
+    "cpu_devices",
+    0,
+    "Number of devices that the CPU is split into; 0 takes the product of the config's mesh.",
+    lower_bound=0,
+    upper_bound=MAX_CPU_DEVICES,
+)
+flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Join the other hosts: the same command runs on each. jax "
+    "finds them on TPU pods and under Slurm, Open MPI and Kubernetes; elsewhere set "
+    "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+)
 flags.DEFINE_bool("debug", False, "Print the traceback of a user error too.")
 
 
 def define_config() -> None:
     """--config FILE.py[:arg], and --config.a.b=value for each key of config_keys.py."""
-    flags.DEFINE_flag(parsing.ConfigFlag("Experiment file, e.g. configs/nano.py; --config.KEY=VALUE changes "
-                                         "a key of it."))
+    flags.DEFINE_flag(
+        parsing.ConfigFlag("Experiment file, e.g. configs/nano.py; --config.KEY=VALUE changes a key of it.")
+    )
 
 
 def define_workdir(text: str = "Directory of the run.") -> None:
@@ -59,22 +70,29 @@ def chosen_checkpoint() -> str:
 
 def define_checksums() -> None:
     """--checksums, of the commands that read or write checkpoints."""
-    flags.DEFINE_bool("checksums", True, "Check the files of a step against their checksums before they are "
-                      "read, and write checksums of new ones; false skips both.")
+    flags.DEFINE_bool(
+        "checksums",
+        True,
+        "Check the files of a step against their checksums before they are "
+        "read, and write checksums of new ones; false skips both.",
+    )
 
 
 def define_answering(max_masks: int = 8) -> None:
     """Flags about how answers are written; `answering` reads them."""
-    flags.DEFINE_integer("max_masks", max_masks, "The answer ends after N masks.", lower_bound=1,
-                         upper_bound=1024)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "int8"], "Of weights and "
-                      "computation; int8: the language model's matrices, the rest is bfloat16.")
+    flags.DEFINE_integer("max_masks", max_masks, "The answer ends after N masks.", lower_bound=1, upper_bound=1024)
+    flags.DEFINE_enum(
+        "dtype",
+        "float32",
+        ["float32", "bfloat16", "int8"],
+        "Of weights and computation; int8: the language model's matrices, the rest is bfloat16.",
+    )
     flags.DEFINE_float("guidance", 0.0, "Strength of classifier-free guidance; 0 = off.", lower_bound=0)
-    flags.DEFINE_float("temperature", 0.0, "Of sampled words and codes; 0 = the likeliest.",
-                       lower_bound=0)
+    flags.DEFINE_float("temperature", 0.0, "Of sampled words and codes; 0 = the likeliest.", lower_bound=0)
     flags.DEFINE_integer("top_k", 0, "Sample among so many; 0 = all.", lower_bound=0)
-    flags.DEFINE_float("top_p", 1.0, "Sample among the likeliest with this probability together.",
-                       lower_bound=1e-6, upper_bound=1.0)
+    flags.DEFINE_float(
+        "top_p", 1.0, "Sample among the likeliest with this probability together.", lower_bound=1e-6, upper_bound=1.0
+    )
     flags.DEFINE_integer("seed", 0, "Of the sampling.")
 
 
@@ -83,22 +101,29 @@ def answering() -> dict[str, Any]:
     from argenseg_jax.decode.sampling import Sampling
 
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
-    return {"max_masks": FLAGS.max_masks, "guidance": FLAGS.guidance, "sampling": sampling,
-            "code_sampling": sampling}
+    return {"max_masks": FLAGS.max_masks, "guidance": FLAGS.guidance, "sampling": sampling, "code_sampling": sampling}
 
 
 def define_reading() -> None:
     """Defines --window and --max_pixels."""
-    flags.DEFINE_string("window", None, "LOW,HIGH: values of images of more than 8 bits that become 0..255; default: "
-                      "data.window of the saved config, or by the values of the data.")
-    flags.DEFINE_integer("max_pixels", 0, "Most pixels of an image; 0 = data.max_pixels of the saved config, or 64 Mi.",
-                         lower_bound=0)
+    flags.DEFINE_string(
+        "window",
+        None,
+        "LOW,HIGH: values of images of more than 8 bits that become 0..255; default: "
+        "data.window of the saved config, or by the values of the data.",
+    )
+    flags.DEFINE_integer(
+        "max_pixels", 0, "Most pixels of an image; 0 = data.max_pixels of the saved config, or 64 Mi.", lower_bound=0
+    )
 
 
 def define_outside() -> None:
     """Defines --allow_outside, for commands that read data."""
-    flags.DEFINE_bool("allow_outside", False, "Relative paths in data files may lead out of the folder that they start "
-                      "from, by .. or a symbolic link.")
+    flags.DEFINE_bool(
+        "allow_outside",
+        False,
+        "Relative paths in data files may lead out of the folder that they start from, by .. or a symbolic link.",
+    )
 
 
 def reading(config: Mapping[str, Any] = MappingProxyType({})) -> Any:
@@ -113,8 +138,11 @@ def reading(config: Mapping[str, Any] = MappingProxyType({})) -> Any:
             window = tuple(config_keys.parse("data.window", FLAGS.window))
         except UserError as error:
             raise UserError(f"--window: {error}") from None
-    return saved._replace(window=window, max_pixels=FLAGS.max_pixels or saved.max_pixels,
-                          allow_outside="allow_outside" in FLAGS and FLAGS.allow_outside)
+    return saved._replace(
+        window=window,
+        max_pixels=FLAGS.max_pixels or saved.max_pixels,
+        allow_outside="allow_outside" in FLAGS and FLAGS.allow_outside,
+    )
 
 
 def write_picture(target: str, number: int, picture: Any) -> str:
@@ -178,8 +206,9 @@ def on_cpu() -> bool:
     named = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
     if named:
         return named.split(",")[0].strip().lower() == "cpu"
-    return not any(any(map(glob.glob, nodes)) and any(map(importlib.util.find_spec, packages))
-                   for nodes, packages in _ACCELERATORS)
+    return not any(
+        any(map(glob.glob, nodes)) and any(map(importlib.util.find_spec, packages)) for nodes, packages in _ACCELERATORS
+    )
 
 
 def keep_memory() -> None:
@@ -225,8 +254,7 @@ def setup_devices() -> None:
             pass
     if FLAGS.distributed:
         try:
-            jax.distributed.initialize(num_processes=_number("JAX_NUM_PROCESSES"),
-                                       process_id=_number("JAX_PROCESS_ID"))
+            jax.distributed.initialize(num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID"))
         except (ValueError, RuntimeError) as error:
             raise UserError(f"--distributed: {error} (see --distributed in --help)") from error
 

@@ -11,6 +11,7 @@ included), or the phases that decoding runs. Memory is what the compiler says; t
 estimates: bounds by the chip's data sheet. A step that does not fit is exit code 0, `fits: false`, with
 advice. --search tries meshes, batches and remat policies, and lists the best that fit.
 """
+
 from __future__ import annotations
 
 import json
@@ -27,21 +28,32 @@ from argenseg_jax.errors import UserError
 
 FLAGS = common.FLAGS
 common.define_config()
-flags.DEFINE_string("topology", None, "v4, v5e, v5p, v6e or tpu7x and a shape: v5e:16x16, v5p:4x4x4; or a "
-                    "cloud name: v5p-128 (cores), v6e-256 (chips).")
-flags.DEFINE_integer("slices", 1, "So many of them; mesh.dcn_data splits the batch over them.", lower_bound=1,
-                     upper_bound=4096)
+flags.DEFINE_string(
+    "topology",
+    None,
+    "v4, v5e, v5p, v6e or tpu7x and a shape: v5e:16x16, v5p:4x4x4; or a cloud name: v5p-128 (cores), v6e-256 (chips).",
+)
+flags.DEFINE_integer(
+    "slices", 1, "So many of them; mesh.dcn_data splits the batch over them.", lower_bound=1, upper_bound=4096
+)
 flags.DEFINE_enum("phase", "train", ["train", "decode"], "The training step, or the phases of decoding.")
 flags.DEFINE_integer("batch", 1, "decode: pictures at a time.", lower_bound=1, upper_bound=65536)
-flags.DEFINE_integer("prompt_tokens", 512, "decode: places that prompts are padded to.", lower_bound=1,
-                     upper_bound=2**20)
+flags.DEFINE_integer(
+    "prompt_tokens", 512, "decode: places that prompts are padded to.", lower_bound=1, upper_bound=2**20
+)
 flags.DEFINE_bool("search", False, "train: also try other meshes, batches and remat policies.")
 flags.DEFINE_multi_string("xla", [], "NAME=VALUE, an option of the TPU compiler; may be repeated.")
 flags.DEFINE_string("hlo", None, "Write the compiled program to this file (v5e and v6e only).")
 # libtpu looks for a TPU machine's description in these.
-_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-                "TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3",
-                "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 
 
 def setup_devices() -> None:
@@ -63,8 +75,7 @@ def run() -> dict[str, Any]:
     where = f"{FLAGS.topology}" + (f" x {FLAGS.slices} slices" if FLAGS.slices > 1 else "")
     common.log(f"{FLAGS.phase}: compiles for {where}, minutes where it fits")
     if FLAGS.phase == "decode":
-        report = aot.decode_report(cfg, FLAGS.topology, rows=FLAGS.batch, prompt=FLAGS.prompt_tokens,
-                                   keep=FLAGS.hlo)
+        report = aot.decode_report(cfg, FLAGS.topology, rows=FLAGS.batch, prompt=FLAGS.prompt_tokens, keep=FLAGS.hlo)
     else:
         report = aot.train_report(cfg, FLAGS.topology, FLAGS.slices, options, FLAGS.hlo)
     _say(report)
@@ -83,9 +94,11 @@ def _say(report: dict[str, Any]) -> None:
         verdict = "fits" if part["fits"] else "DOES NOT FIT"
         line = f"{name}: {verdict}, {part['hbm_gib']:.2f} of {part['hbm_limit_gib']:.2f} GiB a device"
         if part["fits"]:
-            line += (f" (arguments {part['argument_gib']:.2f}, temporary {part['temporary_gib']:.2f}); "
-                     f"estimate: at least {part['step_seconds']:.4g} s, bound by {part['bound']}, MFU at "
-                     f"most {part['mfu']:.0%}")
+            line += (
+                f" (arguments {part['argument_gib']:.2f}, temporary {part['temporary_gib']:.2f}); "
+                f"estimate: at least {part['step_seconds']:.4g} s, bound by {part['bound']}, MFU at "
+                f"most {part['mfu']:.0%}"
+            )
         common.log(line)
     for item in report.get("advice", []):
         word = "would be enough" if item["enough"] else "would help"
@@ -114,23 +127,38 @@ def _search() -> dict[str, Any]:
     best = candidates.ranked(tried)
     common.log("\n".join(["best first (estimates):", *(candidates.line(*item) for item in best[:5])]))
     top = best[0] if best else None
-    return {**(top[1] if top else {"fits": False, "hbm_gib": None, "flops": None, "bound": None, "mfu": None}),
-            "candidates": len(tried), "fitting": len(best), "best": top[0].overrides() if top else None}
+    return {
+        **(top[1] if top else {"fits": False, "hbm_gib": None, "flops": None, "bound": None, "mfu": None}),
+        "candidates": len(tried),
+        "fitting": len(best),
+        "best": top[0].overrides() if top else None,
+    }
 
 
 def _compile(overrides: list[str]) -> dict[str, Any]:
     """The report of this command with other settings; an error is {'fits': False, 'error': line}."""
     config = FLAGS["config"]
     given = [f"--config.{key}={config_keys.spell(value)}" for key, value in config.overrides.items()]
-    args = ["compile", f"--config={config.spec}", *given, *overrides, f"--topology={FLAGS.topology}",
-            f"--slices={FLAGS.slices}", *(f"--xla={option}" for option in FLAGS.xla)]
-    done = subprocess.run([sys.executable, "-m", "argenseg_jax", *args], capture_output=True, text=True,
-                          env=processes.child_environment())
+    args = [
+        "compile",
+        f"--config={config.spec}",
+        *given,
+        *overrides,
+        f"--topology={FLAGS.topology}",
+        f"--slices={FLAGS.slices}",
+        *(f"--xla={option}" for option in FLAGS.xla),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "argenseg_jax", *args], capture_output=True, text=True, env=processes.child_environment()
+    )
     try:
         if not done.returncode:
             return json.loads(done.stdout.splitlines()[-1])
         said = done.stderr.strip().splitlines()[-1]
     except (ValueError, LookupError):
-        said = (f"the compiler was killed by signal {-done.returncode}; is there enough memory?"
-                if done.returncode < 0 else f"the compiler ended with exit code {done.returncode}, without a word")
+        said = (
+            f"the compiler was killed by signal {-done.returncode}; is there enough memory?"
+            if done.returncode < 0
+            else f"the compiler ended with exit code {done.returncode}, without a word"
+        )
     return {"fits": False, "error": said}

@@ -11,6 +11,7 @@ beside it, and a folder in the layout of transformers (`-hf`). Tensors are moved
 little memory. Nothing appears under --to before it is complete; an interrupted conversion is simply
 started again.
 """
+
 from __future__ import annotations
 
 import time
@@ -25,12 +26,16 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("from", None, "HF folder, weight file, workdir, Orbax step, or 'nano'.")
 flags.DEFINE_string("to", None, "Workdir or HF folder to make.")
 flags.DEFINE_string("vqvae", None, "Weight file of the VQ-VAE, for a --from without one.")
-flags.DEFINE_enum("save_dtype", None, ["float32", "bfloat16", "float16"],
-                  "Of the written weights; default: as they are.")
+flags.DEFINE_enum(
+    "save_dtype", None, ["float32", "bfloat16", "float16"], "Of the written weights; default: as they are."
+)
 common.define_checksums()
-flags.DEFINE_enum("layout", "official", ["official", "hf"],
-                  "Key names and config.json of a written folder: those of the official code, or "
-                  "of transformers' own InternVL.")
+flags.DEFINE_enum(
+    "layout",
+    "official",
+    ["official", "hf"],
+    "Key names and config.json of a written folder: those of the official code, or of transformers' own InternVL.",
+)
 
 
 def run() -> dict[str, Any]:
@@ -46,17 +51,23 @@ def run() -> dict[str, Any]:
     if target.exists():
         raise UserError(f"--to: {target} exists already; choose another name or remove it")
     files.check_writable(target.parent)
-    source = checkpoint.open_checkpoint(str(origin.parent) if origin.is_file()
-                                        else FLAGS["from"].value, checksums=FLAGS.checksums)
+    source = checkpoint.open_checkpoint(
+        str(origin.parent) if origin.is_file() else FLAGS["from"].value, checksums=FLAGS.checksums
+    )
     if FLAGS.vqvae and not source.is_hf:
         raise UserError("--vqvae completes a released folder; this --from is an Orbax checkpoint")
-    common.log(f"{FLAGS['from'].value} -> {target} "
-               f"({'Orbax' if source.is_hf else FLAGS.layout + ' key names'})")
+    common.log(f"{FLAGS['from'].value} -> {target} ({'Orbax' if source.is_hf else FLAGS.layout + ' key names'})")
     if source.is_hf:
-        sizes = transfer.to_orbax(source, origin if origin.is_file() else source.path, target,
-                                  vqvae=FLAGS.vqvae, dtype=FLAGS.save_dtype)
+        sizes = transfer.to_orbax(
+            source, origin if origin.is_file() else source.path, target, vqvae=FLAGS.vqvae, dtype=FLAGS.save_dtype
+        )
     else:
         sizes = transfer.to_hf(source, target, layout=FLAGS.layout, dtype=FLAGS.save_dtype)
-    return {"from": FLAGS["from"].value, "to": str(target),
-            "direction": "torch to orbax" if source.is_hf else "orbax to torch", **sizes,
-            "unmatched": 0, "seconds": round(time.monotonic() - start, 2)}
+    return {
+        "from": FLAGS["from"].value,
+        "to": str(target),
+        "direction": "torch to orbax" if source.is_hf else "orbax to torch",
+        **sizes,
+        "unmatched": 0,
+        "seconds": round(time.monotonic() - start, 2),
+    }

@@ -18,6 +18,7 @@ scored again without the model:
 
 With --distributed the hosts share the samples, and the first of them writes; the scores are the same.
 """
+
 from __future__ import annotations
 
 import functools
@@ -38,32 +39,42 @@ MAX_MASKS = 8  # of an answer whose masks are united
 common.define_workdir("Run whose newest checkpoint is scored.")
 common.define_checkpoint()
 common.define_checksums()
-flags.DEFINE_multi_string("data", None, "File or named source to evaluate on; default: eval.data of the "
-                          "saved config.")
-flags.DEFINE_string("image_root", "", "Directory that file names in --data start from; default: "
-                    "the directory of --data.")
+flags.DEFINE_multi_string("data", None, "File or named source to evaluate on; default: eval.data of the saved config.")
+flags.DEFINE_string(
+    "image_root", "", "Directory that file names in --data start from; default: the directory of --data."
+)
 flags.DEFINE_alias("image-root", "image_root")
 common.define_reading()
 common.define_outside()
 flags.DEFINE_string("out", None, "Directory of the results; default: --workdir.")
 flags.DEFINE_integer("limit", 0, "Score only the first so many samples; 0 = all.", lower_bound=0)
 flags.DEFINE_integer("batch", 16, "Samples per call of the model.", lower_bound=1, upper_bound=65536)
-flags.DEFINE_string("metric", "", "Scores to compute: referring, grefcoco, semantic, boxes, instances, "
-                    "interactive, anomaly, fidelity, pope, vqav2, textvqa, mmmu, exact; default: "
-                    "eval.metric of the saved config, what the data asks for, or referring.")
+flags.DEFINE_string(
+    "metric",
+    "",
+    "Scores to compute: referring, grefcoco, semantic, boxes, instances, "
+    "interactive, anomaly, fidelity, pope, vqav2, textvqa, mmmu, exact; default: "
+    "eval.metric of the saved config, what the data asks for, or referring.",
+)
 flags.DEFINE_string("rescore", None, "A predictions.jsonl: computes its scores without the model.")
 flags.DEFINE_bool("save_masks", False, "Also write every scored mask as a PNG.")
-flags.DEFINE_string("config.eval.prompt", "", "Instead of the saved config's: prompt of PSALM files: referring, "
-                    "semantic, reasoning, or a text with {sent}.")
-flags.DEFINE_enum("config.eval.masks", None, ["first", "union"], "Instead of the saved config's: which masks of "
-                  "an answer count.")
+flags.DEFINE_string(
+    "config.eval.prompt",
+    "",
+    "Instead of the saved config's: prompt of PSALM files: referring, semantic, reasoning, or a text with {sent}.",
+)
+flags.DEFINE_enum(
+    "config.eval.masks", None, ["first", "union"], "Instead of the saved config's: which masks of an answer count."
+)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
-flags.DEFINE_integer("previews", 3, "How many answers the report shows scale by scale.",
-                     lower_bound=0)
-flags.DEFINE_bool("baseline", True, "Read the training data for the constant baseline, where the "
-                  "data to evaluate does not bring a baseline of its own.")
-flags.DEFINE_float("save_every", 10.0, "Seconds of answers that a stopped evaluation loses at most.",
-                   lower_bound=0.0)
+flags.DEFINE_integer("previews", 3, "How many answers the report shows scale by scale.", lower_bound=0)
+flags.DEFINE_bool(
+    "baseline",
+    True,
+    "Read the training data for the constant baseline, where the "
+    "data to evaluate does not bring a baseline of its own.",
+)
+flags.DEFINE_float("save_every", 10.0, "Seconds of answers that a stopped evaluation loses at most.", lower_bound=0.0)
 
 
 def run() -> dict[str, Any]:
@@ -83,8 +94,7 @@ def run() -> dict[str, Any]:
     from argenseg_jax.eval import report
 
     checkpoint = open_checkpoint(FLAGS.checkpoint or FLAGS.workdir, checksums=FLAGS.checksums)
-    settings = {"prompt": "referring", "masks": "first", "metric": "", "data": (),
-                **checkpoint.config.get("eval", {})}
+    settings = {"prompt": "referring", "masks": "first", "metric": "", "data": (), **checkpoint.config.get("eval", {})}
     for key, flag in (("prompt", "config.eval.prompt"), ("masks", "config.eval.masks"), ("metric", "metric")):
         settings[key] = FLAGS[flag].value or settings[key]
     for key in ("masks", "data"):  # of the saved config; prompt and metric are checked with the data
@@ -139,8 +149,12 @@ def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, ou
 
     metrics = {name: folders.split(name)[0] or settings["metric"] for name in names}
     reading = common.reading(checkpoint.config)._replace(max_images=FEW, max_masks=FEW)
-    sources = {name: open_source(folders.split(name)[1], prompt=settings["prompt"],
-                                 image_root=FLAGS.image_root, reading=reading) for name in names}
+    sources = {
+        name: open_source(
+            folders.split(name)[1], prompt=settings["prompt"], image_root=FLAGS.image_root, reading=reading
+        )
+        for name in names
+    }
     if FLAGS["config.eval.prompt"].value and not any(map(takes_prompt, sources.values())):
         raise UserError("--config.eval.prompt changes nothing: these data hold their own questions")
     places = [None] * len(names)
@@ -151,23 +165,50 @@ def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, ou
     path = FLAGS.checkpoint or FLAGS.workdir
     predictor = functools.cache(lambda: Predictor.load(path, FLAGS.dtype, checksums=FLAGS.checksums))
     baseline = functools.cache(lambda: _baseline(checkpoint.config))  # reads the training data: only where needed
-    weights = {"checkpoint": str(path), "step": checkpoint.step(), "weights": distributed.gather(fingerprint(checkpoint))[0]}
+    weights = {
+        "checkpoint": str(path),
+        "step": checkpoint.step(),
+        "weights": distributed.gather(fingerprint(checkpoint))[0],
+    }
     config = json.dumps([checkpoint.config.get(k) for k in ("data", "decode")], sort_keys=True, default=str)
     jobs = []
     for name, place in zip(names, places):
-        evaluator = _evaluator({**settings, "metric": metrics[name]}, sources[name], checkpoint.config, predictor,
-                               baseline)
+        evaluator = _evaluator(
+            {**settings, "metric": metrics[name]}, sources[name], checkpoint.config, predictor, baseline
+        )
         evaluator.check(sources[name])
-        jobs.append(Job(name, sources[name], evaluator, place, {
-            "data": name, folders.SOURCE: folders.identity(name), **weights, "config": config,
-            "window": FLAGS.window, "image_root": FLAGS.image_root, "dtype": FLAGS.dtype, "baseline": FLAGS.baseline,
-            "prompt": settings["prompt"], "masks": settings["masks"], "metric": metrics[name]}))
+        jobs.append(
+            Job(
+                name,
+                sources[name],
+                evaluator,
+                place,
+                {
+                    "data": name,
+                    folders.SOURCE: folders.identity(name),
+                    **weights,
+                    "config": config,
+                    "window": FLAGS.window,
+                    "image_root": FLAGS.image_root,
+                    "dtype": FLAGS.dtype,
+                    "baseline": FLAGS.baseline,
+                    "prompt": settings["prompt"],
+                    "masks": settings["masks"],
+                    "metric": metrics[name],
+                },
+            )
+        )
     predictor()
     return jobs
 
 
-def _evaluator(settings: Mapping[str, Any], source: Any, config: Mapping[str, Any],
-               predictor: Callable[[], Any], baseline: Callable[[], Any]) -> Any:
+def _evaluator(
+    settings: Mapping[str, Any],
+    source: Any,
+    config: Mapping[str, Any],
+    predictor: Callable[[], Any],
+    baseline: Callable[[], Any],
+) -> Any:
     """The evaluator of one data set, whose model and baseline are loaded with the first question."""
     from argenseg_jax.eval.evaluator import Evaluator
 
@@ -181,10 +222,15 @@ def _evaluator(settings: Mapping[str, Any], source: Any, config: Mapping[str, An
         return baseline() and baseline()(question)
 
     return Evaluator(
-        answer, batch=FLAGS.batch, masks=settings["masks"], metric=settings["metric"],
+        answer,
+        batch=FLAGS.batch,
+        masks=settings["masks"],
+        metric=settings["metric"],
         baseline=constant if FLAGS.baseline and config.get("data", {}).get("sources") else None,
         preview_fn=functools.partial(answer, previews=True) if FLAGS.previews else None,
-        previews=FLAGS.previews, pad=config.get("data", {}).get("pad_to_square", False))
+        previews=FLAGS.previews,
+        pad=config.get("data", {}).get("pad_to_square", False),
+    )
 
 
 def _evaluate(job: Job) -> dict[str, Any]:
@@ -220,8 +266,9 @@ def _baseline(config: Mapping[str, Any]) -> Any:
     from argenseg_jax.eval import evaluator
 
     try:
-        parts = mixture.open_mixture(config["data"]["sources"], config["data"].get("root", ""),
-                                     reading=common.reading(config))
+        parts = mixture.open_mixture(
+            config["data"]["sources"], config["data"].get("root", ""), reading=common.reading(config)
+        )
         return evaluator.constant_baseline([part.source for part in parts])
     except UserError as error:
         common.log(f"no baseline: {error}")
@@ -238,9 +285,17 @@ def _write(job: Job, result: Any, scores: Mapping[str, Any]) -> None:
     files.write(folder / "coco_results.json", predictions.coco_file(rows.values()))
     for row in rows.values() if FLAGS.save_masks else ():
         if row["prediction"]:
-            files.write(folder / "masks" / f"{row['index']}.png",
-                        visualize.encode_png(predictions.mask_picture(row)))
+            files.write(folder / "masks" / f"{row['index']}.png", visualize.encode_png(predictions.mask_picture(row)))
     shown = report.save_pictures(folder / "pictures", job.source, result)
-    files.write(folder / "scores.json", json.dumps(
-        {**scores, folders.SOURCE: job.key[folders.SOURCE], "coco_results": predictions.coco_ids(rows.values()),
-         "pictures": shown}, indent=1))
+    files.write(
+        folder / "scores.json",
+        json.dumps(
+            {
+                **scores,
+                folders.SOURCE: job.key[folders.SOURCE],
+                "coco_results": predictions.coco_ids(rows.values()),
+                "pictures": shown,
+            },
+            indent=1,
+        ),
+    )

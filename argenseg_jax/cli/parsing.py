@@ -1,4 +1,5 @@
 """The command line -> FLAGS: config overrides by the table of keys, and gates that hold for every flag."""
+
 from __future__ import annotations
 
 import math
@@ -14,8 +15,24 @@ from argenseg_jax.errors import UserError, brief
 
 FLAGS = flags.FLAGS
 # Flags that name a file or folder to read or write.
-PATHS = ("workdir", "checkpoint", "image", "out", "overlay", "scales", "from", "to", "vqvae", "root",
-         "image_root", "codes", "verify", "rescore", "hlo", "case")
+PATHS = (
+    "workdir",
+    "checkpoint",
+    "image",
+    "out",
+    "overlay",
+    "scales",
+    "from",
+    "to",
+    "vqvae",
+    "root",
+    "image_root",
+    "codes",
+    "verify",
+    "rescore",
+    "hlo",
+    "case",
+)
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 _LARGEST = 2**31 - 1  # of whole numbers on the command line; jax counts in int32
 
@@ -131,8 +148,9 @@ def _check_values() -> None:
             if isinstance(value, int) and abs(value) > _LARGEST:
                 raise UserError(f"--{flag.name}: {config_keys.shown(value)} is beyond {_LARGEST}")
             if isinstance(value, str) and not value.strip() and flag.default != "":
-                raise UserError(f"--{flag.name} is empty (an unset variable of the shell?); leave the flag out "
-                                "or give it a value")
+                raise UserError(
+                    f"--{flag.name} is empty (an unset variable of the shell?); leave the flag out or give it a value"
+                )
             if value and flag.name in PATHS and "://" in value:
                 from argenseg_jax import files
 

@@ -5,6 +5,7 @@
 
 An answer may hold several masks: mask.png, mask_1.png, ...; without any, no file is written.
 """
+
 from __future__ import annotations
 
 import time
@@ -39,9 +40,14 @@ def run() -> dict[str, Any]:
             raise UserError(f"--{flag}={FLAGS[flag].value}: the file is a PNG; name it so")
     if FLAGS.overlay and not FLAGS.image:
         raise UserError(f"--overlay={FLAGS.overlay} needs --image")
-    common.check_outputs({"image": FLAGS.image}, {
-        flag: [common.numbered(FLAGS[flag].value, i) for i in range(FLAGS.max_masks)]
-        for flag in ("out", "overlay", "scales") if FLAGS[flag].value})
+    common.check_outputs(
+        {"image": FLAGS.image},
+        {
+            flag: [common.numbered(FLAGS[flag].value, i) for i in range(FLAGS.max_masks)]
+            for flag in ("out", "overlay", "scales")
+            if FLAGS[flag].value
+        },
+    )
 
     options = common.answering()
 
@@ -66,5 +72,10 @@ def run() -> dict[str, Any]:
         if FLAGS.scales:
             strip = [*([] if image is None else [image]), *result.scales[i]]
             written.append(common.write_picture(FLAGS.scales, i, visualize.strip(strip)))
-    return {"masks": len(result.masks), "text": result.text, "seconds": round(seconds, 3),
-            "files": written, "scores": [round(s, 4) for s in result.scores]}
+    return {
+        "masks": len(result.masks),
+        "text": result.text,
+        "seconds": round(seconds, 3),
+        "files": written,
+        "scores": [round(s, 4) for s in result.scores],
+    }

@@ -9,6 +9,7 @@ call goes on where the first one stopped. WORKDIR/sweep.md and sweep.svg show th
 swept values. --launch commands, slurm and jobset start nothing: they write shell lines, an array
 job or JobSets, on stdout or to --out. When those have run, `--launch nothing` collects.
 """
+
 from __future__ import annotations
 
 import json
@@ -27,14 +28,18 @@ FLAGS = common.FLAGS
 common.define_config()
 common.define_workdir("Directory of the sweep; every point has a folder in it.")
 common.define_checksums()
-flags.DEFINE_enum("launch", "here", ["here", "commands", "slurm", "jobset", "nothing"],
-                  "Train here, one after another; or write what starts the points elsewhere; or "
-                  "only collect what there is.")
+flags.DEFINE_enum(
+    "launch",
+    "here",
+    ["here", "commands", "slurm", "jobset", "nothing"],
+    "Train here, one after another; or write what starts the points elsewhere; or only collect what there is.",
+)
 flags.DEFINE_string("out", None, "File that commands, array job or JobSets go to; default: stdout.")
 flags.DEFINE_string("data", None, "Score each trained point on this data (see `evaluate --help`).")
 flags.DEFINE_string("image_root", "", "Of `evaluate`.")
-flags.DEFINE_string("metric", None, "The number that decides and is plotted; default: the first of "
-                    "the config's metrics(), or loss.")
+flags.DEFINE_string(
+    "metric", None, "The number that decides and is plotted; default: the first of the config's metrics(), or loss."
+)
 
 
 def run() -> dict[str, Any]:
@@ -92,10 +97,19 @@ def _train(points: list[Any], commands: list[list[str]]) -> int:
             if not trained:
                 _call(args)
             if FLAGS.data and sweep.scores(folder, point, FLAGS.data) is None:
-                said = _call(["evaluate", f"--workdir={folder}", f"--data={FLAGS.data}",
-                              f"--image_root={FLAGS.image_root}", "--previews=0"])
-                files.write(folder / sweep.SCORES, json.dumps(
-                    {**said, "data": FLAGS.data, "step": point.steps}, indent=1) + "\n")
+                said = _call(
+                    [
+                        "evaluate",
+                        f"--workdir={folder}",
+                        f"--data={FLAGS.data}",
+                        f"--image_root={FLAGS.image_root}",
+                        "--previews=0",
+                    ]
+                )
+                files.write(
+                    folder / sweep.SCORES,
+                    json.dumps({**said, "data": FLAGS.data, "step": point.steps}, indent=1) + "\n",
+                )
         except subprocess.CalledProcessError as error:
             failed += 1
             common.log(f"{title}: {error.cmd} failed with exit code {error.returncode}")
@@ -109,8 +123,12 @@ def _call(args: list[str]) -> dict[str, Any]:
     """
     options = [f"--cpu_devices={FLAGS.cpu_devices}"] if FLAGS.cpu_devices else []
     options += [] if FLAGS.checksums else ["--checksums=false"]
-    child = subprocess.Popen([sys.executable, "-m", "argenseg_jax", *args, *options],
-                             stdout=subprocess.PIPE, text=True, env=processes.child_environment())
+    child = subprocess.Popen(
+        [sys.executable, "-m", "argenseg_jax", *args, *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=processes.child_environment(),
+    )
     asked: list[int] = []
 
     def stop(number: int, _: Any) -> None:
@@ -148,7 +166,13 @@ def _collect(points: list[Any], metrics: tuple[str, ...], failed: int) -> dict[s
     files.write(root / "sweep.md", text)
     files.write(root / "sweep.svg", sweep.plot(points, rows, metrics[0]))
     best = sweep.best(rows, metrics[0])
-    return {"points": len(points), "done": sum(map(bool, rows)), "failed": failed, "metric": metrics[0],
-            "best": None if best is None else {**points[best].settings, metrics[0]: rows[best][metrics[0]]},
-            "table": str(root / "sweep.md"), "plot": str(root / "sweep.svg"),
-            **({"ok": False} if failed else {})}
+    return {
+        "points": len(points),
+        "done": sum(map(bool, rows)),
+        "failed": failed,
+        "metric": metrics[0],
+        "best": None if best is None else {**points[best].settings, metrics[0]: rows[best][metrics[0]]},
+        "table": str(root / "sweep.md"),
+        "plot": str(root / "sweep.svg"),
+        **({"ok": False} if failed else {}),
+    }

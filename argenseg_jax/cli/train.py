@@ -7,6 +7,7 @@ with the same config resumes from the newest checkpoint; SIGTERM and Ctrl-C save
 writes to a workdir: WORKDIR/lock.json names its process. With --distributed the same command runs on every
 host; it may resume with another number of them.
 """
+
 from __future__ import annotations
 
 import re

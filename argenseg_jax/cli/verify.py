@@ -5,6 +5,7 @@
 The folder holds config.json, io.npz and the weights. Exit code 1 when any array is off. Arrays that this
 kind of recording does not know are listed under `unused`.
 """
+
 from __future__ import annotations
 
 from typing import Any

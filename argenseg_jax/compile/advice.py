@@ -1,4 +1,5 @@
 """What to change in a config whose training step does not fit: knobs, with estimates of what each frees."""
+
 from __future__ import annotations
 
 import math
@@ -31,8 +32,9 @@ def logits(cfg: Mapping[str, Any], model: ARGenSeg, mesh: Mesh, chunk: int | Non
     return 2 * 4 * places * model.llm.vocab_rows / mesh.shape["tensor"]
 
 
-def advise(cfg: Mapping[str, Any], model: ARGenSeg, mesh: Mesh, *, need: float, limit: float,
-           moments: float, state: float) -> list[dict[str, Any]]:
+def advise(
+    cfg: Mapping[str, Any], model: ARGenSeg, mesh: Mesh, *, need: float, limit: float, moments: float, state: float
+) -> list[dict[str, Any]]:
     """Changes by what they free, the sufficient ones first: {change, saves_gib, enough}.
 
     Args:
@@ -60,8 +62,10 @@ def advise(cfg: Mapping[str, Any], model: ARGenSeg, mesh: Mesh, *, need: float, 
         full = activations(cfg, model, mesh, rows, "full") * scale
         propose("--config.train.remat=full", now - full)
     if mesh.shape["data"] > 1:
-        propose(f"--config.mesh.data=1 --config.mesh.fsdp={mesh.shape['data'] * mesh.shape['fsdp']}",
-                state * (1 - 1 / mesh.shape["data"]))
+        propose(
+            f"--config.mesh.data=1 --config.mesh.fsdp={mesh.shape['data'] * mesh.shape['fsdp']}",
+            state * (1 - 1 / mesh.shape["data"]),
+        )
     if not train["loss"]["chunk"]:
         saved = logits(cfg, model, mesh) - logits(cfg, model, mesh, 256)
         propose("--config.train.loss.chunk=256", saved * rows / ways * scale)
@@ -74,5 +78,7 @@ def advise(cfg: Mapping[str, Any], model: ARGenSeg, mesh: Mesh, *, need: float, 
     shorter = cfg["data"]["max_tokens"] // 2
     propose(f"--config.data.max_tokens={shorter}", now / 2)
     found.sort(key=lambda item: (need - item[1] > limit, -item[1]))
-    return [{"change": change, "saves_gib": round(saves / GIB, 2), "enough": need - saves <= limit}
-            for change, saves in found]
+    return [
+        {"change": change, "saves_gib": round(saves / GIB, 2), "enough": need - saves <= limit}
+        for change, saves in found
+    ]

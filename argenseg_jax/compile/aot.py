@@ -3,6 +3,7 @@
 No weights, no data, no devices: shapes with their layouts on a mesh over a topology description, whose
 compiler comes with libtpu. Axes: B rows, L prompt length.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -30,8 +31,11 @@ from argenseg_jax.models import variants
 from argenseg_jax.train import flops, program, run
 
 LIBTPU = "libtpu==0.0.52"  # the compiler, as in pyproject.toml
-_TOO_MUCH = re.compile(r"total memory required.*?\(([\d.]+)([KMGT])\).*?"
-                       r"exceeds available HBM \(([\d.]+)([KMGT])\)", re.IGNORECASE | re.DOTALL)
+_TOO_MUCH = re.compile(
+    r"total memory required.*?\(([\d.]+)([KMGT])\).*?"
+    r"exceeds available HBM \(([\d.]+)([KMGT])\)",
+    re.IGNORECASE | re.DOTALL,
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -80,20 +84,24 @@ def train_step(cfg: Mapping[str, Any], mesh: Mesh) -> tuple[Lowered, program.Pro
     with jax.set_mesh(mesh):
         made = program.build(cfg, phase, shapes, mesh)
         place = sharding.batch_sharding(mesh)
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype)
-                 in pipeline.batch_shapes(cfg["data"], run.geometry(model), phase.global_batch).items()}
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+            for name, (shape, dtype) in pipeline.batch_shapes(
+                cfg["data"], run.geometry(model), phase.global_batch
+            ).items()
+        }
         stage = made.step.lower(made.abstract_state(), batch)
     again = cfg["train"]["remat"] == "full"
     executed = sum(run.lm_flops(cfg, model, shapes, made.trainable, again=again).values())
     item = 2 if cfg["train"]["dtype"] == "bfloat16" else 4
     learned = sum(math.prod(x.shape) for path, x in trees.flatten(shapes).items() if made.trainable(path))
     passes = phase.global_batch // (phase.microbatch or phase.global_batch) * (4 if again else 3)
-    return Lowered(stage, made.flops, executed, item * learned * passes / mesh.shape["tensor"],
-                   _held(made.shapes, made.layout)), made
+    return Lowered(
+        stage, made.flops, executed, item * learned * passes / mesh.shape["tensor"], _held(made.shapes, made.layout)
+    ), made
 
 
-def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, rows: int, prompt: int, masks: int = 1
-                  ) -> dict[str, Lowered]:
+def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, rows: int, prompt: int, masks: int = 1) -> dict[str, Lowered]:
     """{phase: lowered} of answering a batch, as decode/engine.py does: weights in bfloat16.
 
     Args:
@@ -114,31 +122,45 @@ def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, rows: int, prompt: int,
         side, text = model.image_size, cfg["decode"]["max_text_tokens"]
         capacity = phases.capacity(prompt, text, masks)
         prefill = phases.prefill.lower(
-            params, array((rows, prompt), jnp.int32), array((rows,), jnp.int32),
-            array((rows, 1, side, side, 3), jnp.uint8), Rules(), capacity, text)
+            params,
+            array((rows, prompt), jnp.int32),
+            array((rows,), jnp.int32),
+            array((rows, 1, side, side, 3), jnp.uint8),
+            Rules(),
+            capacity,
+            text,
+        )
         answer = sharding.placed(prefill.out_info, jax.tree.map(lambda x: _of_answer(x, mesh), prefill.out_info))
-        stages = {"prefill": prefill, "text": phases.text.lower(params, answer),
-                  "mask": phases.mask.lower(params, answer, False)}
+        stages = {
+            "prefill": prefill,
+            "text": phases.text.lower(params, answer),
+            "mask": phases.mask.lower(params, answer, False),
+        }
     codes, llm = model.scales.num_codes, model.llm
     attention = 4 * rows * llm.depth * llm.heads * llm.head_dim
     seen = lambda places, before: attention * places * (before + places / 2)
     matrices = 2 * rows * (count("llm") - llm.vocab_rows * llm.width)  # without the look-up
     counted = {
-        "prefill": matrices * prompt + seen(prompt, 0) + 2 * rows * count("vision") * (
-            (side // model.vision.patch) ** 2 + 1),
+        "prefill": matrices * prompt
+        + seen(prompt, 0)
+        + 2 * rows * count("vision") * ((side // model.vision.patch) ** 2 + 1),
         "text": text * (matrices + seen(1, prompt)),
-        "mask": (codes + 1) * matrices + seen(codes, prompt) + rows * flops.decoder(model, shapes["vqvae"])}
+        "mask": (codes + 1) * matrices + seen(codes, prompt) + rows * flops.decoder(model, shapes["vqvae"]),
+    }
     read = 2 * count("llm") / (mesh.shape["tensor"] * mesh.shape["fsdp"])
     times = {"prefill": 1, "text": text, "mask": len(model.scales) + 1}
     held = _held(ready, layout)
-    return {name: Lowered(stage, counted[name], counted[name], read * times[name], held)
-            for name, stage in stages.items()}
+    return {
+        name: Lowered(stage, counted[name], counted[name], read * times[name], held) for name, stage in stages.items()
+    }
 
 
 def _held(shapes: Any, layout: Any) -> float:
     """Bytes on one device."""
-    return sum(math.prod(l.shard_shape(s.shape)) * np.dtype(s.dtype).itemsize
-               for s, l in zip(jax.tree.leaves(shapes), jax.tree.leaves(layout)))
+    return sum(
+        math.prod(l.shard_shape(s.shape)) * np.dtype(s.dtype).itemsize
+        for s, l in zip(jax.tree.leaves(shapes), jax.tree.leaves(layout))
+    )
 
 
 def _of_answer(x: Any, mesh: Mesh) -> NamedSharding:
@@ -153,8 +175,9 @@ def _of_answer(x: Any, mesh: Mesh) -> NamedSharding:
 # ---------------------------------------------------------------------------------- what comes of it
 
 
-def compile_for(kind: str, lowered: Lowered, mesh: Mesh, options: Mapping[str, str] | None = None,
-                keep: str | None = None) -> dict[str, Any]:
+def compile_for(
+    kind: str, lowered: Lowered, mesh: Mesh, options: Mapping[str, str] | None = None, keep: str | None = None
+) -> dict[str, Any]:
     """Compiles for a kind of chip: fits, memory of a device by use, work, and estimates of its time.
 
     `options` go to the compiler (xla_tpu_*); `keep` is a file for the compiled program's text.
@@ -177,8 +200,14 @@ def compile_for(kind: str, lowered: Lowered, mesh: Mesh, options: Mapping[str, s
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     need = arguments + temporary + output + memory.generated_code_size_in_bytes
-    report = {"fits": True, "hbm_gib": need / GIB, "hbm_limit_gib": limit,
-              "argument_gib": arguments / GIB, "temporary_gib": temporary / GIB, "output_gib": output / GIB}
+    report = {
+        "fits": True,
+        "hbm_gib": need / GIB,
+        "hbm_limit_gib": limit,
+        "argument_gib": arguments / GIB,
+        "temporary_gib": temporary / GIB,
+        "output_gib": output / GIB,
+    }
     per = mesh.size
     counts = None
     if chip.hlo:
@@ -189,12 +218,19 @@ def compile_for(kind: str, lowered: Lowered, mesh: Mesh, options: Mapping[str, s
         counts = hlo.count(text, per // slices if slices > 1 else 0)
         report |= {"hlo_flops": counts.flops * per, "collective_bytes": dict(counts.collectives)}
     work = _work(lowered, mesh, counts, arguments + temporary)
-    report |= {"flops": lowered.flops, "executed_flops": lowered.executed, "bytes": work.hbm_bytes,
-               "network_bytes": work.ici_bytes + work.dcn_bytes,
-               "counted": "hlo" if counts else "analytic", **bound(kind, work)}
+    report |= {
+        "flops": lowered.flops,
+        "executed_flops": lowered.executed,
+        "bytes": work.hbm_bytes,
+        "network_bytes": work.ici_bytes + work.dcn_bytes,
+        "counted": "hlo" if counts else "analytic",
+        **bound(kind, work),
+    }
     # Digits, not places: a small program takes less than 0.0001 s, and times are added up.
-    return {key: float(f"{value:.4g}") if isinstance(value, float) and value < 1e6 else value
-            for key, value in report.items()}
+    return {
+        key: float(f"{value:.4g}") if isinstance(value, float) and value < 1e6 else value
+        for key, value in report.items()
+    }
 
 
 def _work(lowered: Lowered, mesh: Mesh, counts: hlo.Counts | None, held: float) -> Work:
@@ -212,8 +248,13 @@ def _work(lowered: Lowered, mesh: Mesh, counts: hlo.Counts | None, held: float) 
     return Work(*flops_of_one, 2 * held + 2 * lowered.gathered, sent)
 
 
-def train_report(cfg: Mapping[str, Any], name: str, slices: int = 1,
-                 options: Mapping[str, str] | None = None, keep: str | None = None) -> dict[str, Any]:
+def train_report(
+    cfg: Mapping[str, Any],
+    name: str,
+    slices: int = 1,
+    options: Mapping[str, str] | None = None,
+    keep: str | None = None,
+) -> dict[str, Any]:
     """Compiles the config's training step for a topology; see `compile_for`, and advice.advise."""
     kind, _ = topology(name)
     mesh = sharding.make_mesh(cfg["mesh"], devices(name, slices))
@@ -222,28 +263,52 @@ def train_report(cfg: Mapping[str, Any], name: str, slices: int = 1,
     report["mesh"] = dict(mesh.shape)
     if not report["fits"]:
         state, moments = lowered.arguments, _held(made.shapes.opt_state, made.layout.opt_state)
-        report |= {"flops": lowered.flops, "bound": None, "mfu": None, "argument_gib": round(state / GIB, 3),
-                   "advice": advice.advise(
-                       cfg, run.build_model(cfg), mesh, need=report["hbm_gib"] * GIB,
-                       limit=report["hbm_limit_gib"] * GIB, state=state, moments=moments)}
+        report |= {
+            "flops": lowered.flops,
+            "bound": None,
+            "mfu": None,
+            "argument_gib": round(state / GIB, 3),
+            "advice": advice.advise(
+                cfg,
+                run.build_model(cfg),
+                mesh,
+                need=report["hbm_gib"] * GIB,
+                limit=report["hbm_limit_gib"] * GIB,
+                state=state,
+                moments=moments,
+            ),
+        }
     return report
 
 
-def decode_report(cfg: Mapping[str, Any], name: str, *, rows: int, prompt: int,
-                  keep: str | None = None) -> dict[str, Any]:
+def decode_report(
+    cfg: Mapping[str, Any], name: str, *, rows: int, prompt: int, keep: str | None = None
+) -> dict[str, Any]:
     """Compiles the phases of decoding a batch; the largest decides, times add up."""
     kind, _ = topology(name)
     mesh = sharding.make_mesh(cfg["mesh"], devices(name))
-    phases = {phase: compile_for(kind, lowered, mesh, keep=keep and f"{keep}.{phase}")
-              for phase, lowered in decode_phases(cfg, mesh, rows=rows, prompt=prompt).items()}
+    phases = {
+        phase: compile_for(kind, lowered, mesh, keep=keep and f"{keep}.{phase}")
+        for phase, lowered in decode_phases(cfg, mesh, rows=rows, prompt=prompt).items()
+    }
     worst = max(phases.values(), key=lambda report: report["hbm_gib"])
-    whole = {"fits": all(p["fits"] for p in phases.values()), "hbm_gib": worst["hbm_gib"],
-             "hbm_limit_gib": worst["hbm_limit_gib"], "mesh": dict(mesh.shape), "phases": phases,
-             "flops": sum(p.get("flops", 0) for p in phases.values()), "bound": None, "mfu": None}
+    whole = {
+        "fits": all(p["fits"] for p in phases.values()),
+        "hbm_gib": worst["hbm_gib"],
+        "hbm_limit_gib": worst["hbm_limit_gib"],
+        "mesh": dict(mesh.shape),
+        "phases": phases,
+        "flops": sum(p.get("flops", 0) for p in phases.values()),
+        "bound": None,
+        "mfu": None,
+    }
     if whole["fits"]:
         slowest = max(phases.values(), key=lambda report: report["step_seconds"])
         seconds = sum(p["step_seconds"] for p in phases.values())
         peak = CHIPS[kind].flops / CHIPS[kind].devices * mesh.size
-        whole |= {"bound": slowest["bound"], "step_seconds": float(f"{seconds:.4g}"),
-                  "mfu": round(whole["flops"] / peak / seconds, 4)}
+        whole |= {
+            "bound": slowest["bound"],
+            "step_seconds": float(f"{seconds:.4g}"),
+            "mfu": round(whole["flops"] / peak / seconds, 4),
+        }
     return whole

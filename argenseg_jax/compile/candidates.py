@@ -1,4 +1,5 @@
 """Candidates of `compile --search`: meshes x batches x remat policies of a config, and their order."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -23,10 +24,15 @@ class Candidate:
 
     def overrides(self) -> list[str]:
         """Flags that set it."""
-        return [f"--config.mesh.dcn_data={self.slices}", "--config.mesh.data=1",
-                f"--config.mesh.fsdp={self.fsdp}", f"--config.mesh.tensor={self.tensor}",
-                f"--config.train.global_batch={self.rows}", "--config.train.microbatch=0",
-                f"--config.train.remat={self.remat}"]
+        return [
+            f"--config.mesh.dcn_data={self.slices}",
+            "--config.mesh.data=1",
+            f"--config.mesh.fsdp={self.fsdp}",
+            f"--config.mesh.tensor={self.tensor}",
+            f"--config.train.global_batch={self.rows}",
+            "--config.train.microbatch=0",
+            f"--config.train.remat={self.remat}",
+        ]
 
 
 def expand(cfg: Mapping[str, Any], name: str, slices: int = 1) -> list[Candidate]:
@@ -47,12 +53,16 @@ def expand(cfg: Mapping[str, Any], name: str, slices: int = 1) -> list[Candidate
 def hopeless(candidate: Candidate, tried: Sequence[tuple[Candidate, Mapping[str, Any]]]) -> bool:
     """Whether one that needs no more memory has failed already."""
     order = _REMAT.index
-    return any(not report["fits"] and other.tensor == candidate.tensor and other.rows <= candidate.rows
-               and order(other.remat) <= order(candidate.remat) for other, report in tried)
+    return any(
+        not report["fits"]
+        and other.tensor == candidate.tensor
+        and other.rows <= candidate.rows
+        and order(other.remat) <= order(candidate.remat)
+        for other, report in tried
+    )
 
 
-def ranked(tried: Sequence[tuple[Candidate, Mapping[str, Any]]]
-           ) -> list[tuple[Candidate, Mapping[str, Any]]]:
+def ranked(tried: Sequence[tuple[Candidate, Mapping[str, Any]]]) -> list[tuple[Candidate, Mapping[str, Any]]]:
     """Those that fit, by the MFU bound, then by memory."""
     fitting = [item for item in tried if item[1]["fits"]]
     return sorted(fitting, key=lambda item: (-item[1]["mfu"], item[1]["hbm_gib"]))
@@ -60,11 +70,12 @@ def ranked(tried: Sequence[tuple[Candidate, Mapping[str, Any]]]
 
 def line(candidate: Candidate, report: Mapping[str, Any]) -> str:
     """For people."""
-    setting = (f"fsdp {candidate.fsdp}, tensor {candidate.tensor}, batch {candidate.rows}, "
-               f"remat {candidate.remat}")
+    setting = f"fsdp {candidate.fsdp}, tensor {candidate.tensor}, batch {candidate.rows}, remat {candidate.remat}"
     if "error" in report:
         return f"{setting}: {report['error']}"
     if not report["fits"]:
         return f"{setting}: does not fit, {report['hbm_gib']} GiB"
-    return (f"{setting}: {report['hbm_gib']:.2f} GiB, MFU at most {report['mfu']:.0%} "
-            f"({report['bound']}), {candidate.rows / report['step_seconds']:.0f} rows a second at most")
+    return (
+        f"{setting}: {report['hbm_gib']:.2f} GiB, MFU at most {report['mfu']:.0%} "
+        f"({report['bound']}), {candidate.rows / report['step_seconds']:.0f} rows a second at most"
+    )

@@ -3,6 +3,7 @@
 XLA's own `cost_analysis` takes the body of a loop once. All numbers are those of one device, since the
 text is what one device runs.
 """
+
 from __future__ import annotations
 
 import collections
@@ -14,11 +15,38 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
-          "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "c64": 8,
+}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional",
-         "after-all", "partition-id", "replica-id"}
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "call",
+    "conditional",
+    "after-all",
+    "partition-id",
+    "replica-id",
+}
 _NAME = r"%?([\w.\-]+)"
 _LINE = re.compile(rf"^\s*(?:ROOT )?{_NAME} = (.+)$")
 _HEAD = re.compile(rf"^(?:ENTRY )?{_NAME} \(.*\{{\s*$")
@@ -89,7 +117,7 @@ def _instruction(name: str, rest: str) -> Instruction:
     if opcode in ("parameter", "constant"):
         operands, rest = [rest[:end]], ""
         end = -1
-    return Instruction(name, shape, opcode, tuple(operands), rest[end + 1:])
+    return Instruction(name, shape, opcode, tuple(operands), rest[end + 1 :])
 
 
 def _closing(text: str, begin: int) -> int:
@@ -103,8 +131,11 @@ def _closing(text: str, begin: int) -> int:
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...], bool]]:
     """(dtype, dimensions, whether in HBM) of every array in a result type; S(1) is a TPU's fast memory."""
-    return [(dtype, tuple(map(int, filter(None, dims.split(",")))), "S(" not in layout)
-            for dtype, dims, layout in _ARRAY.findall(shape) if dtype in _BYTES]
+    return [
+        (dtype, tuple(map(int, filter(None, dims.split(",")))), "S(" not in layout)
+        for dtype, dims, layout in _ARRAY.findall(shape)
+        if dtype in _BYTES
+    ]
 
 
 def size(shape: str) -> float:
@@ -146,8 +177,11 @@ def _walk(module: dict, name: str, times: int, around: set | None, total: Counts
             total.kernels += times
         if around is None and op.opcode not in _FREE and not op.opcode.endswith("-done"):
             total.bytes += times * _traffic(op, body, module)
-        if op.opcode.endswith(("-done", "-update")) or kind in COLLECTIVES or op.opcode in (
-                "reduce", "sort", "scatter", "map", "reduce-window", "select-and-scatter"):
+        if (
+            op.opcode.endswith(("-done", "-update"))
+            or kind in COLLECTIVES
+            or op.opcode in ("reduce", "sort", "scatter", "map", "reduce-window", "select-and-scatter")
+        ):
             continue  # what these apply is scalar, or has been counted at -start
         runs = trips(op, module) if op.opcode == "while" else 1
         for called in _called(op):
@@ -166,8 +200,9 @@ def trips(op: Instruction, module: dict) -> int:
     if known := re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', op.attributes):
         return int(known[1])
     condition = module[re.search(r"condition=" + _NAME, op.attributes)[1]]
-    limits = [int(i.operands[0]) for i in condition.values()
-              if i.opcode == "constant" and i.operands[0].lstrip("-").isdigit()]
+    limits = [
+        int(i.operands[0]) for i in condition.values() if i.opcode == "constant" and i.operands[0].lstrip("-").isdigit()
+    ]
     return max([n for n in limits if n > 0], default=1)
 
 
@@ -189,13 +224,25 @@ def _flops(op: Instruction, body: dict) -> float:
         return fields[name].split("x") if name in fields else [default] * len(spatial)
 
     hits = 1
-    rows = zip(spatial, field("size", "1"), field("stride", "1"), field("pad", "0_0"),
-               field("lhs_dilate", "1"), field("rhs_dilate", "1"))
+    rows = zip(
+        spatial,
+        field("size", "1"),
+        field("stride", "1"),
+        field("pad", "0_0"),
+        field("lhs_dilate", "1"),
+        field("rhs_dilate", "1"),
+    )
     for axis, taps, stride, pad, holes, spread in rows:
-        hits *= _hits(out[labels[3].index(axis)], left[labels[1].index(axis)], int(taps), int(stride),
-                      int(pad.split("_")[0]), int(holes), int(spread))
-    return (2 * hits * right[labels[2].index("i")]
-            * out[labels[3].index("b")] * out[labels[3].index("f")])
+        hits *= _hits(
+            out[labels[3].index(axis)],
+            left[labels[1].index(axis)],
+            int(taps),
+            int(stride),
+            int(pad.split("_")[0]),
+            int(holes),
+            int(spread),
+        )
+    return 2 * hits * right[labels[2].index("i")] * out[labels[3].index("b")] * out[labels[3].index("f")]
 
 
 @functools.cache
@@ -232,13 +279,15 @@ def _traffic(op: Instruction, body: dict, module: dict) -> float:
     for place, name in enumerate(operands):
         if place in passed.values() or not in_hbm(body[name].shape):
             continue
-        at = next((i.name for i in inside.values()
-                   if i.opcode == "parameter" and i.operands == (str(place),)), None)
+        at = next((i.name for i in inside.values() if i.opcode == "parameter" and i.operands == (str(place),)), None)
         users = [i for i in inside.values() if i.opcode != "parameter" and at in i.operands]
-        if users and all(i.opcode in ("dynamic-slice", "gather", "dynamic-update-slice")
-                         and i.operands[0] == at for i in users):
-            read += sum(in_hbm(inside[i.operands[1]].shape) if i.opcode == "dynamic-update-slice"
-                        else size(i.shape) for i in users)
+        if users and all(
+            i.opcode in ("dynamic-slice", "gather", "dynamic-update-slice") and i.operands[0] == at for i in users
+        ):
+            read += sum(
+                in_hbm(inside[i.operands[1]].shape) if i.opcode == "dynamic-update-slice" else size(i.shape)
+                for i in users
+            )
         else:
             read += in_hbm(body[name].shape)
     return read + written
@@ -276,8 +325,10 @@ def replica_groups(attributes: str) -> list[list[int]]:
 def _mesh_groups(mesh: str, grouped: str) -> list[list[int]]:
     """Groups along axes such as 'a', or a part of one: 'a':(2)4 has 2 before it and is 4 long."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    wanted = {name: (int(before or 1), int(long or sizes[name])) for name, before, long
-              in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped)}
+    wanted = {
+        name: (int(before or 1), int(long or sizes[name]))
+        for name, before, long in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped)
+    }
     shape, inside = [], []
     for name, size in sizes.items():
         before, long = wanted.get(name, (size, 1))

@@ -3,6 +3,7 @@
 A bound is the time that the busiest of compute, HBM and network needs at its data-sheet rate while the
 others overlap with it perfectly: no step is faster, real ones are slower.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -32,11 +33,15 @@ class Work:
 def bound(kind: str, work: Work) -> dict[str, float | str]:
     """Estimates: seconds of each limit, which one holds (`bound`), the step time and MFU it allows."""
     chip = CHIPS[kind]
-    seconds = {"compute": work.executed_flops * chip.devices / chip.flops,
-               "hbm": work.hbm_bytes * chip.devices / chip.hbm_rate,
-               "interconnect": work.ici_bytes * chip.devices / chip.ici_rate
-               + work.dcn_bytes * chip.devices / chip.dcn_rate}
+    seconds = {
+        "compute": work.executed_flops * chip.devices / chip.flops,
+        "hbm": work.hbm_bytes * chip.devices / chip.hbm_rate,
+        "interconnect": work.ici_bytes * chip.devices / chip.ici_rate + work.dcn_bytes * chip.devices / chip.dcn_rate,
+    }
     limit = max(seconds, key=seconds.get)
-    return {"bound": limit, **{f"{name}_seconds": value for name, value in seconds.items()},
-            "step_seconds": seconds[limit],
-            "mfu": work.model_flops * chip.devices / chip.flops / max(seconds[limit], 1e-12)}
+    return {
+        "bound": limit,
+        **{f"{name}_seconds": value for name, value in seconds.items()},
+        "step_seconds": seconds[limit],
+        "mfu": work.model_flops * chip.devices / chip.flops / max(seconds[limit], 1e-12),
+    }

@@ -3,6 +3,7 @@
 A change never makes a text wrong: nothing moves where a text speaks of places or coordinates, and
 colours stay where one names them.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -16,15 +17,20 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from argenseg_jax.data.sample import Sample
 
-_COLOURS = re.compile(r"\b(black|blue|brown|gr[ae]y|green|orange|pink|purple|red|white|yellow|beige|crimson|cyan|"
-                      r"gold(?:en)?|magenta|maroon|navy|olive|silver|teal|turquoise|violet|colou?r\w*)\b|"
-                      "[红紅橙黄黃绿綠青蓝藍紫粉黑白灰棕褐金银銀]|色", re.IGNORECASE)
+_COLOURS = re.compile(
+    r"\b(black|blue|brown|gr[ae]y|green|orange|pink|purple|red|white|yellow|beige|crimson|cyan|"
+    r"gold(?:en)?|magenta|maroon|navy|olive|silver|teal|turquoise|violet|colou?r\w*)\b|"
+    "[红紅橙黄黃绿綠青蓝藍紫粉黑白灰棕褐金银銀]|色",
+    re.IGNORECASE,
+)
 _SIDES = re.compile(
     r"\b(left|right)(most|hand|wards?)?\b|\b(top|bottom|upper|lower)(most)?\b|"
     r"\b(middle|cent(er|re)|central|corners?|above|below|beneath|clockwise|counterclockwise|o'clock|"
     r"(north|south)?(east|west)(ern)?|north(ern)?|south(ern)?|links|rechts|oben|unten|gauche|droite|izquierd[ao]|"
     r"derech[ao]|arriba|abajo)\b|"
-    "[左右上下]|中间|中間|中央|角落|왼쪽|오른쪽", re.IGNORECASE)
+    "[左右上下]|中间|中間|中央|角落|왼쪽|오른쪽",
+    re.IGNORECASE,
+)
 _COORDINATES = re.compile(r"<(box|quad|point)>|\[\[|[\[(]\s*-?\d[\d.]*\s*,\s*-?\d")
 QUALITIES = (75, 100)  # of the reference's JPEG re-compression
 
@@ -63,12 +69,11 @@ class Augment:
         mirrored = rng.random() < self.flip
         if masks and not _speaks(sample, _SIDES, _COORDINATES):
             step = -1 if mirrored else 1
-            image, *masks = (a[y:y + h, x:x + w][:, ::step] for a in (image, *masks))
+            image, *masks = (a[y : y + h, x : x + w][:, ::step] for a in (image, *masks))
         picture = Image.fromarray(np.ascontiguousarray(image))
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             picture = enhance(picture).enhance(1 + self.jitter * rng.uniform(-1, 1))
-        return dataclasses.replace(sample, images=(np.array(picture),),
-                                   masks=tuple(map(np.ascontiguousarray, masks)))
+        return dataclasses.replace(sample, images=(np.array(picture),), masks=tuple(map(np.ascontiguousarray, masks)))
 
     def _crop(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """(x, y, w, h) of a random part of the image."""
@@ -81,6 +86,7 @@ class Augment:
 
 def recompress(sample: Sample, rng: np.random.Generator) -> Sample:
     """The images as JPEG of a random quality leaves them: `data_augment` of the official meta JSON."""
+
     def lossy(image: np.ndarray) -> np.ndarray:
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=int(rng.integers(QUALITIES[0], QUALITIES[1] + 1)))

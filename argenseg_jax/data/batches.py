@@ -4,6 +4,7 @@ What a place of the batch takes does not depend on the process that reads it, so
 with another number of processes. A broken sample is skipped, counted by file and line, and too many
 of them end the run.
 """
+
 from __future__ import annotations
 
 import collections
@@ -51,9 +52,17 @@ class BatchIterator(Iterator[Batch]):
       close: call it to end the reading threads and processes; otherwise they end with the iterator.
     """
 
-    def __init__(self, order: Order, rows: packing.Packing, batch_size: int,
-                 places: Sequence[int], *, max_broken: float = 0.01, workers: int = 0,
-                 threads: int = 2):
+    def __init__(
+        self,
+        order: Order,
+        rows: packing.Packing,
+        batch_size: int,
+        places: Sequence[int],
+        *,
+        max_broken: float = 0.01,
+        workers: int = 0,
+        threads: int = 2,
+    ):
         """Starts at the beginning.
 
         Args:
@@ -85,10 +94,12 @@ class BatchIterator(Iterator[Batch]):
 
         Which samples wait is said by their numbers among those that the place has taken.
         """
-        return {"order": self._order.get_state(),
-                "taken": {str(place): t.count for place, t in self._taken.items()},
-                "waiting": {str(place): list(t.waiting) for place, t in self._taken.items() if t.waiting},
-                "broken": {str(place): dict(t.broken) for place, t in self._taken.items() if t.broken}}
+        return {
+            "order": self._order.get_state(),
+            "taken": {str(place): t.count for place, t in self._taken.items()},
+            "waiting": {str(place): list(t.waiting) for place, t in self._taken.items() if t.waiting},
+            "broken": {str(place): dict(t.broken) for place, t in self._taken.items() if t.broken},
+        }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues where a run's state was taken; UserError if it is damaged or of another batch size."""
@@ -105,8 +116,14 @@ class BatchIterator(Iterator[Batch]):
 
     def _open(self, taken: dict[int, _Taken]) -> None:
         self._taken = taken
-        rows = _Rows(self._order.dataset(), self._packing, self._size, taken, self._max_broken,
-                     threads=0 if self._workers else self._threads)
+        rows = _Rows(
+            self._order.dataset(),
+            self._packing,
+            self._size,
+            taken,
+            self._max_broken,
+            threads=0 if self._workers else self._threads,
+        )
         shares, workers = _Shares(rows), 0
         if self._workers:
             if not flags.FLAGS.is_parsed():  # grain's workers read flags; a notebook has parsed none
@@ -115,7 +132,8 @@ class BatchIterator(Iterator[Batch]):
             workers = max(n for n in range(1, self._workers + 1) if len(taken) % n == 0)
             shares = shares.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), processes.begin_worker)
         self._iterator = ThreadPrefetchIterDataset(
-            _Batches(shares, taken, self._max_broken, workers), prefetch_buffer_size=2).__iter__()
+            _Batches(shares, taken, self._max_broken, workers), prefetch_buffer_size=2
+        ).__iter__()
         # Also at exit: grain's threads must not outlive the modules that they use.
         self.close = weakref.finalize(self, _close, self._iterator)
 
@@ -154,8 +172,15 @@ class _Row(NamedTuple):
 class _Rows(grain.IterDataset):
     """Endless _Rows of some places of the batch, in turn."""
 
-    def __init__(self, order: grain.MapDataset, rows: packing.Packing, stride: int,
-                 taken: Mapping[int, _Taken], max_broken: float, threads: int):
+    def __init__(
+        self,
+        order: grain.MapDataset,
+        rows: packing.Packing,
+        stride: int,
+        taken: Mapping[int, _Taken],
+        max_broken: float,
+        threads: int,
+    ):
         super().__init__(order)
         self.packing, self.stride, self.threads = rows, stride, threads
         self.taken = dict(taken)
@@ -171,7 +196,6 @@ class _Rows(grain.IterDataset):
 
 
 class _RowsIterator(grain.DatasetIterator):
-
     def __init__(self, order: grain.MapDataset, rows: _Rows):
         super().__init__()
         self._places = [_Place(order, rows, place, taken) for place, taken in rows.taken.items()]
@@ -211,8 +235,7 @@ class _Place:
             self._take(number, broken)
         self._resumed = ()
         chosen = packing.fill(rule, self._waiting, lambda count: self._fill(count, broken))
-        return _Row(rule.join(chosen), self._place, self._count, tuple(n for n, _ in self._waiting),
-                    tuple(broken))
+        return _Row(rule.join(chosen), self._place, self._count, tuple(n for n, _ in self._waiting), tuple(broken))
 
     def _fill(self, length: int, broken: list[str]) -> None:
         """Reads until so many samples wait."""
@@ -221,8 +244,7 @@ class _Place:
             in_turn = 0 if self._take(self._count, broken) else in_turn + 1
             self._count += 1
             if in_turn >= self._rows.most:
-                raise UserError(f"the next {in_turn} samples are broken, one after another; the last: "
-                                f"{broken[-1]}")
+                raise UserError(f"the next {in_turn} samples are broken, one after another; the last: {broken[-1]}")
 
     def _take(self, number: int, broken: list[str]) -> bool:
         """Whether sample `number` of this place could be read."""
@@ -245,7 +267,6 @@ class _Shares(grain.IterDataset):
 
 
 class _SharesIterator(grain.DatasetIterator):
-
     def __init__(self, parent: grain.DatasetIterator, places: int):
         super().__init__(parent)
         self._places = places
@@ -266,8 +287,7 @@ class _SharesIterator(grain.DatasetIterator):
 class _Batches(grain.IterDataset):
     """Puts shares together: (batch, {place: _Taken}); counts and judges what is broken."""
 
-    def __init__(self, shares: grain.IterDataset, taken: Mapping[int, _Taken], max_broken: float,
-                 workers: int):
+    def __init__(self, shares: grain.IterDataset, taken: Mapping[int, _Taken], max_broken: float, workers: int):
         super().__init__(shares)
         self.taken, self.max_broken, self.workers = dict(taken), max_broken, workers
 
@@ -276,7 +296,6 @@ class _Batches(grain.IterDataset):
 
 
 class _BatchesIterator(grain.DatasetIterator):
-
     def __init__(self, parent: grain.DatasetIterator, batches: _Batches):
         super().__init__(parent)
         self._taken, self._max_broken = dict(batches.taken), batches.max_broken
@@ -287,8 +306,8 @@ class _BatchesIterator(grain.DatasetIterator):
         for row in (row for _, rows in shares for row in rows):
             before = self._taken[row.place].broken
             self._taken[row.place] = _Taken(
-                row.count, row.waiting,
-                before + collections.Counter(row.broken) if row.broken else before)
+                row.count, row.waiting, before + collections.Counter(row.broken) if row.broken else before
+            )
             if row.broken:
                 self._judge(row.broken[-1])
         # What workers send lies in shared memory that is not ours to keep.
@@ -297,8 +316,7 @@ class _BatchesIterator(grain.DatasetIterator):
     def _joined(self, shares: list[tuple[Batch, list[_Row]]]) -> Batch:
         """The rows of all shares, each at its place."""
         order = {place: at for at, place in enumerate(self._taken)}
-        whole = {key: np.empty((len(order), *array.shape[1:]), array.dtype)
-                 for key, array in shares[0][0].items()}
+        whole = {key: np.empty((len(order), *array.shape[1:]), array.dtype) for key, array in shares[0][0].items()}
         for batch, rows in shares:
             for key, array in batch.items():
                 whole[key][[order[row.place] for row in rows]] = array
@@ -308,8 +326,10 @@ class _BatchesIterator(grain.DatasetIterator):
         count = sum(taken.broken.total() for taken in self._taken.values())
         seen = sum(taken.count for taken in self._taken.values())
         if count > self._max_broken * max(seen, SMALL):
-            raise UserError(f"{count} of {seen} samples are broken, more than data.max_broken"
-                            f" = {self._max_broken:g}; the last: {last}")
+            raise UserError(
+                f"{count} of {seen} samples are broken, more than data.max_broken"
+                f" = {self._max_broken:g}; the last: {last}"
+            )
 
     def get_state(self) -> dict[str, Any]:
         """Asked for by grain; what is saved comes with the batches."""

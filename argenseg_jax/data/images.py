@@ -5,6 +5,7 @@ colours, alpha is dropped); u16, i32 or f32 [H, W] or u16[H, W, 3] of one of mor
 data/reader.py to bring to 8; or the values of a mask. Of an animated file the first frame counts. EXIF:
 whatever is read is turned upright by the orientation in its own file, images and masks alike.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -94,8 +95,9 @@ def open_bytes(content: bytes, name: Any, max_pixels: int = MAX_PIXELS) -> Image
     except Exception as fault:  # decoders raise what they like
         raise _unreadable(name, fault) from None
     if width * height > max_pixels:
-        raise SampleError(f"{name}: {width}x{height} pixels; at most {max_pixels} are read: raise data.max_pixels "
-                          "(--max_pixels)")
+        raise SampleError(
+            f"{name}: {width}x{height} pixels; at most {max_pixels} are read: raise data.max_pixels (--max_pixels)"
+        )
     return image
 
 
@@ -103,8 +105,11 @@ def _check_planes(image: Image.Image) -> None:
     """ValueError for a TIFF of several planes of more than 8 bits, which Pillow decodes wrongly."""
     tags = getattr(image, "tag_v2", {})
     several = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) > 1
-    if several and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and max(
-            tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8:
+    if (
+        several
+        and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
+        and max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8
+    ):
         raise ValueError("planes of more than 8 bits; store the channels of each pixel together (PLANARCONFIG=CONTIG)")
 
 
@@ -117,7 +122,7 @@ def _scans(content: bytes) -> int:
         marker = content[at + 1]
         if marker == 0xD9:
             break
-        at += 2 + int.from_bytes(content[at + 2:at + 4])
+        at += 2 + int.from_bytes(content[at + 2 : at + 4])
         if marker == 0xDA:
             count += 1
             found = _SCAN.search(content, at)
@@ -183,8 +188,16 @@ def read_levels(image: Image.Image, name: Any, turn: bool = True) -> tuple[np.nd
         deep = image.mode.startswith("I") or image.mode == "F"
     except Exception as fault:
         raise _unreadable(name, fault) from None
-    return _upright(image, name, _native if deep else _colours if low is None else (
-        lambda image: _colours(image).astype(np.uint16) << 8 | _colours(low)), turn)
+    return _upright(
+        image,
+        name,
+        _native
+        if deep
+        else _colours
+        if low is None
+        else (lambda image: _colours(image).astype(np.uint16) << 8 | _colours(low)),
+        turn,
+    )
 
 
 def mask_values(image: Image.Image, name: Any = "the mask", ids: bool = False) -> np.ndarray:
@@ -201,8 +214,9 @@ def mask_values(image: Image.Image, name: Any = "the mask", ids: bool = False) -
     return _upright(image, name, (lambda image, raw=_raw_mode(image): _ids(image, raw)) if ids else _outline)[0]
 
 
-def _upright(image: Image.Image, name: Any, decode: Callable[[Image.Image], np.ndarray],
-             turn: bool = True) -> tuple[np.ndarray, int]:
+def _upright(
+    image: Image.Image, name: Any, decode: Callable[[Image.Image], np.ndarray], turn: bool = True
+) -> tuple[np.ndarray, int]:
     """(decoded and turned array, the orientation as stored)."""
     try:
         stored = orientation(image) if image.format == "TIFF" else 1  # Pillow itself turns TIFF when it decodes
@@ -244,8 +258,9 @@ def _low_bytes(image: Image.Image) -> Image.Image | None:
     is_big = found[1] == "B" or (found[1] == "N" and sys.byteorder == "big")
     mode = found[0][:-1] + ("L" if is_big else "B")
     low = type(image)(io.BytesIO(image.fp.getvalue()), image.filename)
-    low.tile = [tile._replace(args=(mode, *tile.args[1:]) if isinstance(tile.args, tuple) else mode)
-                for tile in low.tile]
+    low.tile = [
+        tile._replace(args=(mode, *tile.args[1:]) if isinstance(tile.args, tuple) else mode) for tile in low.tile
+    ]
     return low
 
 

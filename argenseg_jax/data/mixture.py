@@ -23,6 +23,7 @@
 A source has `__len__` and `__getitem__(i) -> Sample`, and `draw(i, rng)` where a sample leaves
 something to chance. Opening one reads an index, not the samples.
 """
+
 from __future__ import annotations
 
 import math
@@ -92,8 +93,7 @@ def _open_family(kind: str, rest: str, root: str, options: Options, reading: Rea
     opens, most, taken = FAMILIES[kind]
     folder, *words = re.split(r":(?!//)", rest)
     if not folder or len(words) > most:
-        raise UserError(f"{kind}:{rest}: write {kind}:FOLDER and at most {most} words after it, "
-                        "with colons between")
+        raise UserError(f"{kind}:{rest}: write {kind}:FOLDER and at most {most} words after it, with colons between")
     path = files.join(root, folder)
     if files.kind_of(path) != "folder":
         raise UserError(f"{path}: no such folder (of {kind}:{rest})")
@@ -127,8 +127,11 @@ def window(parts: Sequence[Part]) -> Window | tuple[()]:
     """
     found = {_window(part.source) for part in parts} - {None}
     if len(found) > 1:
-        print(f"the data sets have {len(found)} different windows of levels: each is read by its own; what is asked "
-              "later needs data.window", file=sys.stderr)
+        print(
+            f"the data sets have {len(found)} different windows of levels: each is read by its own; what is asked "
+            "later needs data.window",
+            file=sys.stderr,
+        )
     return found.pop() if len(found) == 1 else ()
 
 
@@ -145,8 +148,9 @@ def name_of(source: Source) -> str:
     return str(getattr(source, "name", None) or getattr(source, "path", None) or type(source).__name__)
 
 
-def open_mixture(names: Sequence[str], root: str = "", prompt: str = "referring",
-                 image_root: str = "", reading: Reading = Reading()) -> list[Part]:
+def open_mixture(
+    names: Sequence[str], root: str = "", prompt: str = "referring", image_root: str = "", reading: Reading = Reading()
+) -> list[Part]:
     """Opens the sources of a training run.
 
     Args:
@@ -176,13 +180,13 @@ def open_mixture(names: Sequence[str], root: str = "", prompt: str = "referring"
     if not parts:
         raise UserError("data.sources is empty: name a source, such as shapes:simple:train")
     if len(parts) > 1 and any(p.length >= ENDLESS for p in parts):
-        raise UserError("data.sources: an endless source in a mixture needs a size, "
-                        "such as shapes:simple:train:100000")
+        raise UserError("data.sources: an endless source in a mixture needs a size, such as shapes:simple:train:100000")
     return parts
 
 
-def open_source(name: str, root: str = "", prompt: str = "referring",
-                image_root: str = "", reading: Reading = Reading()) -> Source:
+def open_source(
+    name: str, root: str = "", prompt: str = "referring", image_root: str = "", reading: Reading = Reading()
+) -> Source:
     """Opens one source for reading in order.
 
     Args:
@@ -220,8 +224,10 @@ def _open(name: str, root: str, options: Options, reading: Reading) -> Source:
     if kind in ("tfds", "prepared") or (not kind and found == "folder"):
         return _open_shards(path, kind, options.prompt, reading)
     if not rest or found != "file":
-        raise UserError(f"{brief(path)}: no such source (known: shapes:LEVEL:SPLIT, X.jsonl, X.json, "
-                        f"{', '.join(f'{k}:FOLDER' for k in FAMILIES)})")
+        raise UserError(
+            f"{brief(path)}: no such source (known: shapes:LEVEL:SPLIT, X.jsonl, X.json, "
+            f"{', '.join(f'{k}:FOLDER' for k in FAMILIES)})"
+        )
     image_root = options.image_root or path.parent
     if kind == "jsonl" or (not kind and path.suffix != ".json"):
         return JsonlSource(path, image_root, reading=reading)
@@ -237,8 +243,7 @@ def _open_shapes(name: str) -> shapes.ShapesSource:
         words = [NANO_LEVEL, *words]
     kinds = words.pop().split(",") if words and "=" in words[-1] else []
     if not 2 <= len(words) <= 3 or (len(words) == 3 and not _SIZE.fullmatch(words[2])):
-        raise UserError(f"{name}: write shapes:LEVEL:SPLIT, and then, if wanted, :SIZE and "
-                        ":KIND=WEIGHT,KIND=WEIGHT")
+        raise UserError(f"{name}: write shapes:LEVEL:SPLIT, and then, if wanted, :SIZE and :KIND=WEIGHT,KIND=WEIGHT")
     try:
         weights = {kind: float(weight) for kind, _, weight in (item.partition("=") for item in kinds)}
     except ValueError:
@@ -247,8 +252,9 @@ def _open_shapes(name: str) -> shapes.ShapesSource:
         raise UserError(f"{name}: weights of kinds are finite and not below 0")
     if weights and words[0] in shapes.LEVELS:
         weights = {**shapes.LEVELS[words[0]].kinds, **weights}
-    return shapes.ShapesSource(words[0], words[1], size=int(words[2]) if words[2:] else None,
-                               kind_weights=weights or None)
+    return shapes.ShapesSource(
+        words[0], words[1], size=int(words[2]) if words[2:] else None, kind_weights=weights or None
+    )
 
 
 def _open_task(name: str, task: str, words: list[str]) -> TaskSource:
@@ -261,6 +267,7 @@ def _open_task(name: str, task: str, words: list[str]) -> TaskSource:
 
 def _open_shards(path: epath.Path, kind: str, prompt: str, reading: Reading) -> Source:
     from argenseg_jax.data.sources import prepared, records, tfds_ref_coco  # slow to import, seldom needed
+
     most = Reader(reading).max_pixels
     if kind == "prepared" or prepared.is_prepared(path):
         return prepared.PreparedSource(path, most)

@@ -5,6 +5,7 @@ run that is resumed on longer data would see some of them twice and others never
 row of spans: the epoch that was under way ends as it began, with the samples of then, and all of them
 take part from the next one on. The shares of the mixture stay those of then.
 """
+
 from __future__ import annotations
 
 import sys
@@ -47,15 +48,20 @@ class Order:
 
     def dataset(self) -> grain.MapDataset:
         """The samples in their order."""
-        streams = [_Spans([self._stream(k, span.length, int(self._seeds[k]) + n) for n, span in enumerate(spans)],
-                          spans) if len(spans) > 1 else self._stream(k, spans[0].length, int(self._seeds[k]))
-                   for k, spans in enumerate(self.spans)]
+        streams = [
+            _Spans([self._stream(k, span.length, int(self._seeds[k]) + n) for n, span in enumerate(spans)], spans)
+            if len(spans) > 1
+            else self._stream(k, spans[0].length, int(self._seeds[k]))
+            for k, spans in enumerate(self.spans)
+        ]
         return streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights=self.weights)
 
     def get_state(self) -> dict[str, Any]:
         """{number of the part: {"spans", "weight"}}."""
-        return {str(k): {"spans": [list(span) for span in spans], "weight": weight}
-                for k, (spans, weight) in enumerate(zip(self.spans, self.weights, strict=True))}
+        return {
+            str(k): {"spans": [list(span) for span in spans], "weight": weight}
+            for k, (spans, weight) in enumerate(zip(self.spans, self.weights, strict=True))
+        }
 
     def set_state(self, state: Mapping[str, Any], taken: int) -> None:
         """Continues a run's order, of which the first `taken` places were in use; a line for changed data.
@@ -79,8 +85,10 @@ class Order:
                 print(f"{said}those that are missing count as broken", file=sys.stderr)
                 continue
             self.spans[k] = _grown(spans[k], share.length, used[k])
-            print(f"{said}the epoch under way ends with the samples of then, the next one has all of them",
-                  file=sys.stderr)
+            print(
+                f"{said}the epoch under way ends with the samples of then, the next one has all of them",
+                file=sys.stderr,
+            )
 
     def _used(self, taken: int) -> list[int]:
         """How many places of each part's stream lie before place `taken` of the mixture."""
@@ -97,8 +105,13 @@ class Order:
 def _spans(saved: Sequence[Sequence[Any]]) -> tuple[Span, ...]:
     spans = tuple(Span(*span) for span in saved)
     ends = [0, *(span.end for span in spans[:-1])]
-    if (not spans or spans[-1].end is not None or not all(type(n) is int for n in (*ends, *(s.length for s in spans)))
-            or ends != sorted(set(ends)) or min(span.length for span in spans) < 1):
+    if (
+        not spans
+        or spans[-1].end is not None
+        or not all(type(n) is int for n in (*ends, *(s.length for s in spans)))
+        or ends != sorted(set(ends))
+        or min(span.length for span in spans) < 1
+    ):
         raise ValueError("the spans of a part are none")
     return spans
 

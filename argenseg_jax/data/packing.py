@@ -2,6 +2,7 @@
 
 Axes: t tokens, p tiles and m masks of a sample; T, P, M those of a row.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,7 +13,7 @@ import numpy as np
 from argenseg_jax.vocab import IGNORE
 
 Piece = Mapping[str, np.ndarray]  # tokens, labels i32[t], tiles u8[p, ...], masks u8[m, ...]
-Size = Mapping[str, int]          # of a piece, or the room that a row has
+Size = Mapping[str, int]  # of a piece, or the room that a row has
 Row = dict[str, np.ndarray]
 
 
@@ -67,9 +68,12 @@ def fill(rule: Packing, waiting: list[tuple[int, Piece]], refill: Callable[[int]
 
 def size(piece: Piece) -> Size:
     """Of a piece of the LM task; `labels` are the places with something to learn."""
-    return {"tokens": len(piece["tokens"]),
-            "labels": int(np.count_nonzero(piece["labels"][1:] != IGNORE)),
-            "tiles": len(piece["tiles"]), "masks": len(piece["masks"])}
+    return {
+        "tokens": len(piece["tokens"]),
+        "labels": int(np.count_nonzero(piece["labels"][1:] != IGNORE)),
+        "tiles": len(piece["tiles"]),
+        "masks": len(piece["masks"]),
+    }
 
 
 def join(pieces: Sequence[Piece], room: Size, pad: int) -> Row:
@@ -80,21 +84,24 @@ def join(pieces: Sequence[Piece], room: Size, pad: int) -> Row:
     Returns:
       tokens, labels, positions, segment_ids i32[T], tiles u8[P, S, S, 3], masks u8[M, R, R, 3].
     """
+
     def line(parts: Sequence[np.ndarray], fill: int) -> np.ndarray:
         return _filled(np.concatenate(parts).astype(np.int32), room["tokens"], fill)
 
     lengths = [len(p["tokens"]) for p in pieces]
     # Nothing may be learned from the last place of one segment about the first of the next.
     labels = [np.concatenate([[IGNORE], p["labels"][1:]]) for p in pieces]
-    return {"tokens": line([p["tokens"] for p in pieces], pad),
-            "labels": line(labels, IGNORE),
-            "positions": line([np.arange(n) for n in lengths], 0),
-            "segment_ids": line([np.full(n, k) for k, n in enumerate(lengths, 1)], 0),
-            "tiles": _filled(np.concatenate([p["tiles"] for p in pieces]), room["tiles"]),
-            "masks": _filled(np.concatenate([p["masks"] for p in pieces]), room["masks"])}
+    return {
+        "tokens": line([p["tokens"] for p in pieces], pad),
+        "labels": line(labels, IGNORE),
+        "positions": line([np.arange(n) for n in lengths], 0),
+        "segment_ids": line([np.full(n, k) for k, n in enumerate(lengths, 1)], 0),
+        "tiles": _filled(np.concatenate([p["tiles"] for p in pieces]), room["tiles"]),
+        "masks": _filled(np.concatenate([p["masks"] for p in pieces]), room["masks"]),
+    }
 
 
 def _filled(items: np.ndarray, length: int, fill: int = 0) -> np.ndarray:
     filled = np.full((length, *items.shape[1:]), fill, items.dtype)
-    filled[:len(items)] = items
+    filled[: len(items)] = items
     return filled

@@ -3,6 +3,7 @@
 The order is a function of (seed, index) alone; data/batches.py shares it out among the rows of the
 batch. A sample that cannot be used leaves `Broken` in its place.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -112,8 +113,9 @@ class DataConfig:
 
     def reading(self) -> Reading:
         """How the files of the sources are read."""
-        return Reading.of(dataclasses.asdict(self), max_images=max(self.max_tiles, FEW),
-                          max_masks=max(self.max_masks, FEW))
+        return Reading.of(
+            dataclasses.asdict(self), max_images=max(self.max_tiles, FEW), max_masks=max(self.max_masks, FEW)
+        )
 
 
 # ---------------------------------------------------------------------------------- one sample
@@ -132,8 +134,12 @@ class Encoder:
     def packing(self) -> packing.Packing:
         """How pieces of the LM task become rows."""
         c = self.config
-        room = {"tokens": c.max_tokens, "labels": c.max_labels or c.max_tokens, "tiles": c.max_tiles,
-                "masks": c.max_masks}
+        room = {
+            "tokens": c.max_tokens,
+            "labels": c.max_labels or c.max_tokens,
+            "tiles": c.max_tiles,
+            "masks": c.max_masks,
+        }
         pad = self.tokenizer.vocab.pad
         return packing.Packing(room, packing.size, lambda pieces: packing.join(pieces, room, pad), c.pack)
 
@@ -149,22 +155,26 @@ class Encoder:
             sample = recolour(sample, rng)
         if config.prompt_drop and sample.masks and not sample.images:
             if rng.random() < config.prompt_drop:
-                turns = [{**turn, "value": prompt.NOTHING} if prompt.is_human(turn) else turn
-                         for turn in turns]
+                turns = [{**turn, "value": prompt.NOTHING} if prompt.is_human(turn) else turn for turn in turns]
         tiles, per_image = self._tiles(sample, name)
         tokens, labels = prompt.encode_training(
-            turns, self.tokenizer, per_image, num_masks=len(sample.masks), name=name,
-            image_tokens=self.geometry.image_tokens, code_tokens=self.geometry.code_tokens,
-            system=config.system, image_last=config.image_last)
+            turns,
+            self.tokenizer,
+            per_image,
+            num_masks=len(sample.masks),
+            name=name,
+            image_tokens=self.geometry.image_tokens,
+            code_tokens=self.geometry.code_tokens,
+            system=config.system,
+            image_last=config.image_last,
+        )
         if len(tokens) > config.max_tokens:
-            raise SampleError(f"{name}: {len(tokens)} tokens, "
-                              f"data.max_tokens is {config.max_tokens}")
+            raise SampleError(f"{name}: {len(tokens)} tokens, data.max_tokens is {config.max_tokens}")
         count = np.count_nonzero(labels[1:] != IGNORE)
         if 0 < config.max_labels < count:
             raise SampleError(f"{name}: {count} labels, data.max_labels is {config.max_labels}")
         if len(sample.masks) > config.max_masks:
-            raise SampleError(f"{name}: {len(sample.masks)} masks, "
-                              f"data.max_masks is {config.max_masks}")
+            raise SampleError(f"{name}: {len(sample.masks)} masks, data.max_masks is {config.max_masks}")
         shape, dtype = self.geometry.mask(config.codes)
         masks = np.asarray(self._written(sample, name), dtype).reshape(-1, *shape)
         return {"tokens": tokens, "labels": labels, "tiles": tiles, "masks": masks}
@@ -181,16 +191,19 @@ class Encoder:
         prompt.check_turns(sample.conversations, _name(sample))  # what changes images reads the texts
         if self.config.augment:
             if self.config.codes:
-                raise SampleError(f"{_name(sample)}: codes that were kept are of masks as they are; switch "
-                                  "data.augment or data.codes off")
+                raise SampleError(
+                    f"{_name(sample)}: codes that were kept are of masks as they are; switch "
+                    "data.augment or data.codes off"
+                )
             sample = self.augment(sample, rng)
         return recompress(sample, rng) if sample.meta.get("augment") else sample
 
     def _tiles(self, sample: Sample, name: str) -> tuple[np.ndarray, list[int]]:
         """(tiles u8[p, S, S, 3]; tiles per image)."""
         config = self.config
-        tiling = transforms.Tiling(self.geometry.image_size, config.max_tiles, config.sample_tiles,
-                                   config.pad_to_square)
+        tiling = transforms.Tiling(
+            self.geometry.image_size, config.max_tiles, config.sample_tiles, config.pad_to_square
+        )
         return tiling(sample.images, sample.meta.get("max_tiles", 0), name)
 
     def _written(self, sample: Sample, name: str) -> Sequence[np.ndarray]:
@@ -198,13 +211,16 @@ class Encoder:
         if not self.config.codes:
             return self._masks(sample)
         if sample.codes is None and sample.masks:
-            raise SampleError(f"{name}: no codes were kept of its masks; prepare it with --codes, or set "
-                              "data.codes=false")
+            raise SampleError(
+                f"{name}: no codes were kept of its masks; prepare it with --codes, or set data.codes=false"
+            )
         return () if sample.codes is None else sample.codes
 
     def _masks(self, sample: Sample) -> list[np.ndarray]:
-        return [transforms.resize_target(m, self.geometry.mask_size, pad=self.config.pad_to_square)
-                for m in transforms.targets(sample)]
+        return [
+            transforms.resize_target(m, self.geometry.mask_size, pad=self.config.pad_to_square)
+            for m in transforms.targets(sample)
+        ]
 
 
 def _name(sample: Sample) -> str:
@@ -215,9 +231,16 @@ def _name(sample: Sample) -> str:
 # ---------------------------------------------------------------------------------- training
 
 
-def train_iterator(config: Mapping[str, Any] | DataConfig, tokenizer: Tokenizer | None,
-                   geometry: Geometry, *, seed: int, batch_size: int,
-                   places: Sequence[int] | None = None, task: str = "lm") -> BatchIterator:
+def train_iterator(
+    config: Mapping[str, Any] | DataConfig,
+    tokenizer: Tokenizer | None,
+    geometry: Geometry,
+    *,
+    seed: int,
+    batch_size: int,
+    places: Sequence[int] | None = None,
+    task: str = "lm",
+) -> BatchIterator:
     """An endless iterator over this process's rows of the batches.
 
     Args:
@@ -248,25 +271,38 @@ def train_iterator(config: Mapping[str, Any] | DataConfig, tokenizer: Tokenizer 
     else:
         encode, rows = encoder.mask_row, packing.Packing({}, lambda piece: {}, lambda pieces: pieces[0])
     parts = mixture.open_mixture(config.sources, config.root, reading=config.reading())
-    order = Order([Share(mixture.name_of(p.source), p.length, p.weight) for p in parts],
-                  lambda k, length, seed: _stream(parts[k].source, length, encoder.change, encode, seed), seed)
-    return BatchIterator(order, rows, batch_size, range(batch_size) if places is None else places,
-                         max_broken=config.max_broken, workers=config.workers,
-                         threads=config.threads)
+    order = Order(
+        [Share(mixture.name_of(p.source), p.length, p.weight) for p in parts],
+        lambda k, length, seed: _stream(parts[k].source, length, encoder.change, encode, seed),
+        seed,
+    )
+    return BatchIterator(
+        order,
+        rows,
+        batch_size,
+        range(batch_size) if places is None else places,
+        max_broken=config.max_broken,
+        workers=config.workers,
+        threads=config.threads,
+    )
 
 
-def batch_shapes(config: Mapping[str, Any] | DataConfig, geometry: Geometry, rows: int
-                 ) -> dict[str, tuple[tuple[int, ...], type]]:
+def batch_shapes(
+    config: Mapping[str, Any] | DataConfig, geometry: Geometry, rows: int
+) -> dict[str, tuple[tuple[int, ...], type]]:
     """{array: (shape, dtype)} of a batch of the LM task; opens no source."""
     config = DataConfig.of(config)
     line, image, (mask, dtype) = (rows, config.max_tokens), geometry.image_size, geometry.mask(config.codes)
-    return {**dict.fromkeys(("tokens", "labels", "positions", "segment_ids"), (line, np.int32)),
-            "tiles": ((rows, config.max_tiles, image, image, 3), np.uint8),
-            "masks": ((rows, config.max_masks, *mask), dtype)}
+    return {
+        **dict.fromkeys(("tokens", "labels", "positions", "segment_ids"), (line, np.int32)),
+        "tiles": ((rows, config.max_tiles, image, image, 3), np.uint8),
+        "masks": ((rows, config.max_masks, *mask), dtype),
+    }
 
 
 def _stream(source: mixture.Source, length: int, change: mixture.Change, encode, seed: int) -> grain.MapDataset:
     """An endless shuffled stream of pieces (or Broken) of the first samples of one source."""
+
     def load(index: int, rng: np.random.Generator) -> packing.Piece | Broken:
         where = f"{mixture.name_of(source)}: sample {index}"
         try:

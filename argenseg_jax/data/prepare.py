@@ -8,6 +8,7 @@
 A shard has its name only when it is whole, so whatever is interrupted goes on with the shards that
 are missing. The same job writes the same bytes, whoever runs it.
 """
+
 from __future__ import annotations
 
 import collections
@@ -90,13 +91,15 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """All that the bytes of the shards depend on, but for the samples themselves."""
-        asked = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                 if f.name not in ("out", "coder", "window", "max_pixels", "allow_outside")}
+        asked = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("out", "coder", "window", "max_pixels", "allow_outside")
+        }
         asked |= {"window": list(self.window)} if self.window else {}
         asked |= {"max_pixels": self.max_pixels} if self.max_pixels else {}
         asked |= {"allow_outside": True} if self.allow_outside else {}
-        return {**asked, "sources": list(self.sources), "format": FORMAT,
-                "codes": self.coder and self.coder.identity()}
+        return {**asked, "sources": list(self.sources), "format": FORMAT, "codes": self.coder and self.coder.identity()}
 
 
 class _Items:
@@ -104,15 +107,21 @@ class _Items:
 
     def __init__(self, job: Job):
         self.job = job
-        self.parts = mixture.open_mixture(job.sources, job.root, job.prompt, job.image_root,
-                                          Reading(job.window, job.max_pixels, allow_outside=job.allow_outside))
+        self.parts = mixture.open_mixture(
+            job.sources,
+            job.root,
+            job.prompt,
+            job.image_root,
+            Reading(job.window, job.max_pixels, allow_outside=job.allow_outside),
+        )
         if job.prompt != psalm.DEFAULT and not any(mixture.takes_prompt(part.source) for part in self.parts):
             raise UserError(f"prompt {job.prompt!r} changes nothing: these sources hold their own questions")
         self.counts = []
         for part in self.parts:
             if part.length >= mixture.ENDLESS:
-                raise UserError("a source without an end cannot be prepared: give it a size, such as "
-                                "shapes:full:train:100000")
+                raise UserError(
+                    "a source without an end cannot be prepared: give it a size, such as shapes:full:train:100000"
+                )
             chance = hasattr(part.source, "draw")
             self.counts.append(part.length * (max(job.draws, 1) if chance else 1))
         self.ends = np.cumsum(self.counts)
@@ -140,8 +149,7 @@ def _items(job: Job) -> _Items:
     return _Items(job)
 
 
-def prepare(job: Job, *, workers: int = 1, runner: str = "", beam_options: Sequence[str] = ()
-            ) -> dict[str, Any]:
+def prepare(job: Job, *, workers: int = 1, runner: str = "", beam_options: Sequence[str] = ()) -> dict[str, Any]:
     """Prepares what is not prepared yet, and returns the content of summary.json.
 
     Args:
@@ -162,8 +170,14 @@ def prepare(job: Job, *, workers: int = 1, runner: str = "", beam_options: Seque
     total = -(-len(items) // job.shard_samples)
     with locks.Lock(out / locks.FILE, f"--out: {out}"):
         _claim(out, plan)
-        bar = tqdm.tqdm(total=len(items), unit=" samples", file=sys.stderr, dynamic_ncols=True, delay=1,
-                        mininterval=0.5 if sys.stderr.isatty() else 30)
+        bar = tqdm.tqdm(
+            total=len(items),
+            unit=" samples",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            delay=1,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
         with bar:
             for number in _run(job, range(total), workers, runner, beam_options):
                 bar.update(len(_numbers(job, number, len(items))))
@@ -196,9 +210,20 @@ def write_shard(job: Job, number: int) -> int:
                 epath.Path(temporary).copy(target, overwrite=True)
             else:
                 temporary.replace(target)
-    files.write(note, json.dumps({"file": target.name, "samples": sum(done.parts.values()), "bytes": size,
-                                  "sha256": digest, "parts": done.parts, "broken": done.broken,
-                                  "statistics": done.statistics.to_json()}))
+    files.write(
+        note,
+        json.dumps(
+            {
+                "file": target.name,
+                "samples": sum(done.parts.values()),
+                "bytes": size,
+                "sha256": digest,
+                "parts": done.parts,
+                "broken": done.broken,
+                "statistics": done.statistics.to_json(),
+            }
+        ),
+    )
     return number
 
 
@@ -224,8 +249,7 @@ class _Done:
                 yield at, resized(sample, job.resize) if job.resize else sample
 
 
-def _coded(coder: Coder | None, read: Sequence[tuple[int, int, Sample]]
-           ) -> Iterator[tuple[int, int, Sample]]:
+def _coded(coder: Coder | None, read: Sequence[tuple[int, int, Sample]]) -> Iterator[tuple[int, int, Sample]]:
     """The samples with the codes of their masks, made in one go."""
     masks = [mask for *_, sample in read for mask in transforms.targets(sample)]
     codes = coder(masks) if coder and masks else np.zeros((0, coder.num_codes if coder else 0), np.int32)
@@ -239,6 +263,7 @@ def resized(sample: Sample, side: int) -> Sample:
 
     Masks of 0 and 255 stay so; soft edges stay grey.
     """
+
     def picture(image: np.ndarray) -> np.ndarray:
         return transforms.resize(image, (side, side))
 
@@ -255,8 +280,11 @@ def resized(sample: Sample, side: int) -> Sample:
         return [entry(v) for v in value] if isinstance(value, list) else value
 
     return dataclasses.replace(
-        sample, images=tuple(map(picture, sample.images)), masks=tuple(map(mask, sample.masks)),
-        meta={key: entry(value) for key, value in sample.meta.items()})
+        sample,
+        images=tuple(map(picture, sample.images)),
+        masks=tuple(map(mask, sample.masks)),
+        meta={key: entry(value) for key, value in sample.meta.items()},
+    )
 
 
 def shard_name(number: int, total: int) -> str:
@@ -267,8 +295,7 @@ def shard_name(number: int, total: int) -> str:
 # ------------------------------------------------------------------------------------ who runs it
 
 
-def _run(job: Job, numbers: Sequence[int], workers: int, runner: str, beam_options: Sequence[str]
-         ) -> Iterable[int]:
+def _run(job: Job, numbers: Sequence[int], workers: int, runner: str, beam_options: Sequence[str]) -> Iterable[int]:
     """Runs `write_shard` for all numbers; yields those that are done."""
     write = functools.partial(write_shard, job)
     if runner:
@@ -279,14 +306,17 @@ def _run(job: Job, numbers: Sequence[int], workers: int, runner: str, beam_optio
 def _processes(write: functools.partial, numbers: Sequence[int], workers: int) -> Iterator[int]:
     spawn = multiprocessing.get_context("spawn")  # a forked jax hangs
     others = set(multiprocessing.active_children())
-    pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(numbers)), mp_context=spawn,
-                                                  initializer=processes.begin_worker)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(workers, len(numbers)), mp_context=spawn, initializer=processes.begin_worker
+    )
     try:
         for future in concurrent.futures.as_completed([pool.submit(write, n) for n in numbers]):
             yield future.result()
     except concurrent.futures.process.BrokenProcessPool:
-        raise UserError("a worker process was ended from outside (too little memory?); the same "
-                        "command resumes with the shards that are missing") from None
+        raise UserError(
+            "a worker process was ended from outside (too little memory?); the same "
+            "command resumes with the shards that are missing"
+        ) from None
     except BaseException:  # an error, or Ctrl-C: nobody waits for shards that are half-written
         pool.shutdown(wait=False, cancel_futures=True)
         for child in set(multiprocessing.active_children()) - others:
@@ -296,14 +326,15 @@ def _processes(write: functools.partial, numbers: Sequence[int], workers: int) -
         pool.shutdown()
 
 
-def _beam(write: functools.partial, numbers: Sequence[int], runner: str, options: Sequence[str]
-          ) -> Sequence[int]:
+def _beam(write: functools.partial, numbers: Sequence[int], runner: str, options: Sequence[str]) -> Sequence[int]:
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
-        raise UserError("--runner needs Apache Beam: pip install 'argenseg_jax[beam]' (here and on the "
-                        "runner's workers), or use --workers") from None
+        raise UserError(
+            "--runner needs Apache Beam: pip install 'argenseg_jax[beam]' (here and on the "
+            "runner's workers), or use --workers"
+        ) from None
     if wrong := [option for option in options if not option.partition("=")[0].isidentifier()]:
         raise UserError(f"--beam_options={brief(wrong[0], 60)}: name=value is expected")
     flags = [f"--runner={runner}", *(f"--{option}" for option in options)]
@@ -318,8 +349,7 @@ def _beam(write: functools.partial, numbers: Sequence[int], runner: str, options
         raise UserError(f"--runner={runner}, --beam_options: Apache Beam refuses them ({brief(reason)})") from None
     with pipeline:
         # What the shards hold is noted in files: nothing has to come back through the pipeline.
-        _ = (pipeline | "Shards" >> beam.Create(list(numbers)) | beam.Reshuffle()
-             | "Write" >> beam.Map(write))
+        _ = pipeline | "Shards" >> beam.Create(list(numbers)) | beam.Reshuffle() | "Write" >> beam.Map(write)
     return numbers
 
 
@@ -335,8 +365,9 @@ def _claim(out: epath.Path, plan: Mapping[str, Any]) -> None:
         differs = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
         if differs:
             shown = "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in differs)
-            raise UserError(f"--out: {out} was begun differently ({brief(shown, 500)}); name another folder, or "
-                            "remove it")
+            raise UserError(
+                f"--out: {out} was begun differently ({brief(shown, 500)}); name another folder, or remove it"
+            )
     elif any(path.name != locks.FILE for path in (out.iterdir() if out.exists() else ())):
         raise UserError(f"--out: {out} is not empty and holds no {PLAN}; name another folder")
     else:
@@ -356,17 +387,27 @@ def _finish(job: Job, items: _Items, plan: Mapping[str, Any], total: int) -> dic
     written = collections.Counter()
     for note in notes:
         written.update({int(k): count for k, count in note["parts"].items()})
-    parts = [{"samples": written[k], "weight": part.weight * written[k] / count}
-             for k, (part, count) in enumerate(zip(items.parts, items.counts))]
+    parts = [
+        {"samples": written[k], "weight": part.weight * written[k] / count}
+        for k, (part, count) in enumerate(zip(items.parts, items.counts))
+    ]
     statistics = sum((Statistics.from_json(note["statistics"]) for note in notes), Statistics())
     shards = [{key: note[key] for key in ("file", "samples", "bytes", "sha256")} for note in notes]
-    summary = {"samples": samples, "broken": len(broken), "shards": total,
-               "bytes": sum(shard["bytes"] for shard in shards), **statistics.summary(),
-               "broken_samples": broken[:_SHOWN]}
+    summary = {
+        "samples": samples,
+        "broken": len(broken),
+        "shards": total,
+        "bytes": sum(shard["bytes"] for shard in shards),
+        **statistics.summary(),
+        "broken_samples": broken[:_SHOWN],
+    }
     _write_info(job, shards)
     files.write(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
-    files.write(out / MANIFEST, json.dumps({
-        **plan, "samples": samples, "broken": len(broken), "parts": parts, "shards": shards}, indent=1) + "\n")
+    files.write(
+        out / MANIFEST,
+        json.dumps({**plan, "samples": samples, "broken": len(broken), "parts": parts, "shards": shards}, indent=1)
+        + "\n",
+    )
     return summary
 
 
@@ -374,13 +415,28 @@ def _write_info(job: Job, shards: Sequence[Mapping[str, Any]]) -> None:
     """dataset_info.json and features.json, with which TFDS opens the folder too."""
     out, samples = epath.Path(job.out), records.Samples
     _features(job).save_config(out)
-    files.write(out / tfds_folder.INFO, json.dumps({
-        "description": records.__doc__.strip(), "disableShuffling": True, "fileFormat": tfds_folder.FORMAT,
-        "moduleName": samples.__module__, "name": samples.name, "splits": [{
-            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", "name": SPLIT,
-            "numBytes": str(sum(shard["bytes"] for shard in shards)),
-            "shardLengths": [str(shard["samples"]) for shard in shards]}],
-        "version": str(samples.VERSION)}, indent=2))
+    files.write(
+        out / tfds_folder.INFO,
+        json.dumps(
+            {
+                "description": records.__doc__.strip(),
+                "disableShuffling": True,
+                "fileFormat": tfds_folder.FORMAT,
+                "moduleName": samples.__module__,
+                "name": samples.name,
+                "splits": [
+                    {
+                        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                        "name": SPLIT,
+                        "numBytes": str(sum(shard["bytes"] for shard in shards)),
+                        "shardLengths": [str(shard["samples"]) for shard in shards],
+                    }
+                ],
+                "version": str(samples.VERSION),
+            },
+            indent=2,
+        ),
+    )
 
 
 def _features(job: Job) -> tfds.features.FeaturesDict:
@@ -392,8 +448,7 @@ def _serializer(job: Job) -> Any:
     features = _features(job)
     example = tfds.core.ExampleSerializer(features.get_serialized_info())
     # deterministic: protobuf orders maps anew in every process otherwise
-    return lambda record: example.get_tf_example(features.encode_example(record)).SerializeToString(
-        deterministic=True)
+    return lambda record: example.get_tf_example(features.encode_example(record)).SerializeToString(deterministic=True)
 
 
 def _is_whole(target: epath.Path, note: epath.Path) -> bool:

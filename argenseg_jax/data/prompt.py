@@ -3,6 +3,7 @@
 A turn is one piece: `<|im_start|>role\\n` text `<|im_end|>\\n`. Pieces are tokenised one by one,
 and so are the texts between control tokens in a piece (official preprocess_internvl2_5).
 """
+
 from __future__ import annotations
 
 import re
@@ -14,22 +15,29 @@ from argenseg_jax.data.tokenizer import Part, Tokenizer
 from argenseg_jax.errors import SampleError, brief
 from argenseg_jax.vocab import IGNORE, IMG_END, IMG_START, MASK
 
-OFFICIAL_SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
-                   "联合开发的多模态大语言模型。")
+OFFICIAL_SYSTEM = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
 IMAGE = "<image>"  # a place in a text, not a token
-ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant",
-         "assistant": "assistant"}
+ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 HALF = re.compile("[\ud800-\udfff]")  # one of the two units of an emoji: scraped texts are cut so
 NOTHING = "Please generate a picture about nothing."  # the unconditional prompt of guidance
 
 Conversations = Sequence[Mapping[str, str]]
 
 
-def encode_training(conversations: Conversations, tokenizer: Tokenizer,
-                    tiles_per_image: Sequence[int] = (), *, image_tokens: int, code_tokens: int,
-                    num_masks: int | None = None, system: str | None = None,
-                    image_last: bool = False,
-                    name: str = "sample") -> tuple[np.ndarray, np.ndarray]:
+def encode_training(
+    conversations: Conversations,
+    tokenizer: Tokenizer,
+    tiles_per_image: Sequence[int] = (),
+    *,
+    image_tokens: int,
+    code_tokens: int,
+    num_masks: int | None = None,
+    system: str | None = None,
+    image_last: bool = False,
+    name: str = "sample",
+) -> tuple[np.ndarray, np.ndarray]:
     """Ids and labels of one training sample.
 
     Args:
@@ -71,10 +79,16 @@ def encode_training(conversations: Conversations, tokenizer: Tokenizer,
     return np.asarray(tokens, np.int32), labels
 
 
-def encode_query(conversations: Conversations | str, tokenizer: Tokenizer,
-                 tiles_per_image: Sequence[int] = (), *, image_tokens: int,
-                 system: str | None = None, image_last: bool = False,
-                 name: str = "query") -> np.ndarray:
+def encode_query(
+    conversations: Conversations | str,
+    tokenizer: Tokenizer,
+    tiles_per_image: Sequence[int] = (),
+    *,
+    image_tokens: int,
+    system: str | None = None,
+    image_last: bool = False,
+    name: str = "query",
+) -> np.ndarray:
     """Ids i32[T] of a question, up to and including `<|im_start|>assistant\\n`.
 
     A text is a single human turn. Of earlier answers only the text remains, as officially.
@@ -114,7 +128,7 @@ def query_turns(conversations: Conversations, name: str = "sample") -> list[Mapp
     masked = [k for k in answers if MASK in roles[k][1]]
     if not answers:
         return list(conversations)
-    turns = list(conversations[:(masked or answers[-1:])[0]])
+    turns = list(conversations[: (masked or answers[-1:])[0]])
     if not turns:
         raise SampleError(f"{name}: the answer comes before any question")
     return turns
@@ -132,8 +146,7 @@ def _turns(conversations, num_images, system, image_last, name) -> list[tuple[st
     if users and num_images and not places:
         turns[users[0]] = ("user", f"{IMAGE}\n" * num_images + turns[users[0]][1])
     elif places != num_images:
-        raise SampleError(f"{name}: {places} {IMAGE} places in the questions "
-                          f"for {num_images} images")
+        raise SampleError(f"{name}: {places} {IMAGE} places in the questions for {num_images} images")
     if image_last:
         turns = [(role, _image_last(text) if role == "user" else text) for role, text in turns]
     return ([("system", system)] if system else []) + turns
@@ -154,11 +167,14 @@ def _roles(conversations: Conversations, name: str) -> list[tuple[str, str]]:
         except (KeyError, TypeError):
             turns.append((None, None))
         if not isinstance(turns[-1][1], str):
-            raise SampleError(f"{name}: a turn must be {{'from': system|human|gpt, 'value': text}},"
-                              f" not {brief(turn, 80)}")
+            raise SampleError(
+                f"{name}: a turn must be {{'from': system|human|gpt, 'value': text}}, not {brief(turn, 80)}"
+            )
         if half := HALF.search(turns[-1][1]):
-            raise SampleError(f"{name}: the text holds half a character (the lone surrogate "
-                              f"U+{ord(half[0]):04X}), which no tokenizer encodes")
+            raise SampleError(
+                f"{name}: the text holds half a character (the lone surrogate "
+                f"U+{ord(half[0]):04X}), which no tokenizer encodes"
+            )
     return turns
 
 
@@ -168,7 +184,7 @@ def _image_last(text: str) -> str:
     if leading is None:
         return text
     images = leading[0].count(IMAGE)
-    return "\n".join([text[leading.end():].rstrip(), *[IMAGE] * images])
+    return "\n".join([text[leading.end() :].rstrip(), *[IMAGE] * images])
 
 
 def _start(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

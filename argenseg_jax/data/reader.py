@@ -11,6 +11,7 @@ from the values of up to 64 of its images, spread evenly over its samples:
 `train` saves the window of its data with the run, so that whatever uses the run reads alike. An image
 without a data set (`segment`, the Python API) and without a saved window is a data set of its own.
 """
+
 from __future__ import annotations
 
 import copy
@@ -58,7 +59,7 @@ class Values(NamedTuple):
             values = values[np.isfinite(values)]
         if not values.size:
             values = np.zeros(1, levels.dtype)
-        return cls(kind, values.min().item(), values.max().item(), values[::-(-values.size // _VALUES)])
+        return cls(kind, values.min().item(), values.max().item(), values[:: -(-values.size // _VALUES)])
 
 
 class Reading(NamedTuple):
@@ -81,8 +82,12 @@ class Reading(NamedTuple):
     @classmethod
     def of(cls, data: Mapping[str, Any], **limits: int) -> Reading:
         """From the config section `data`."""
-        return cls(tuple(data.get("window") or ()), data.get("max_pixels") or 0,
-                   allow_outside=bool(data.get("allow_outside")), **limits)
+        return cls(
+            tuple(data.get("window") or ()),
+            data.get("max_pixels") or 0,
+            allow_outside=bool(data.get("allow_outside")),
+            **limits,
+        )
 
 
 class Reader:
@@ -114,8 +119,11 @@ class Reader:
             opened = images.open_image(image, self.max_pixels)
             levels, turned = images.read_levels(opened, image)
             if self._source is not None and turned != 1:
-                self._tell("EXIF", f"{images.turned(image, turned)}, as every such image of this data set: its masks "
-                           "belong to the upright image")
+                self._tell(
+                    "EXIF",
+                    f"{images.turned(image, turned)}, as every such image of this data set: its masks "
+                    "belong to the upright image",
+                )
             return levels
         if isinstance(image, Image.Image):
             return images.image_levels(image)
@@ -153,8 +161,10 @@ class Reader:
             found.append(read(path))
             room -= found[-1].shape[0] * found[-1].shape[1]
             if room < 0:
-                raise SampleError(f"its {len(paths)} {what} have more than {PER_SAMPLE * self.max_pixels} pixels "
-                                  f"({PER_SAMPLE} x data.max_pixels)")
+                raise SampleError(
+                    f"its {len(paths)} {what} have more than {PER_SAMPLE * self.max_pixels} pixels "
+                    f"({PER_SAMPLE} x data.max_pixels)"
+                )
         return tuple(found)
 
     # ------------------------------------------------------------------------------ the window
@@ -172,8 +182,11 @@ class Reader:
             return levels
         window = self.reading.window or self._window(levels)
         if not self.reading.window and window in _EXACT and levels.max() > window[1]:
-            self._tell("window", f"{image}: has values up to {levels.max()}; those seen before end at {window[1]}, and "
-                       "larger ones become white: set data.window to the range of all")
+            self._tell(
+                "window",
+                f"{image}: has values up to {levels.max()}; those seen before end at {window[1]}, and "
+                "larger ones become white: set data.window to the range of all",
+            )
         return to_bytes(levels, window)
 
     def _tell(self, what: str, text: str) -> None:
@@ -199,10 +212,16 @@ class Reader:
             self._windows[kind] = low, high
             name = getattr(self._source, "name", None) or getattr(self._source, "path", "")
             top = max(values.high for values in mine)
-            dark = f"; all are below {top:g}, so that they are dark: set data.window=(0, {top:g})" if (
-                top < high / 4) else ""
-            print(f"{name}: its images have {'float' if kind == 'f' else 'more than 8 bit'} values; {low:g}..{high:g} "
-                  f"becomes 0..255 (data.window){dark}", file=sys.stderr)
+            dark = (
+                f"; all are below {top:g}, so that they are dark: set data.window=(0, {top:g})"
+                if (top < high / 4)
+                else ""
+            )
+            print(
+                f"{name}: its images have {'float' if kind == 'f' else 'more than 8 bit'} values; {low:g}..{high:g} "
+                f"becomes 0..255 (data.window){dark}",
+                file=sys.stderr,
+            )
 
 
 class _Probe(Reader):
@@ -261,7 +280,7 @@ def to_bytes(levels: np.ndarray, window: Window) -> np.ndarray:
         grey = np.empty(levels.shape, np.uint8)
         rows = max(_ROWS // levels.shape[1], 1)
         for y in range(0, len(levels), rows):
-            grey[y:y + rows] = _scaled(levels[y:y + rows], low, high)
+            grey[y : y + rows] = _scaled(levels[y : y + rows], low, high)
     return grey if grey.ndim == 3 else np.repeat(grey[..., None], 3, axis=-1)
 
 
@@ -281,8 +300,9 @@ def array_levels(array: Any) -> np.ndarray:
     try:
         array = np.asarray(array)
     except ValueError as fault:  # rows of unlike length
-        raise UserError(f"a picture is an array, a PIL image or a file, not {brief(repr(array), 60)} "
-                        f"({brief(fault, 100)})") from None
+        raise UserError(
+            f"a picture is an array, a PIL image or a file, not {brief(repr(array), 60)} ({brief(fault, 100)})"
+        ) from None
     plain = array[..., 0] if array.ndim == 3 and array.shape[2] in (1, 2) else array
     plain = plain[..., :3] if plain.ndim == 3 and plain.shape[2] == 4 else plain
     grey, colour = plain.ndim == 2, plain.ndim == 3 and plain.shape[2] == 3
@@ -292,10 +312,15 @@ def array_levels(array: Any) -> np.ndarray:
     if (plain.size and grey and kind in "bif") or (plain.size and kind == "u" and (grey or colour)):
         if kind == "b":
             return np.repeat(plain[..., None], 3, axis=-1) * np.uint8(255)
-        return plain.astype(np.float32 if kind == "f" else np.uint16 if plain.dtype.itemsize < 3 else np.int64) \
-            if kind in "fu" else plain
-    raise UserError(f"a picture is u8[H, W, 3] (or grey, or u16, f32 [H, W]), a PIL image or a file, not "
-                    f"{array.dtype}{list(array.shape)}")
+        return (
+            plain.astype(np.float32 if kind == "f" else np.uint16 if plain.dtype.itemsize < 3 else np.int64)
+            if kind in "fu"
+            else plain
+        )
+    raise UserError(
+        f"a picture is u8[H, W, 3] (or grey, or u16, f32 [H, W]), a PIL image or a file, not "
+        f"{array.dtype}{list(array.shape)}"
+    )
 
 
 def read_image(path: epath.PathLike, reading: Reading = Reading()) -> np.ndarray:

@@ -4,6 +4,7 @@ pycocotools reads any numbers: a run length that ends early gives memory that no
 sizes and coordinates end the process. So run lengths are decoded here, and its compiled code draws
 polygons only after they are checked.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,6 +76,7 @@ def checked_rle(rle: Any, size: Sequence[int] | None = None) -> dict[str, Any]:
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
     """bool[H, W] -> {'size': [H, W], 'counts': str}, as pycocotools reads it."""
     from pycocotools import mask as coco
+
     rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
@@ -115,8 +117,7 @@ def check_size(height: int, width: int) -> None:
 
 
 def _whole(value: Any) -> bool:
-    return (isinstance(value, _NUMBERS) and not isinstance(value, bool) and abs(value) < 2**63
-            and value == int(value))
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool) and abs(value) < 2**63 and value == int(value)
 
 
 def _listed(counts: Any) -> np.ndarray:
@@ -278,8 +279,10 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
 
 def is_empty(segmentation: Any) -> bool:
     """Whether an annotation has no mask at all: none, `[]`, or only empty polygons."""
-    return segmentation is None or (isinstance(segmentation, (list, tuple)) and all(
-        isinstance(part, (list, tuple)) and not part for part in segmentation))
+    return segmentation is None or (
+        isinstance(segmentation, (list, tuple))
+        and all(isinstance(part, (list, tuple)) and not part for part in segmentation)
+    )
 
 
 class _Parts(NamedTuple):
@@ -291,6 +294,7 @@ class _Parts(NamedTuple):
 
     def drawn(self, height: int, width: int) -> Drawn:
         from pycocotools import mask as coco
+
         outlines = [p.tolist() for p in self.polygons]
         rles = [*self.rles, *(coco.frPyObjects(outlines, height, width) if outlines else ())]
         counts = [read_runs(rle, (height, width))[0] for rle in rles]
@@ -312,15 +316,19 @@ def check_amounts(polygons: Sequence[np.ndarray], others: int = 0) -> None:
     """SampleError where the polygons of one sample, f64[2N] each, beside other parts, are too many to draw."""
     parts, points = len(polygons) + others, sum(p.size for p in polygons) // 2
     if parts > MAX_PARTS or points > MAX_POINTS:
-        raise SampleError(f"{parts} polygons and RLEs of {points} points in one sample; at most {MAX_PARTS} of "
-                          f"{MAX_POINTS} points are drawn")
+        raise SampleError(
+            f"{parts} polygons and RLEs of {points} points in one sample; at most {MAX_PARTS} of "
+            f"{MAX_POINTS} points are drawn"
+        )
     lengths = [0.0]
     for polygon in polygons:
         corners = polygon.reshape(-1, 2)
         lengths.append(np.abs(corners - np.roll(corners, 1, 0)).max(1).sum())
     if max(lengths) > MAX_LENGTH or sum(lengths) > MAX_OUTLINE:
-        raise SampleError(f"polygons whose outlines are {sum(lengths):.0f} pixels long, one of them "
-                          f"{max(lengths):.0f}; at most {MAX_OUTLINE} and {MAX_LENGTH} are drawn")
+        raise SampleError(
+            f"polygons whose outlines are {sum(lengths):.0f} pixels long, one of them "
+            f"{max(lengths):.0f}; at most {MAX_OUTLINE} and {MAX_LENGTH} are drawn"
+        )
 
 
 def _split(segmentation: Any) -> _Parts:

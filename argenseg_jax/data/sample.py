@@ -1,4 +1,5 @@
 """The one record that every data source yields."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,5 @@
 """What a data set holds: counts, classes, mask areas, picture sizes, text lengths; sums that add up."""
+
 from __future__ import annotations
 
 import bisect
@@ -42,12 +43,18 @@ class Statistics:
         """Counts one more sample."""
         grey = [m for m in sample.masks if m.ndim == 2]
         shares = [float(np.mean(m >= 128)) for m in grey]
-        self.counts.update({
-            "samples": 1, "pictures": len(sample.images), "masks": len(sample.masks),
-            "empty_masks": shares.count(0.0),
-            "colour_masks": len(sample.masks) - len(grey),
-            "without_picture": int(not sample.images), "without_mask": int(not sample.masks),
-            "dropped_polygons": sample.meta.get("dropped_polygons", 0)})
+        self.counts.update(
+            {
+                "samples": 1,
+                "pictures": len(sample.images),
+                "masks": len(sample.masks),
+                "empty_masks": shares.count(0.0),
+                "colour_masks": len(sample.masks) - len(grey),
+                "without_picture": int(not sample.images),
+                "without_mask": int(not sample.masks),
+                "dropped_polygons": sample.meta.get("dropped_polygons", 0),
+            }
+        )
         self.areas.update(_bin(AREAS, share) for share in shares)
         self.widths.update(str(image.shape[1]) for image in sample.images)
         self.heights.update(str(image.shape[0]) for image in sample.images)
@@ -57,8 +64,7 @@ class Statistics:
         self.classes[_class(sample, asked)] += 1
 
     def __add__(self, other: Statistics) -> Statistics:
-        return Statistics(**{f.name: getattr(self, f.name) + getattr(other, f.name)
-                             for f in dataclasses.fields(self)})
+        return Statistics(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)})
 
     def to_json(self) -> dict[str, dict[str, int]]:
         """As `from_json` reads it."""
@@ -71,31 +77,57 @@ class Statistics:
     def summary(self) -> dict[str, Any]:
         """For people and summary.json: counts, the commonest classes, histograms in their order."""
         common = self.classes.most_common(_SHOWN)
-        return {**{k: self.counts[k] for k in ("pictures", "masks", "empty_masks", "colour_masks",
-                                               "without_picture", "without_mask", "dropped_polygons")},
-                "classes": dict(common), "distinct_classes": len(self.classes),
-                "mask_area": _ordered(self.areas, AREAS), "question_words": _ordered(self.questions, WORDS),
-                "answer_words": _ordered(self.answers, WORDS),
-                "width": _range(self.widths), "height": _range(self.heights)}
+        return {
+            **{
+                k: self.counts[k]
+                for k in (
+                    "pictures",
+                    "masks",
+                    "empty_masks",
+                    "colour_masks",
+                    "without_picture",
+                    "without_mask",
+                    "dropped_polygons",
+                )
+            },
+            "classes": dict(common),
+            "distinct_classes": len(self.classes),
+            "mask_area": _ordered(self.areas, AREAS),
+            "question_words": _ordered(self.questions, WORDS),
+            "answer_words": _ordered(self.answers, WORDS),
+            "width": _range(self.widths),
+            "height": _range(self.heights),
+        }
 
 
 def table(summary: Mapping[str, Any], most: int = 12) -> str:
     """The summary as lines for people."""
     classes = list(summary["classes"].items())
     rest = summary["distinct_classes"] - min(most, len(classes))
-    lines = [f"{summary['pictures']} pictures, {summary['masks']} masks ({summary['empty_masks']} empty, "
-             f"{summary['colour_masks']} in colour); {summary['without_picture']} samples without a "
-             f"picture, {summary['without_mask']} without a mask"]
+    lines = [
+        f"{summary['pictures']} pictures, {summary['masks']} masks ({summary['empty_masks']} empty, "
+        f"{summary['colour_masks']} in colour); {summary['without_picture']} samples without a "
+        f"picture, {summary['without_mask']} without a mask"
+    ]
     if summary["dropped_polygons"]:
         lines.append(f"{summary['dropped_polygons']} polygons of fewer than 3 points were left out")
     if summary["width"]:
-        lines.append("picture size: " + ", ".join(
-            f"{axis} {r['min']} to {r['max']} (mean {r['mean']:.0f})"
-            for axis, r in (("width", summary["width"]), ("height", summary["height"]))))
-    lines += [f"{name}: " + ", ".join(f"{k}: {v}" for k, v in summary[key].items())
-              for name, key in (("share of the picture that a mask fills", "mask_area"),
-                                ("words of a question", "question_words"),
-                                ("words of an answer", "answer_words")) if summary[key]]
+        lines.append(
+            "picture size: "
+            + ", ".join(
+                f"{axis} {r['min']} to {r['max']} (mean {r['mean']:.0f})"
+                for axis, r in (("width", summary["width"]), ("height", summary["height"]))
+            )
+        )
+    lines += [
+        f"{name}: " + ", ".join(f"{k}: {v}" for k, v in summary[key].items())
+        for name, key in (
+            ("share of the picture that a mask fills", "mask_area"),
+            ("words of a question", "question_words"),
+            ("words of an answer", "answer_words"),
+        )
+        if summary[key]
+    ]
     lines += [f"{count:8d}  {name}" for name, count in classes[:most]]
     return "\n".join(lines + ([f"{'':8s}  and {rest} more classes"] if rest > 0 else []))
 

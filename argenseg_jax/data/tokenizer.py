@@ -3,6 +3,7 @@
 Control tokens are ids, never spellings: one that somebody writes out in a text is encoded as the
 characters it consists of, so no text can open a turn, an image or a mask.
 """
+
 from __future__ import annotations
 
 import json
@@ -26,8 +27,10 @@ VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json")  # a folder h
 _MAX_IDS = 2**24
 _PROBE = "Segment the 1st café, 中文 \U0001f600\n"  # some vocabularies load, and fail at the first text
 _CODE_WORD = r"<visual token \d{6}>"
-_QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class _SentencePiece:
@@ -48,8 +51,7 @@ class _SentencePiece:
 
     def control(self) -> dict[str, int]:
         # An added word may share its id with a piece of another spelling ([UNUSED_TOKEN_145]).
-        aliases = {self.model.id_to_piece(i): i for i in self.added.values()
-                   if i < self.model.get_piece_size()}
+        aliases = {self.model.id_to_piece(i): i for i in self.added.values() if i < self.model.get_piece_size()}
         ends = {self.model.id_to_piece(i): i for i in (self.bos, self.pad) if i is not None}
         return {**ends, **aliases, **self.added}
 
@@ -60,10 +62,17 @@ class _SentencePiece:
         return self.model.decode([i for i in ids if i < self.model.get_piece_size()])
 
     def files(self) -> dict[str, bytes]:
-        config = self.config or {"tokenizer_class": "InternLM2Tokenizer", "bos_token": "<s>",
-                                 "eos_token": "</s>", "pad_token": "</s>"}
-        return {"tokenizer.model": self.proto, "added_tokens.json": _json(self.added),
-                "tokenizer_config.json": _json(_with_added(config, self.added))}
+        config = self.config or {
+            "tokenizer_class": "InternLM2Tokenizer",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "</s>",
+        }
+        return {
+            "tokenizer.model": self.proto,
+            "added_tokens.json": _json(self.added),
+            "tokenizer_config.json": _json(_with_added(config, self.added)),
+        }
 
 
 class _Fast:
@@ -96,16 +105,23 @@ class _Fast:
     def files(self) -> dict[str, bytes]:
         out = {"tokenizer.json": self.model.to_str(pretty=True).encode()}
         if not self.config:
-            config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": vocab_lib.IM_END,
-                      "pad_token": vocab_lib.IM_END, "clean_up_tokenization_spaces": False}
+            config = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": vocab_lib.IM_END,
+                "pad_token": vocab_lib.IM_END,
+                "clean_up_tokenization_spaces": False,
+            }
             return {**out, "tokenizer_config.json": _json(config)}
         added = {t.content: i for i, t in self.model.get_added_tokens_decoder().items()}
         out["tokenizer_config.json"] = _json(_with_added(self.config, added))
         if self.slow:
             bpe = json.loads(self.model.to_str())["model"]
             pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"])
-            out |= {"vocab.json": _json(bpe["vocab"]), "added_tokens.json": _json(added),
-                    "merges.txt": ("#version: 0.2\n" + "".join(f"{p}\n" for p in pairs)).encode()}
+            out |= {
+                "vocab.json": _json(bpe["vocab"]),
+                "added_tokens.json": _json(added),
+                "merges.txt": ("#version: 0.2\n" + "".join(f"{p}\n" for p in pairs)).encode(),
+            }
         return out
 
 
@@ -130,13 +146,16 @@ class Tokenizer:
         """
         known = sum(re.fullmatch(_CODE_WORD, word) is not None for word in backend.control())
         if num_codes is None and not known:
-            raise UserError("the tokenizer has no <visual token ...> words: "
-                            "say how many codes to add")
+            raise UserError("the tokenizer has no <visual token ...> words: say how many codes to add")
         if known and num_codes not in (None, known):
             raise UserError(f"the tokenizer has {known} code words, the model needs {num_codes}")
         num_codes = num_codes or known
-        words = [vocab_lib.IM_END, vocab_lib.IM_START, *vocab_lib.SPECIAL_TOKENS,
-                 *map(vocab_lib.visual_token, range(num_codes))]
+        words = [
+            vocab_lib.IM_END,
+            vocab_lib.IM_START,
+            *vocab_lib.SPECIAL_TOKENS,
+            *map(vocab_lib.visual_token, range(num_codes)),
+        ]
         missing = [word for word in words if backend.id(word) is None]
         if missing:
             backend.add(missing)
@@ -144,12 +163,15 @@ class Tokenizer:
         if ids != list(range(ids[0], ids[0] + len(ids))):
             order = " ".join(vocab_lib.SPECIAL_TOKENS)
             place = next(i for i, found in enumerate(ids) if found != ids[0] + i)
-            raise UserError("the tokenizer's special tokens and codes are not consecutive in the "
-                            f"official order {order} <visual token ...>: {words[2 + place]} has the id {ids[place]}, "
-                            f"not {ids[0] + place}")
+            raise UserError(
+                "the tokenizer's special tokens and codes are not consecutive in the "
+                f"official order {order} <visual token ...>: {words[2 + place]} has the id {ids[place]}, "
+                f"not {ids[0] + place}"
+            )
         eos = backend.id(vocab_lib.IM_END)
-        self.vocab = vocab_lib.Vocab(base=ids[0], num_codes=num_codes, eos=eos,
-                                     pad=eos if backend.pad is None else backend.pad)
+        self.vocab = vocab_lib.Vocab(
+            base=ids[0], num_codes=num_codes, eos=eos, pad=eos if backend.pad is None else backend.pad
+        )
         self.bos, self.im_start = backend.bos, backend.id(vocab_lib.IM_START)
         self._backend = backend
         control = {**backend.control(), **{word: backend.id(word) for word in words}}
@@ -195,8 +217,9 @@ class Tokenizer:
         try:
             return [i for chunk in self._harmless(text) for i in self._backend.encode(chunk)]
         except (TypeError, UnicodeError):  # each library has its own for it
-            raise UserError(f"the text {text[:60]!a} cannot be encoded: it holds half a character "
-                            "(a lone surrogate)") from None
+            raise UserError(
+                f"the text {text[:60]!a} cannot be encoded: it holds half a character (a lone surrogate)"
+            ) from None
 
     def encode(self, parts: Iterable[Part]) -> list[int]:
         """Ids of a piece: control ids pass, each text between them is encoded as one.
@@ -232,7 +255,7 @@ class Tokenizer:
         """Cuts every spelled-out control token behind its first character."""
         start = 0
         for found in self._control.finditer(text):
-            yield text[start:found.start() + 1]
+            yield text[start : found.start() + 1]
             start = found.start() + 1
         if text[start:]:
             yield text[start:]
@@ -240,6 +263,7 @@ class Tokenizer:
 
 def _open(path: epath.Path, folder: epath.Path) -> _SentencePiece | _Fast:
     """Picks the library by the file's name; `folder` holds the lists of added words, if any."""
+
     def read(name: str) -> dict[str, Any]:
         file = folder / name
         content = files.read_json(file, large=True) if file.exists() else {}
@@ -274,22 +298,27 @@ def _checked_ids(words: dict[str, Any], file: epath.Path) -> dict[str, int]:
     """{word: id}, as it is; UserError where it is something else."""
     for word, i in words.items():
         if not isinstance(word, str) or type(i) is not int or not 0 <= i < _MAX_IDS:
-            raise UserError(f"{file}: {brief(repr(word), 60)} has the id {brief(repr(i), 60)}; whole numbers below "
-                            f"{_MAX_IDS} are expected")
+            raise UserError(
+                f"{file}: {brief(repr(word), 60)} has the id {brief(repr(i), 60)}; whole numbers below "
+                f"{_MAX_IDS} are expected"
+            )
     return words
 
 
 def _qwen(words: dict[str, int], merges: str, added: dict[str, int], config: dict) -> _Fast:
     """The slow Qwen2 files (vocab.json, merges.txt, added_tokens.json) as one fast tokenizer."""
     lines = merges.splitlines()
-    pairs = [tuple(line.split(" ")) for line in lines[lines[:1] != [] and lines[0].startswith("#version:"):] if line]
+    pairs = [tuple(line.split(" ")) for line in lines[lines[:1] != [] and lines[0].startswith("#version:") :] if line]
     if wrong := next((pair for pair in pairs if len(pair) != 2), None):
         raise UserError(f"merges.txt: {brief(repr(' '.join(wrong)), 60)} is no pair of pieces")
     model = tokenizers.Tokenizer(models.BPE(vocab=words, merges=pairs))
     model.normalizer = normalizers.NFC()
-    model.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(_QWEN_SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     model.decoder = decoders.ByteLevel()
     backend = _Fast(model, config, slow=True)
     backend.add(sorted(added, key=added.get))
@@ -312,9 +341,17 @@ def _json(value) -> bytes:
 
 
 _TEMPLATE_CORPUS = (
-    "user\n", "assistant\n", "system\n", "Segment the", "Sure, the segmentation result: .",
-    "Please segment the in this image.", "Please perform referring segmentation on this image.",
-    "results are: .", "Given the following instructions: ;", "Segment the in the image.")
+    "user\n",
+    "assistant\n",
+    "system\n",
+    "Segment the",
+    "Sure, the segmentation result: .",
+    "Please segment the in this image.",
+    "Please perform referring segmentation on this image.",
+    "results are: .",
+    "Given the following instructions: ;",
+    "Segment the in the image.",
+)
 # The classes of CamVid.
 _CLASS_CORPUS = " sky building pole road pavement tree sign fence car pedestrian bicyclist"
 # "circles" is "circle" and "s": what is learned of the one holds for the other.
@@ -324,7 +361,8 @@ _GLUE_CORPUS = (
     " a about an and are at be by can colour describe do find for from has have here how i image in "
     "is it mask me next no not of on or other person please picture show side smaller that their them "
     "there these they thing this to two under was what where which white who with you your "
-    "0 1 2 3 4 5 6 7 8 9")
+    "0 1 2 3 4 5 6 7 8 9"
+)
 
 
 def nano_tokenizer(num_codes: int, corpus: Sequence[str], vocab_size: int = 496) -> Tokenizer:
@@ -337,12 +375,16 @@ def nano_tokenizer(num_codes: int, corpus: Sequence[str], vocab_size: int = 496)
         tokens and 256 codes still fit into three times PAD_MULTIPLE rows.
     """
     model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(_PLURAL), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(tokenizers.Regex(_PLURAL), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, min_frequency=1,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        show_progress=False,
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     phrases = [*_TEMPLATE_CORPUS, *(" " + text for text in corpus)]  # merges see leading spaces
     texts = [_GLUE_CORPUS, *[_CLASS_CORPUS] * 20, *phrases * 100]
     model.train_from_iterator(texts, trainer=trainer)

@@ -2,6 +2,7 @@
 
 Pillow does every resize, as in the reference, so pixels are equal to the official ones.
 """
+
 from __future__ import annotations
 
 import functools
@@ -46,8 +47,9 @@ def resized(picture: Image.Image, size: Size, resample: Image.Resampling) -> Ima
     return picture.resize(size, resample)
 
 
-def image_tiles(image: np.ndarray, side: int, max_tiles: int = 1, thumbnail: bool = True,
-                pad: bool = False) -> np.ndarray:
+def image_tiles(
+    image: np.ndarray, side: int, max_tiles: int = 1, thumbnail: bool = True, pad: bool = False
+) -> np.ndarray:
     """Dynamic tiling (InternVL `dynamic_preprocess`): u8[H, W, 3] -> u8[P, S, S, 3].
 
     Args:
@@ -62,8 +64,7 @@ def image_tiles(image: np.ndarray, side: int, max_tiles: int = 1, thumbnail: boo
     height, width = image.shape[:2]
     cols, rows = tile_grid((width, height), side, max_tiles)
     whole = resize(image, (side * cols, side * rows))
-    tiles = [whole[y * side:(y + 1) * side, x * side:(x + 1) * side]
-             for y in range(rows) for x in range(cols)]
+    tiles = [whole[y * side : (y + 1) * side, x * side : (x + 1) * side] for y in range(rows) for x in range(cols)]
     if thumbnail and len(tiles) > 1:
         tiles.append(resize(image, (side, side)))
     return np.stack(tiles)
@@ -84,8 +85,9 @@ class Tiling(NamedTuple):
     sample_tiles: int = 0
     pad: bool = False
 
-    def __call__(self, images: Sequence[np.ndarray], own: int = 0, name: str = "sample"
-                 ) -> tuple[np.ndarray, list[int]]:
+    def __call__(
+        self, images: Sequence[np.ndarray], own: int = 0, name: str = "sample"
+    ) -> tuple[np.ndarray, list[int]]:
         """(tiles u8[p, S, S, 3] of all images, thumbnails included; tiles of each image).
 
         Args:
@@ -102,8 +104,7 @@ class Tiling(NamedTuple):
         most = max(min(share - 1, own or share), 1)
         cut = [image_tiles(image, self.side, most, pad=self.pad) for image in images]
         tiles = [tile for of_image in cut for tile in of_image]
-        return (np.asarray(tiles, np.uint8).reshape(-1, self.side, self.side, 3),
-                [len(of_image) for of_image in cut])
+        return (np.asarray(tiles, np.uint8).reshape(-1, self.side, self.side, 3), [len(of_image) for of_image in cut])
 
 
 @functools.lru_cache
@@ -114,9 +115,14 @@ def target_ratios(max_tiles: int) -> tuple[tuple[int, int], ...]:
     part of the contract, because the first of two equally close grids wins. Grids enter the set as in the
     official loop over n, i and j up to n, which meets most of them again and again.
     """
-    grids = {grid for n in range(1, max_tiles + 1) for grid in (
-        *((i, n) for i in range(1, min(n - 1, max_tiles // n) + 1)),
-        *((n, j) for j in range(1, min(n, max_tiles // n) + 1)))}
+    grids = {
+        grid
+        for n in range(1, max_tiles + 1)
+        for grid in (
+            *((i, n) for i in range(1, min(n - 1, max_tiles // n) + 1)),
+            *((n, j) for j in range(1, min(n, max_tiles // n) + 1)),
+        )
+    }
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
@@ -139,7 +145,7 @@ def pad_square(image: np.ndarray) -> np.ndarray:
     square = np.empty((side, side, 3), np.uint8)
     square[:] = [int(255 * mean) for mean in IMAGENET_MEAN]
     y, x = (side - height) // 2, (side - width) // 2
-    square[y:y + height, x:x + width] = image
+    square[y : y + height, x : x + width] = image
     return square
 
 
@@ -173,7 +179,7 @@ def resize_target(mask: np.ndarray, side: int, pad: bool = False) -> np.ndarray:
     if pad:
         x, y, w, h = pad_box((width, height), side)
         square = np.zeros((side, side, *mask.shape[2:]), np.uint8)
-        square[y:y + h, x:x + w] = resize(mask, (w, h))
+        square[y : y + h, x : x + w] = resize(mask, (w, h))
         mask = square
     elif side in (256, MASK_STEP):
         mask = resize(resize(mask, (MASK_STEP, MASK_STEP)), (side, side))
@@ -182,8 +188,9 @@ def resize_target(mask: np.ndarray, side: int, pad: bool = False) -> np.ndarray:
     return mask if mask.ndim == 3 else np.repeat(mask[..., None], 3, axis=-1)
 
 
-def check_sizes(image: np.ndarray, masks: Sequence[np.ndarray], names: Sequence[str],
-                paths: Sequence[epath.PathLike] = ()) -> None:
+def check_sizes(
+    image: np.ndarray, masks: Sequence[np.ndarray], names: Sequence[str], paths: Sequence[epath.PathLike] = ()
+) -> None:
     """SampleError where a mask has another size than its image.
 
     Args:
@@ -200,8 +207,10 @@ def check_shape(image: np.ndarray, shape: tuple[int, ...], name: str, *paths: ep
     if tuple(shape) != image.shape[:2]:
         (h, w), (mh, mw) = image.shape[:2], shape
         turned = orientations(*paths)
-        raise SampleError(f"mask {name} is {mw}x{mh}, its image {w}x{h} pixels" + (
-            f" ({turned}: masks belong to the upright image)" if turned else ""))
+        raise SampleError(
+            f"mask {name} is {mw}x{mh}, its image {w}x{h} pixels"
+            + (f" ({turned}: masks belong to the upright image)" if turned else "")
+        )
 
 
 def targets(sample: Sample) -> list[np.ndarray]:

@@ -3,6 +3,7 @@
 prefill -> text -> (mask -> text)*: one jit each, shapes in buckets, nothing recompiled for another
 prompt, picture, answer length or number of masks. Axes as in text_decode, scale_decode.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -60,12 +61,13 @@ class Phases:
         self.split = sharding.platform() != "tpu"
         self.model = model.clone(llm=model.llm.clone(split=self.split))
         options = compiler_options(sharding.platform())
-        self.prefill = jax.jit(nn.apply(text_decode.prefill, self.model), static_argnums=(5, 6),
-                               compiler_options=options)
-        self.text = jax.jit(nn.apply(text_decode.write_text, self.model), donate_argnums=1,
-                            compiler_options=options)
-        self.mask = jax.jit(nn.apply(_mask_phase, self.model), donate_argnums=1, static_argnums=2,
-                            compiler_options=options)
+        self.prefill = jax.jit(
+            nn.apply(text_decode.prefill, self.model), static_argnums=(5, 6), compiler_options=options
+        )
+        self.text = jax.jit(nn.apply(text_decode.write_text, self.model), donate_argnums=1, compiler_options=options)
+        self.mask = jax.jit(
+            nn.apply(_mask_phase, self.model), donate_argnums=1, static_argnums=2, compiler_options=options
+        )
 
     def capacity(self, width: int, max_text: int, max_masks: int) -> int:
         """Places of the cache for prompts padded to `width`: whole blocks, so few sizes occur."""
@@ -93,27 +95,45 @@ class Engine:
 
     # ---- phases ----------------------------------------------------------------------------------
 
-    def prefill(self, tokens: np.ndarray, lengths: np.ndarray, tiles: np.ndarray | None,
-                rules: Rules, capacity: int, max_text: int) -> text_decode.Answer:
+    def prefill(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        tiles: np.ndarray | None,
+        rules: Rules,
+        capacity: int,
+        max_text: int,
+    ) -> text_decode.Answer:
         """See text_decode.prefill."""
-        return self.phases.prefill({"params": self.params}, tokens, lengths, tiles, rules, capacity,
-                                   max_text)
+        return self.phases.prefill({"params": self.params}, tokens, lengths, tiles, rules, capacity, max_text)
 
     def text(self, answer: text_decode.Answer) -> text_decode.Answer:
         """Writes until every row has ended or stands at a mask."""
         return self.phases.text({"params": self.params}, answer)
 
-    def mask(self, answer: text_decode.Answer, previews: bool = False
-             ) -> tuple[text_decode.Answer, dict[str, jax.Array]]:
+    def mask(
+        self, answer: text_decode.Answer, previews: bool = False
+    ) -> tuple[text_decode.Answer, dict[str, jax.Array]]:
         """Writes the mask of every row that stands at one: (answer, fields of Generated)."""
         return self.phases.mask({"params": self.params}, answer, previews)
 
     # ---- whole answers ---------------------------------------------------------------------------
 
-    def generate(self, tokens: np.ndarray, lengths: np.ndarray, tiles: np.ndarray | None, *,
-                 max_text: int, max_masks: int, previews: bool = False, text: Sampling = GREEDY,
-                 codes: Sampling = GREEDY, guidance: float = 0.0, nothing: np.ndarray | None = None,
-                 reference: bool = False) -> Generated:
+    def generate(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        tiles: np.ndarray | None,
+        *,
+        max_text: int,
+        max_masks: int,
+        previews: bool = False,
+        text: Sampling = GREEDY,
+        codes: Sampling = GREEDY,
+        guidance: float = 0.0,
+        nothing: np.ndarray | None = None,
+        reference: bool = False,
+    ) -> Generated:
         """Answers a batch of prompts.
 
         Args:
@@ -132,20 +152,23 @@ class Engine:
         longest, room = int(np.max(lengths)), self.model.llm.max_positions
         answer_places = max_text + max_masks * (self.model.scales.num_codes + 1)
         if longest + answer_places > room:
-            raise UserError(f"a prompt of {longest} tokens with up to {max_masks} masks needs "
-                            f"{longest + answer_places} places, the model has {room} "
-                            "(model.llm.max_positions); shorten the prompt")
+            raise UserError(
+                f"a prompt of {longest} tokens with up to {max_masks} masks needs "
+                f"{longest + answer_places} places, the model has {room} "
+                "(model.llm.max_positions); shorten the prompt"
+            )
         rules = Rules(text.on_device(len(tokens)), codes.on_device(len(tokens), "codes"), None, reference)
         if not 0 <= guidance <= _MAX_GUIDANCE:
             raise UserError(f"guidance={guidance}: a number from 0 to {_MAX_GUIDANCE:g} is expected")
         if guidance:
             rules = rules.replace(guidance=np.float32(guidance))
             twins = np.zeros_like(tokens)
-            twins[:, :len(nothing)] = nothing
+            twins[:, : len(nothing)] = nothing
             tokens = np.concatenate([tokens, twins])
             lengths = np.concatenate([lengths, np.full_like(lengths, len(nothing))])
-        answer = self.text(self.prefill(tokens, lengths, tiles, rules, self.capacity(
-            tokens.shape[1], max_text, max_masks), max_text))
+        answer = self.text(
+            self.prefill(tokens, lengths, tiles, rules, self.capacity(tokens.shape[1], max_text, max_masks), max_text)
+        )
         found: list[tuple[np.ndarray, Any]] = []
         while len(found) < max_masks:
             at_mask = distributed.fetch(answer.at_mask)
@@ -163,9 +186,11 @@ class Engine:
         side, n = self.model.mask_size, self.model.scales.num_codes
         num = sum((at for at, _ in found), np.zeros(b, np.int32))
         m = max(int(num.max(initial=0)), 1)
-        out = {"images": np.zeros((b, m, side, side, 3), np.uint8),
-               "codes": np.zeros((b, m, n), np.int32),
-               "confidence": np.zeros((b, m), np.float32)}
+        out = {
+            "images": np.zeros((b, m, side, side, 3), np.uint8),
+            "codes": np.zeros((b, m, n), np.int32),
+            "confidence": np.zeros((b, m), np.float32),
+        }
         if previews:
             out["scales"] = np.zeros((b, m, k, side, side, 3), np.uint8)
             out["floats"] = np.zeros((b, m, side, side, 3), np.float32)
@@ -176,8 +201,12 @@ class Engine:
                 for key, array in out.items():
                     array[row, seen[row]] = mask[key][row]
             seen += at_mask
-        return Generated(ids=distributed.fetch(answer.ids), counts=distributed.fetch(answer.count), num_masks=num,
-                         **{"scales": None, "floats": None, **out})
+        return Generated(
+            ids=distributed.fetch(answer.ids),
+            counts=distributed.fetch(answer.count),
+            num_masks=num,
+            **{"scales": None, "floats": None, **out},
+        )
 
 
 @functools.cache
@@ -187,8 +216,7 @@ def compiler_options(platform: str) -> dict[str, str] | None:
     By default it leaves them to a library (YNNPACK) that runs those of few channels on one thread.
     None where there is nothing to tell, or where this XLA does not know the option.
     """
-    options = {"xla_cpu_experimental_ynn_fusion_type":
-               "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
     if platform != "cpu":
         return None
     try:
@@ -198,8 +226,9 @@ def compiler_options(platform: str) -> dict[str, str] | None:
     return options
 
 
-def _mask_phase(m: ARGenSeg, answer: text_decode.Answer, previews: bool
-                ) -> tuple[text_decode.Answer, dict[str, jax.Array]]:
+def _mask_phase(
+    m: ARGenSeg, answer: text_decode.Answer, previews: bool
+) -> tuple[text_decode.Answer, dict[str, jax.Array]]:
     """All scales, <ge_end>, and the VQ-VAE's pictures: the last one, or that of every scale."""
     mask, cache = scale_decode.decode_codes(m, answer)
     f_hats = mask.f_hats if previews else mask.f_hats[:, -1:]

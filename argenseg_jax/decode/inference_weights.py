@@ -3,6 +3,7 @@
 Casting once saves doing it at every step, and half the memory; Int8 kernels (the decoder layers', one
 scale for each output channel) halve it again. The VQ-VAE and all norms stay in f32.
 """
+
 from __future__ import annotations
 
 import re
@@ -22,13 +23,13 @@ _CAST = re.compile(r"(llm|vision|connector|visual/word_embed)/(.*/)?(kernel|bias
 _EIGHT_BITS = re.compile(r"llm/layers/(attn|mlp)/(\w+)/kernel")
 
 
-def for_inference(model: ARGenSeg, params: Params, *, int8: bool = False, split: bool = True
-                  ) -> Params:
+def for_inference(model: ARGenSeg, params: Params, *, int8: bool = False, split: bool = True) -> Params:
     """The tree that a model with `llm.split` = split decodes with.
 
     Args:
       params: as trained or loaded: numpy arrays, or jax arrays with any sharding, which they keep.
     """
+
     def prepare(name: str, x: Any) -> Any:
         found = _EIGHT_BITS.fullmatch(name)
         if int8 and found:

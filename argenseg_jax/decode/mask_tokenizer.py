@@ -1,4 +1,5 @@
 """Masks -> the codes that training would compute itself: the mask tokenizer alone, for `prepare --codes`."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -46,8 +47,9 @@ class MaskCoder:
         model, config = opened.model(), opened.config
         dtype = dtype or config.get("train", {}).get("dtype", DTYPE)
         pad = bool(config.get("data", {}).get("pad_to_square", False))
-        return cls(checkpoint, dtype, pad, fingerprint(opened.load_part("vqvae")), model.mask_size,
-                   model.scales.num_codes)
+        return cls(
+            checkpoint, dtype, pad, fingerprint(opened.load_part("vqvae")), model.mask_size, model.scales.num_codes
+        )
 
     def identity(self) -> dict[str, Any]:
         """What the codes depend on; training compares it with its own."""
@@ -59,16 +61,15 @@ class MaskCoder:
         squares = [transforms.resize_target(m, self.mask_size, pad=self.pad) for m in masks]
         codes = np.zeros((len(squares), self.num_codes), np.int32)
         for begin in range(0, len(squares), BATCH):
-            some = squares[begin:begin + BATCH]
+            some = squares[begin : begin + BATCH]
             filled = np.stack(some + some[:1] * (BATCH - len(some)))
-            codes[begin:begin + len(some)] = np.asarray(tokenize(filled[:, None]))[:len(some), 0]
+            codes[begin : begin + len(some)] = np.asarray(tokenize(filled[:, None]))[: len(some), 0]
         return codes
 
 
 def identity(vqvae: str, dtype: str, pad: bool, mask_size: int, num_codes: int) -> dict[str, Any]:
     """All that the codes of a mask depend on, for JSON."""
-    return {"vqvae": vqvae, "dtype": dtype, "pad_to_square": bool(pad), "mask_size": mask_size,
-            "num_codes": num_codes}
+    return {"vqvae": vqvae, "dtype": dtype, "pad_to_square": bool(pad), "mask_size": mask_size, "num_codes": num_codes}
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:

@@ -1,9 +1,10 @@
 """The public API: pictures and phrases in, text and masks at the pictures' own size out.
 
-  predictor = argenseg_jax.load("nano")
-  result = predictor.segment(image, "Segment the red circle.")
-  result, history = predictor.chat("And the blue square?", image, history)
+predictor = argenseg_jax.load("nano")
+result = predictor.segment(image, "Segment the red circle.")
+result, history = predictor.chat("And the blue square?", image, history)
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -70,16 +71,24 @@ class Result:
 class Predictor:
     """A model with its weights, tokenizer and the settings that it was trained with."""
 
-    def __init__(self, model: ARGenSeg, params: Mapping[str, Any], tokenizer: Tokenizer,
-                 config: Mapping[str, Any], *, int8: bool = False):
+    def __init__(
+        self,
+        model: ARGenSeg,
+        params: Mapping[str, Any],
+        tokenizer: Tokenizer,
+        config: Mapping[str, Any],
+        *,
+        int8: bool = False,
+    ):
         """config: nested dict; the sections `data` and `decode` of the training run are read."""
         data = config.get("data", {})
         self.model, self.tokenizer = model, tokenizer
         self.engine = Engine(model, params, int8=int8)
         self.system, self.image_last = data.get("system"), data.get("image_last", False)
         self.pad = data.get("pad_to_square", False)
-        self.tiling = transforms.Tiling(model.image_size, data.get("max_tiles", 1), data.get("sample_tiles", 0),
-                                        self.pad)
+        self.tiling = transforms.Tiling(
+            model.image_size, data.get("max_tiles", 1), data.get("sample_tiles", 0), self.pad
+        )
         self.reading = Reading.of(data)
         self.max_text = config.get("decode", {}).get("max_text_tokens", 64)
 
@@ -94,8 +103,13 @@ class Predictor:
         if dtype not in WEIGHTS:
             raise UserError(f"dtype {dtype!r} is unknown; there are {', '.join(WEIGHTS)}")
         checkpoint, int8 = open_checkpoint(path, checksums=checksums), dtype == "int8"
-        return cls(checkpoint.model(dtype="bfloat16" if int8 else dtype), checkpoint.load_params(),
-                   checkpoint.tokenizer(), checkpoint.config, int8=int8)
+        return cls(
+            checkpoint.model(dtype="bfloat16" if int8 else dtype),
+            checkpoint.load_params(),
+            checkpoint.tokenizer(),
+            checkpoint.config,
+            int8=int8,
+        )
 
     def segment(self, image: Any, text: str, *, max_masks: int = 8, **options: Any) -> Result:
         """One picture (or None), one question; `<image>` is put in front where the text lacks one.
@@ -104,8 +118,9 @@ class Predictor:
         """
         return self.segment_batch([Request(image, text)], max_masks=max_masks, **options)[0]
 
-    def chat(self, text: str, image: Any = None, history: Sequence[Mapping[str, str]] = (),
-             **options: Any) -> tuple[Result, Turns]:
+    def chat(
+        self, text: str, image: Any = None, history: Sequence[Mapping[str, str]] = (), **options: Any
+    ) -> tuple[Result, Turns]:
         """The next turn of a conversation: (answer, history that now ends with it).
 
         The picture is that of the whole conversation; of earlier answers the model sees the text, as
@@ -115,9 +130,16 @@ class Predictor:
         result = self.segment(image, turns, **options)
         return result, [*turns, {"from": "gpt", "value": result.text}]
 
-    def segment_batch(self, requests: Sequence[Request], *, max_masks: int = 1, previews: bool = False,
-                      guidance: float = 0.0, sampling: Sampling = GREEDY,
-                      code_sampling: Sampling = GREEDY) -> list[Result]:
+    def segment_batch(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_masks: int = 1,
+        previews: bool = False,
+        guidance: float = 0.0,
+        sampling: Sampling = GREEDY,
+        code_sampling: Sampling = GREEDY,
+    ) -> list[Result]:
         """Answers all requests at once; the answer of a row does not depend on its neighbours.
 
         Args:
@@ -131,25 +153,37 @@ class Predictor:
         """
         if not requests:
             return []
-        requests = [dataclasses.replace(r, image=pixels(r.image, self.reading), name=r.name or f"request {i}")
-                    for i, r in enumerate(requests)]
+        requests = [
+            dataclasses.replace(r, image=pixels(r.image, self.reading), name=r.name or f"request {i}")
+            for i, r in enumerate(requests)
+        ]
         rows = [self._encode(request) for request in requests]
         size = 1 << (len(rows) - 1).bit_length()  # padded to a power of two by repeating row 0
         rows += rows[:1] * (size - len(rows))
         nothing = self._encode(Request(None, prompt.NOTHING))[0] if guidance else ()
         lengths = np.array([len(tokens) for tokens, _ in rows], np.int32)
         longest = max(lengths.max(), len(nothing))
-        tokens = np.full((size, -(-int(longest) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE),
-                         self.tokenizer.vocab.pad, np.int32)
+        tokens = np.full(
+            (size, -(-int(longest) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE), self.tokenizer.vocab.pad, np.int32
+        )
         side, most = self.model.image_size, max(len(t) for _, t in rows)
         tiles = np.zeros((size, most, side, side, 3), np.uint8) if most else None
         for i, (words, pictures) in enumerate(rows):
-            tokens[i, :len(words)] = words
+            tokens[i, : len(words)] = words
             if most:
-                tiles[i, :len(pictures)] = pictures
-        out = self.engine.generate(tokens, lengths, tiles, max_text=self.max_text, max_masks=max_masks,
-                                   previews=previews, text=sampling, codes=code_sampling,
-                                   guidance=guidance, nothing=nothing)
+                tiles[i, : len(pictures)] = pictures
+        out = self.engine.generate(
+            tokens,
+            lengths,
+            tiles,
+            max_text=self.max_text,
+            max_masks=max_masks,
+            previews=previews,
+            text=sampling,
+            codes=code_sampling,
+            guidance=guidance,
+            nothing=nothing,
+        )
         with ThreadPoolExecutor() as pool:  # Pillow resizes outside Python's lock
             return list(pool.map(lambda i: self._result(requests[i], out, i), range(len(requests))))
 
@@ -158,8 +192,14 @@ class Predictor:
         images = [] if request.image is None else [request.image]
         tiles, per_image = self.tiling(images, request.max_tiles, request.name)
         tokens = prompt.encode_query(
-            request.conversations, self.tokenizer, per_image, image_tokens=self.model.image_tokens,
-            system=self.system, image_last=self.image_last, name=request.name)
+            request.conversations,
+            self.tokenizer,
+            per_image,
+            image_tokens=self.model.image_tokens,
+            system=self.system,
+            image_last=self.image_last,
+            name=request.name,
+        )
         return tokens, tiles
 
     def _result(self, request: Request, out: Generated, row: int) -> Result:
@@ -168,12 +208,14 @@ class Predictor:
         side = self.model.mask_size
         size = (side, side) if request.image is None else request.image.shape[1::-1]
         masks = [transforms.binarize(image, size, pad=self.pad) for image in images]
-        ids = out.ids[row, :out.counts[row]].tolist()
+        ids = out.ids[row, : out.counts[row]].tolist()
         text = self.tokenizer.decode(ids, mask=MASK)
-        scales, floats = ([] if x is None else [x[row, j] for j in range(len(images))]
-                          for x in (out.scales, out.floats))
-        return Result(masks, [float(c) for c in out.confidence[row, :len(images)]], text.strip(),
-                      images, scales, floats)
+        scales, floats = (
+            [] if x is None else [x[row, j] for j in range(len(images))] for x in (out.scales, out.floats)
+        )
+        return Result(
+            masks, [float(c) for c in out.confidence[row, : len(images)]], text.strip(), images, scales, floats
+        )
 
 
 def pixels(image: Any, reading: Reading = Reading()) -> np.ndarray | None:

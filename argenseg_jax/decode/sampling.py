@@ -3,6 +3,7 @@
 Axes: B rows, T places, V words, R rows of the cache: B, or with guidance 2 B, where row B + b is
 the unconditional twin of row b.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -39,15 +40,20 @@ class Sampling:
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf or not 0 <= self.top_k < 2**31 or not 0 < self.top_p <= 1:
             raise UserError(f"{self}: temperature and top_k are not negative, top_p is within 0..1")
-        if not -2**31 <= self.seed < 2**32:
+        if not -(2**31) <= self.seed < 2**32:
             raise UserError(f"seed={self.seed}: a whole number of 32 bits is expected")
 
     def on_device(self, rows: int, of: str = "words") -> Draw | None:
         """For a batch, of its 'words' or 'codes'; None is greedy. Other settings compile nothing anew."""
         if self.temperature < 1e-30:
             return None
-        return Draw(np.float32(self.temperature), np.int32(self.top_k), np.float32(1 - self.top_p),
-                    (self.seed + np.arange(rows)).astype(np.uint32), of)
+        return Draw(
+            np.float32(self.temperature),
+            np.int32(self.top_k),
+            np.float32(1 - self.top_p),
+            (self.seed + np.arange(rows)).astype(np.uint32),
+            of,
+        )
 
 
 @flax.struct.dataclass

@@ -3,6 +3,7 @@
 Axes: B rows, N codes a mask, K scales, S side of the latent grid, C latent channels, R mask side.
 Functions take a bound ARGenSeg `m`; wrap them with `nn.apply(fn, model)`.
 """
+
 from __future__ import annotations
 
 import flax.struct
@@ -60,15 +61,15 @@ def decode_codes(m: ARGenSeg, answer: Answer) -> tuple[MaskCodes, KVCache]:
         codes.append(best)
         f_hat = q.accumulate(f_hat, best, k)
         f_hats.append(f_hat)
-    return MaskCodes(jnp.concatenate(codes, 1), jnp.mean(jnp.concatenate(chosen, 1), axis=1),
-                     jnp.stack(f_hats, axis=1)), cache
+    return MaskCodes(
+        jnp.concatenate(codes, 1), jnp.mean(jnp.concatenate(chosen, 1), axis=1), jnp.stack(f_hats, axis=1)
+    ), cache
 
 
 def to_floats(m: ARGenSeg, f_hat: Array) -> Array:
     """f_hat f32[B, S, S, C] -> f32[B, R, R, 3] in [-1, 1]."""
     vqvae, weights = m.vqvae.unbind()
-    return chunked.in_pieces(lambda f_hat: vqvae.apply(weights, f_hat, method="decode"), f_hat,
-                            vqvae.row_bytes)
+    return chunked.in_pieces(lambda f_hat: vqvae.apply(weights, f_hat, method="decode"), f_hat, vqvae.row_bytes)
 
 
 def to_bytes(image: Array) -> Array:

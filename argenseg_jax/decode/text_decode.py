@@ -4,6 +4,7 @@ Axes: B rows, R rows of the cache (twice as many under guidance, see decode/choi
 (bucketed), P tiles a row, A capacity for answer tokens.
 Functions take a bound ARGenSeg `m`; wrap them with `nn.apply(fn, model)`.
 """
+
 from __future__ import annotations
 
 import flax.linen as nn
@@ -41,8 +42,9 @@ class Answer:
     rules: Rules
 
 
-def prefill(m: ARGenSeg, tokens: Array, lengths: Array, tiles: Array | None, rules: Rules,
-            capacity: int, max_text: int) -> Answer:
+def prefill(
+    m: ARGenSeg, tokens: Array, lengths: Array, tiles: Array | None, rules: Rules, capacity: int, max_text: int
+) -> Answer:
     """Reads the prompts.
 
     Args:
@@ -60,8 +62,7 @@ def prefill(m: ARGenSeg, tokens: Array, lengths: Array, tiles: Array | None, rul
     token = rules.next_words(m.logits(last)[:, 0], cache.length)
     b = len(tokens) if rules.guidance is None else len(tokens) // 2
     no = jnp.zeros((b,), bool)
-    return Answer(cache, token, jnp.zeros((b, max_text), jnp.int32), jnp.zeros((b,), jnp.int32), no,
-                  no, rules)
+    return Answer(cache, token, jnp.zeros((b, max_text), jnp.int32), jnp.zeros((b,), jnp.int32), no, no, rules)
 
 
 def feed(m: ARGenSeg, answer: Answer, token: Array, rows: Array) -> Answer:
@@ -90,13 +91,13 @@ def write_text(m: ARGenSeg, answer: Answer) -> Answer:
         a = a.replace(ids=ids, count=count, ended=ended, at_mask=at_mask)
         return feed(m, a, a.token, emit & writing(a))
 
-    return nn.while_loop(lambda m, a: jnp.any(writing(a)), step, m, answer,
-                         carry_variables=(), broadcast_variables="params")
+    return nn.while_loop(
+        lambda m, a: jnp.any(writing(a)), step, m, answer, carry_variables=(), broadcast_variables="params"
+    )
 
 
 def after_mask(m: ARGenSeg, answer: Answer) -> Answer:
     """Feeds <ge_end> behind the codes of the rows that stood at a mask, and lets text go on."""
     answer = feed(m, answer, jnp.full_like(answer.token, m.vocab.ge_end), answer.at_mask)
     full = answer.count >= answer.ids.shape[1]
-    return answer.replace(ended=answer.ended | (answer.at_mask & full),
-                          at_mask=jnp.zeros_like(answer.at_mask))
+    return answer.replace(ended=answer.ended | (answer.at_mask & full), at_mask=jnp.zeros_like(answer.at_mask))

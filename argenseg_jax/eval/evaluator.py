@@ -3,6 +3,7 @@
 A baseline answers without looking at the question or the picture; a score means something only by
 its distance from it.
 """
+
 from __future__ import annotations
 
 import collections
@@ -79,8 +80,7 @@ class Record:
     def of(cls, row: Mapping[str, Any]) -> Record:
         """The record of a line of predictions.jsonl."""
         own = {f.name for f in dataclasses.fields(cls)} - {"more"}
-        return cls(**{key: row[key] for key in own},
-                   more={key: value for key, value in row.items() if key not in own})
+        return cls(**{key: row[key] for key in own}, more={key: value for key, value in row.items() if key not in own})
 
 
 class Records(Sequence[Record]):
@@ -124,9 +124,18 @@ class Evaluator:
       pad: the model was trained on padded squares (data.pad_to_square).
     """
 
-    def __init__(self, predict_fn: PredictFn, *, batch: int = 8, masks: str = "first",
-                 baseline: Baseline | None = None, preview_fn: PredictFn | None = None,
-                 previews: int = 3, metric: str = "", pad: bool = False):
+    def __init__(
+        self,
+        predict_fn: PredictFn,
+        *,
+        batch: int = 8,
+        masks: str = "first",
+        baseline: Baseline | None = None,
+        preview_fn: PredictFn | None = None,
+        previews: int = 3,
+        metric: str = "",
+        pad: bool = False,
+    ):
         if masks not in SCORED:
             raise UserError(f"eval.masks is '{masks}'; it must be one of {', '.join(SCORED)}")
         self.predict_fn, self.batch, self.masks = predict_fn, batch, masks
@@ -153,8 +162,15 @@ class Evaluator:
         todo = [i for i in range(n) if i not in rows]
         mine = [todo[k] for k in distributed.share(len(todo))]
         times, drawn, ious = [], 0, 0.0
-        bar = tqdm.tqdm(total=len(mine), unit=" samples", file=sys.stderr, dynamic_ncols=True, delay=1,
-                        mininterval=0.5 if sys.stderr.isatty() else 30, disable=not distributed.is_first())
+        bar = tqdm.tqdm(
+            total=len(mine),
+            unit=" samples",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            delay=1,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            disable=not distributed.is_first(),
+        )
         with bar:
             for batch in _batched(mine, self.batch):
                 samples = [source[i] for i in batch]
@@ -177,10 +193,15 @@ class Evaluator:
         seconds, count = _exchange(rows, mine, times[1:] or times)
         previews = self.preview_fn and distributed.is_first()
         return Evaluation(
-            scores={"baseline_gIoU": None, "baseline_cIoU": None,
-                    **predictions.summary(rows.values(), self.metric),
-                    "seconds_per_image": seconds / count if count else None},
-            records=Records(rows), scales=self._previews(source, n) if previews else {})
+            scores={
+                "baseline_gIoU": None,
+                "baseline_cIoU": None,
+                **predictions.summary(rows.values(), self.metric),
+                "seconds_per_image": seconds / count if count else None,
+            },
+            records=Records(rows),
+            scales=self._previews(source, n) if previews else {},
+        )
 
     def check(self, source: Source, limit: int = 0) -> int:
         """How many samples `run` takes; UserError now where the first of them could not be scored later.
@@ -223,9 +244,13 @@ class Evaluator:
         meta, drawn = sample.meta, [np.asarray(m, bool) for m in result.masks]
         metric = self.metric or meta.get("metric") or "referring"
         truth = self._truth(sample, metric)
-        more = {"metric": metric, "reference": meta.get("reference"),
-                "expression": " ".join(meta.get("sents") or []), "image": (meta.get("files") or [""])[0],
-                **{k: meta[k] for k in ("image_id", "category_id") if k in meta}}
+        more = {
+            "metric": metric,
+            "reference": meta.get("reference"),
+            "expression": " ".join(meta.get("sents") or []),
+            "image": (meta.get("files") or [""])[0],
+            **{k: meta[k] for k in ("image_id", "category_id") if k in meta},
+        }
         if truth is None:
             prediction = None
         else:
@@ -237,14 +262,23 @@ class Evaluator:
             if constant is not None:
                 more["baseline"] = [int((constant & truth).sum()), int((constant | truth).sum())]
         if metric == "instances":
-            more["instances"] = [{"segmentation": encode_rle(m), "score": float(v)}
-                                 for m, v in zip(drawn, result.scores, strict=True) if m.any()]
-            more["truths"] = [{"segmentation": encode_rle(m >= 128), "iscrowd": crowd} for crowd, group
-                              in enumerate((sample.masks, meta.get("crowds", ()))) for m in group
-                              if m.any()]
+            more["instances"] = [
+                {"segmentation": encode_rle(m), "score": float(v)}
+                for m, v in zip(drawn, result.scores, strict=True)
+                if m.any()
+            ]
+            more["truths"] = [
+                {"segmentation": encode_rle(m >= 128), "iscrowd": crowd}
+                for crowd, group in enumerate((sample.masks, meta.get("crowds", ())))
+                for m in group
+                if m.any()
+            ]
         elif metric == "anomaly":
-            levels = transforms.grey_at(result.images[0], truth.shape[::-1], self.pad) if len(result.images) \
+            levels = (
+                transforms.grey_at(result.images[0], truth.shape[::-1], self.pad)
+                if len(result.images)
                 else np.zeros(truth.shape, np.uint8)
+            )
             more["levels"] = anomaly.sparse(anomaly.level_counts(levels, truth))
         elif metric == "interactive":
             more["ious"] = [iou(prediction, truth)]
@@ -252,11 +286,17 @@ class Evaluator:
             more |= _likeness(result.images, sample, self.pad)
         known = truth is not None
         return Record(
-            index=index, question=question(sample), answer=result.text, masks=len(drawn),
-            iou=iou(prediction, truth) if known else None, kind=meta.get("kind"), id=meta.get("id"),
+            index=index,
+            question=question(sample),
+            answer=result.text,
+            masks=len(drawn),
+            iou=iou(prediction, truth) if known else None,
+            kind=meta.get("kind"),
+            id=meta.get("id"),
             prediction=encode_rle(prediction) if known else None,
             truth=encode_rle(truth) if known else None,
-            more={k: v for k, v in more.items() if v not in (None, "")})
+            more={k: v for k, v in more.items() if v not in (None, "")},
+        )
 
     def _previews(self, source: Source, n: int) -> dict[int, np.ndarray]:
         """Images by scale of a few samples, out of one batch as large as the others.
@@ -283,8 +323,10 @@ class Evaluator:
             raise UserError(f"{_name(sample)}: no mask to compare with; leave such samples out")
         shape = (*sample.images, *sample.masks)[0].shape[:2]
         if any(m.shape != shape for m in sample.masks):
-            raise UserError(f"{_name(sample)}: masks of shape {[m.shape for m in sample.masks]}, "
-                            f"where the image needs grey ones of {shape}")
+            raise UserError(
+                f"{_name(sample)}: masks of shape {[m.shape for m in sample.masks]}, "
+                f"where the image needs grey ones of {shape}"
+            )
         truth = self._choose([m >= 128 for m in sample.masks], shape, metric)
         ignored = sample.meta.get("ignore_mask")
         return truth if ignored is None else truth & (np.asarray(ignored) == 0)
@@ -296,11 +338,11 @@ class Evaluator:
 def request(sample: Sample) -> Request:
     """The sample's conversation up to its first answer with a mask, as a request."""
     if len(sample.images) > 1:
-        raise UserError(f"{_name(sample)}: {len(sample.images)} images; evaluation takes samples "
-                        "with one or none")
+        raise UserError(f"{_name(sample)}: {len(sample.images)} images; evaluation takes samples with one or none")
     image = sample.images[0] if sample.images else None
-    return Request(image, query_turns(sample.conversations, _name(sample)), _name(sample),
-                   sample.meta.get("max_tiles", 0))
+    return Request(
+        image, query_turns(sample.conversations, _name(sample)), _name(sample), sample.meta.get("max_tiles", 0)
+    )
 
 
 def question(sample: Sample) -> str:
@@ -346,10 +388,15 @@ def resize(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _fingerprint(sample: Sample) -> str:
     """Of everything that an answer and its scores depend on; another one where a file has changed."""
     told = {k: sample.meta.get(k) for k in ("kind", "id", "reference", "sents", "metric", "files")}
-    arrays = [*sample.images, *sample.masks, *sample.meta.get("crowds", ()),
-              *(sample.meta[k] for k in ("ignore_mask", "all_objects_mask") if sample.meta.get(k) is not None)]
-    digest = hashlib.blake2b(json.dumps([list(map(dict, sample.conversations)), told], default=str,
-                                        sort_keys=True).encode(), digest_size=8)
+    arrays = [
+        *sample.images,
+        *sample.masks,
+        *sample.meta.get("crowds", ()),
+        *(sample.meta[k] for k in ("ignore_mask", "all_objects_mask") if sample.meta.get(k) is not None),
+    ]
+    digest = hashlib.blake2b(
+        json.dumps([list(map(dict, sample.conversations)), told], default=str, sort_keys=True).encode(), digest_size=8
+    )
     for array in arrays:
         digest.update(str(np.shape(array)).encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
@@ -359,8 +406,13 @@ def _exchange(rows: Spool, mine: Sequence[int], times: Sequence[tuple[float, int
     """Gives the rows of every process to all others; (seconds, samples) that were timed, of all."""
     told = {"seconds": sum(t for t, _ in times), "timed": sum(k for _, k in times)}
     for start in itertools.count(0, GATHERED):
-        shares = distributed.gather({"rows": [rows[i] for i in mine[start:start + GATHERED]], **told,
-                               "left": max(len(mine) - start - GATHERED, 0)})
+        shares = distributed.gather(
+            {
+                "rows": [rows[i] for i in mine[start : start + GATHERED]],
+                **told,
+                "left": max(len(mine) - start - GATHERED, 0),
+            }
+        )
         for row in itertools.chain(*(share["rows"] for share in shares)):
             rows.add(row["index"], row)
         if not any(share["left"] for share in shares):
@@ -376,8 +428,7 @@ def _batched(items: Iterable[int], size: int) -> Iterator[list[int]]:
 # ------------------------------------------------------------------------------------- baselines
 
 
-def constant_baseline(train: Sequence[Source], side: int = 64, threshold: float = 0.2,
-                      limit: int = 2000) -> Baseline:
+def constant_baseline(train: Sequence[Source], side: int = 64, threshold: float = 0.2, limit: int = 2000) -> Baseline:
     """The best constant answer per class: the mean training mask, cut at `threshold`.
 
     A class is the set of words of a question that not every training question has ('Segment the sky
@@ -388,11 +439,11 @@ def constant_baseline(train: Sequence[Source], side: int = 64, threshold: float 
       train: the training sources; of each at most `limit` samples, evenly spaced, are read.
       side: side of the constant masks.
     """
-    totals: dict[frozenset[str], np.ndarray] = collections.defaultdict(
-        lambda: np.zeros((side, side), np.float64))
+    totals: dict[frozenset[str], np.ndarray] = collections.defaultdict(lambda: np.zeros((side, side), np.float64))
     counts: dict[frozenset[str], int] = collections.Counter()
-    samples = (source[int(i)] for source in train
-               for i in np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int))
+    samples = (
+        source[int(i)] for source in train for i in np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)
+    )
     for sample in samples:
         if not sample.masks or sample.masks[0].ndim != 2:
             continue
@@ -403,7 +454,8 @@ def constant_baseline(train: Sequence[Source], side: int = 64, threshold: float 
         raise UserError("the training data holds no grey mask, so there is no constant baseline")
     common = frozenset.intersection(*totals)
     means: dict[frozenset[str], np.ndarray] = {
-        words - common: totals[words] / counts[words] > threshold for words in totals}
+        words - common: totals[words] / counts[words] > threshold for words in totals
+    }
     everything = sum(totals.values()) / sum(counts.values()) > threshold
 
     def answer(text: str) -> np.ndarray:

@@ -1,4 +1,5 @@
 """Which folder of OUT/eval belongs to which data set: one each, and the same one every time."""
+
 from __future__ import annotations
 
 import hashlib
@@ -56,11 +57,12 @@ def _options(name: str) -> list[str]:
         path = files.absolute(data)
         above = [part for part in path.parent.parts if part.strip("/")][-ABOVE:]
         own = path.name if path.is_dir() else path.stem
-        plain = ["-".join([*above[len(above) - k:], own]) for k in range(len(above) + 1)]
+        plain = ["-".join([*above[len(above) - k :], own]) for k in range(len(above) + 1)]
     else:
         plain = [data]
-    tidy = [re.sub(r"[^\w.-]+", "-", f"{metric}-" * bool(metric) + text).lstrip(".-")[:LONGEST] or "data"
-            for text in plain]
+    tidy = [
+        re.sub(r"[^\w.-]+", "-", f"{metric}-" * bool(metric) + text).lstrip(".-")[:LONGEST] or "data" for text in plain
+    ]
     mark = hashlib.blake2b(identity(name).encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
     return [*tidy, f"{tidy[0]}-{mark}"]
 
@@ -71,8 +73,11 @@ def _owner(folder: epath.Path) -> Mapping[str, Any] | None:
     for path in (folder / "scores.json", partial):
         try:
             if path is not None and path.exists():
-                said = (files.read_json(path) if path is not partial else
-                        files.parse_json(next(files.read_lines(path))[1], str(path)))
+                said = (
+                    files.read_json(path)
+                    if path is not partial
+                    else files.parse_json(next(files.read_lines(path))[1], str(path))
+                )
                 if isinstance(said, Mapping):
                     return said
         except (UserError, StopIteration):  # damaged: what is written there now mends it

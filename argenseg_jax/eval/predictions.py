@@ -1,4 +1,5 @@
 """Saved predictions: their scores without the model, row by row, and COCO's result file."""
+
 from __future__ import annotations
 
 import array
@@ -129,10 +130,15 @@ class _Masks:
         if rows and rows == self.pool.sums.n:
             found = {"baseline_gIoU": iou / (UNIT * rows), "baseline_cIoU": inner / outer if outer else 1.0}
         if self._kinds:
-            found["by_kind"] = {k: {"n": s.n, "gIoU": s.scores()["gIoU"]}
-                                for k, s in sorted(self._kinds.items())}
-        return {**found, "breakdown": {"histogram": self._histogram, "by_size": self._sizes.means(),
-                                       "by_length": self._lengths.means()}}
+            found["by_kind"] = {k: {"n": s.n, "gIoU": s.scores()["gIoU"]} for k, s in sorted(self._kinds.items())}
+        return {
+            **found,
+            "breakdown": {
+                "histogram": self._histogram,
+                "by_size": self._sizes.means(),
+                "by_length": self._lengths.means(),
+            },
+        }
 
 
 class _Words:
@@ -158,8 +164,7 @@ class _Words:
         if not self._tallies:
             return {}
         each = {kind: tally.scores() for kind, tally in sorted(self._tallies.items())}
-        found: dict[str, Any] = {"by_kind": {k: {"n": s["n"], "accuracy": s["accuracy"]}
-                                             for k, s in each.items()}}
+        found: dict[str, Any] = {"by_kind": {k: {"n": s["n"], "accuracy": s["accuracy"]} for k, s in each.items()}}
         if metric in RETROSPECT:
             right = sum(max(references.values()) for references in self._references.values())
             found["baseline_accuracy"] = right / sum(s["n"] for s in each.values())
@@ -176,8 +181,9 @@ class _Groups:
         self._ious[next(label for bound, label in self._steps if value <= bound)].append(iou)
 
     def means(self) -> dict[str, dict[str, Any]]:
-        return {label: {"n": len(group), "gIoU": sum(group) / len(group)}
-                for label, group in self._ious.items() if group}
+        return {
+            label: {"n": len(group), "gIoU": sum(group) / len(group)} for label, group in self._ious.items() if group
+        }
 
 
 def coco_results(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
@@ -186,8 +192,7 @@ def coco_results(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
     image_id is the row's own `image_id`, or else its index; category_id likewise, or else 1.
     """
     for k, row in enumerate(rows):
-        ids = {"image_id": row.get("image_id", row.get("index", k)),
-               "category_id": row.get("category_id", 1)}
+        ids = {"image_id": row.get("image_id", row.get("index", k)), "category_id": row.get("category_id", 1)}
         drawn = row.get("instances")
         if drawn is None:
             drawn = [{"segmentation": row["prediction"], "score": 1.0}] if row.get("masks") else []

@@ -3,6 +3,7 @@
 Reads what the commands left there: `metrics.jsonl`, `config.json`, `eval/<name>/scores.json` with
 the pictures that it lists, and PNGs in `pictures/`. Whatever is absent or damaged is left out.
 """
+
 from __future__ import annotations
 
 import base64
@@ -24,19 +25,45 @@ from argenseg_jax.eval.rle import decode_rle
 
 # Columns of the score table: key of scores.json -> heading.
 # Heads of other metrics stand beside them, in the order of the paper's tables.
-COLUMNS = {"n": "samples", "gIoU": "gIoU", "baseline_gIoU": "(baseline)", "cIoU": "cIoU",
-           "baseline_cIoU": "(baseline)", "Pr@0.5": "Pr@0.5", "Pr@0.7": "Pr@0.7",
-           "Pr@0.9": "Pr@0.9", "N-acc": "N-acc", "T-acc": "T-acc",
-           "mIoU": "mIoU", "AP": "AP", "AP50": "AP50", "Acc@0.5": "Acc@0.5", "IoU@1": "IoU@1",
-           "image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_F1": "F1-max",
-           "accuracy": "accuracy", "baseline_accuracy": "(baseline)", "F1": "F1", "yes_ratio": "yes",
-           "PSNR": "PSNR", "SSIM": "SSIM",
-           "seconds_per_image": "s / image"}
+COLUMNS = {
+    "n": "samples",
+    "gIoU": "gIoU",
+    "baseline_gIoU": "(baseline)",
+    "cIoU": "cIoU",
+    "baseline_cIoU": "(baseline)",
+    "Pr@0.5": "Pr@0.5",
+    "Pr@0.7": "Pr@0.7",
+    "Pr@0.9": "Pr@0.9",
+    "N-acc": "N-acc",
+    "T-acc": "T-acc",
+    "mIoU": "mIoU",
+    "AP": "AP",
+    "AP50": "AP50",
+    "Acc@0.5": "Acc@0.5",
+    "IoU@1": "IoU@1",
+    "image_AUROC": "image AUROC",
+    "pixel_AUROC": "pixel AUROC",
+    "pixel_F1": "F1-max",
+    "accuracy": "accuracy",
+    "baseline_accuracy": "(baseline)",
+    "F1": "F1",
+    "yes_ratio": "yes",
+    "PSNR": "PSNR",
+    "SSIM": "SSIM",
+    "seconds_per_image": "s / image",
+}
 # What the tables of papers print of a metric; of others the accuracy.
-HEADLINES = {"referring": ("cIoU", "gIoU"), "grefcoco": ("cIoU", "gIoU", "N-acc"), "semantic": ("mIoU",),
-             "boxes": ("Acc@0.5",), "instances": ("AP", "AP50"), "interactive": ("gIoU", "cIoU"),
-             "anomaly": ("image_AUROC", "pixel_AUROC", "pixel_F1"), "fidelity": ("PSNR", "SSIM"),
-             "pope": ("accuracy", "F1")}
+HEADLINES = {
+    "referring": ("cIoU", "gIoU"),
+    "grefcoco": ("cIoU", "gIoU", "N-acc"),
+    "semantic": ("mIoU",),
+    "boxes": ("Acc@0.5",),
+    "instances": ("AP", "AP50"),
+    "interactive": ("gIoU", "cIoU"),
+    "anomaly": ("image_AUROC", "pixel_AUROC", "pixel_F1"),
+    "fidelity": ("PSNR", "SSIM"),
+    "pope": ("accuracy", "F1"),
+}
 DECIBELS = {"PSNR"}  # all other scores are shares of 1
 CURVES = ("loss", "text_loss", "gen_loss")  # drawn first; other logged numbers follow
 DRAWN = 1e100  # larger numbers are no measurement, and their differences are infinite
@@ -46,8 +73,9 @@ NOT_CURVES = {"step", "phase", "skipped", "seconds_per_step", "rows_per_second"}
 # ---------------------------------------------------------------------- pictures of an evaluation
 
 
-def save_pictures(folder: epath.Path, source: Source, result: evaluator.Evaluation,
-                  each: int = 4, seed: int = 0) -> list[dict[str, Any]]:
+def save_pictures(
+    folder: epath.Path, source: Source, result: evaluator.Evaluation, each: int = 4, seed: int = 0
+) -> list[dict[str, Any]]:
     """Draws the best, the worst and some random answers into `folder`.
 
     Returns one dict per answer: group ('best', 'worst', 'random' or 'scales'), file, question,
@@ -59,14 +87,16 @@ def save_pictures(folder: epath.Path, source: Source, result: evaluator.Evaluati
     # Empty answers to empty questions are right but show nothing: best means best drawn.
     best = list(itertools.islice((k for k in ranked if decode_rle(records[k].truth).any()), each))
     order = np.random.default_rng(seed).permutation(len(ranked))
-    groups = {"random": [ranked[i] for i in order[:each]], "best": best or ranked[:each],
-              "worst": ranked[::-1][:each],
-              "scales": [k for *_, index, k in sorted(drawn, key=lambda d: d[2]) if index in result.scales]}
+    groups = {
+        "random": [ranked[i] for i in order[:each]],
+        "best": best or ranked[:each],
+        "worst": ranked[::-1][:each],
+        "scales": [k for *_, index, k in sorted(drawn, key=lambda d: d[2]) if index in result.scales],
+    }
     rows = []
     for group, chosen in groups.items():
         for k, r in enumerate(map(records.__getitem__, chosen)):
-            row = {"group": group, "file": f"{group}_{k}.png", "question": r.question,
-                   "answer": r.answer, "iou": r.iou}
+            row = {"group": group, "file": f"{group}_{k}.png", "question": r.question, "answer": r.answer, "iou": r.iou}
             truth = decode_rle(r.truth)
             image = (*source[r.index].images, np.zeros((*truth.shape, 3), np.uint8))[0]
             picture = visualize.comparison(image, truth, decode_rle(r.prediction))
@@ -101,18 +131,21 @@ def write_report(workdir: Any, title: str = "ARGenSeg run", note: Say = say) -> 
         body += ["<section><h2>Scores</h2>", _table(found), _legend(found), "</section>"]
         files.write(workdir / "table.md", _printable(paper_table(found) + "\n"))
     if logged:
-        body += ["<section><h2>Training</h2><div class=charts>", *_charts(logged),
-                 "</div></section>"]
+        body += ["<section><h2>Training</h2><div class=charts>", *_charts(logged), "</div></section>"]
     for name, scores in found.items():
         body += _answers(workdir / "eval" / name / "pictures", name, scores.get("pictures", []), tell)
     if loose:
-        body += ["<section><h2>Pictures</h2><div class=rows>",
-                 *(f"<figure>{_img(p, tell)}<figcaption>{html.escape(p.stem)}</figcaption></figure>"
-                   for p in loose), "</div></section>"]
+        body += [
+            "<section><h2>Pictures</h2><div class=rows>",
+            *(f"<figure>{_img(p, tell)}<figcaption>{html.escape(p.stem)}</figcaption></figure>" for p in loose),
+            "</div></section>",
+        ]
     body += [f"<p class=note>{html.escape(fault)}</p>" for fault in faults]
-    page = (f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{html.escape(title)}"
-            "</title><meta name=viewport content='width=device-width, initial-scale=1'>"
-            f"<style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n")
+    page = (
+        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{html.escape(title)}"
+        "</title><meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n"
+    )
     files.write(workdir / "report.html", _printable(page))
     return workdir / "report.html"
 
@@ -122,13 +155,15 @@ def paper_table(found: Mapping[str, Mapping[str, Any]]) -> str:
 
     Decibels (PSNR) are printed as they are; what could not be computed is a dash.
     """
-    columns = [(name, key, scores.get(key)) for name, scores in found.items()
-               for key in HEADLINES.get(scores.get("metric", "referring"), ("accuracy",))]
+    columns = [
+        (name, key, scores.get(key))
+        for name, scores in found.items()
+        for key in HEADLINES.get(scores.get("metric", "referring"), ("accuracy",))
+    ]
     values = ["–" if v is None else f"{v if key in DECIBELS else 100 * v:.1f}" for _, key, v in columns]
     before = ["", *[name for name, _, _ in columns]]
     names = ["", *(name if name != last else "" for last, name in zip(before, before[1:]))]
-    rows = [names, ["---", *["---:"] * len(columns)], ["score", *[key for _, key, _ in columns]],
-            ["value", *values]]
+    rows = [names, ["---", *["---:"] * len(columns)], ["score", *[key for _, key, _ in columns]], ["value", *values]]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -150,22 +185,21 @@ def _summary(config: Mapping[str, Mapping[str, Any]], logged: Sequence[Mapping[s
 def _table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     keys = [k for k in COLUMNS if any(s.get(k) is not None for s in evaluations.values())]
     head = "".join(f"<th>{COLUMNS[k]}</th>" for k in keys)
-    rows = "".join(f"<tr><th scope=row>{html.escape(name)}</th>"
-                   f"<td>{_bar(s)}</td>"
-                   + "".join(f"<td class={k.lower()}>{_number(s.get(k))}</td>" for k in keys)
-                   + "</tr>" for name, s in evaluations.items())
-    kinds = "".join(_kinds(name, s["by_kind"]) for name, s in evaluations.items()
-                    if "by_kind" in s)
-    parts = "".join(_breakdown(name, s["breakdown"]) for name, s in evaluations.items()
-                    if "breakdown" in s)
-    return (f"<div class=scroll><table><tr><th></th><th></th>{head}</tr>{rows}"
-            f"</table></div>{kinds}{parts}")
+    rows = "".join(
+        f"<tr><th scope=row>{html.escape(name)}</th>"
+        f"<td>{_bar(s)}</td>" + "".join(f"<td class={k.lower()}>{_number(s.get(k))}</td>" for k in keys) + "</tr>"
+        for name, s in evaluations.items()
+    )
+    kinds = "".join(_kinds(name, s["by_kind"]) for name, s in evaluations.items() if "by_kind" in s)
+    parts = "".join(_breakdown(name, s["breakdown"]) for name, s in evaluations.items() if "breakdown" in s)
+    return f"<div class=scroll><table><tr><th></th><th></th>{head}</tr>{rows}</table></div>{kinds}{parts}"
 
 
 def _kinds(name: str, kinds: Mapping[str, Mapping[str, Any]]) -> str:
     score = "gIoU" if all("gIoU" in v for v in kinds.values()) else "accuracy"
-    cells = "".join(f"<li><b>{html.escape(k)}</b> {_number(v.get(score))} "
-                    f"<small>n={v['n']}</small></li>" for k, v in kinds.items())
+    cells = "".join(
+        f"<li><b>{html.escape(k)}</b> {_number(v.get(score))} <small>n={v['n']}</small></li>" for k, v in kinds.items()
+    )
     return f"<p class=kinds>{score} by kind, {html.escape(name)}</p><ul class=kinds>{cells}</ul>"
 
 
@@ -173,38 +207,59 @@ def _breakdown(name: str, parts: Mapping[str, Any]) -> str:
     """The histogram of IoU, and gIoU by the size of the mask and the length of the expression."""
     counts, width, height = parts["histogram"], 220, 48
     step, most = width / len(counts), max([*counts, 1])
-    bars = "".join(f"<rect class=fill x={k * step + 1:.1f} width={step - 2:.1f} "
-                   f"y={height * (1 - c / most):.1f} height={height * c / most:.1f}>"
-                   f"<title>IoU {k / len(counts):.1f}-{(k + 1) / len(counts):.1f}: {c:,}</title></rect>"
-                   for k, c in enumerate(counts))
+    bars = "".join(
+        f"<rect class=fill x={k * step + 1:.1f} width={step - 2:.1f} "
+        f"y={height * (1 - c / most):.1f} height={height * c / most:.1f}>"
+        f"<title>IoU {k / len(counts):.1f}-{(k + 1) / len(counts):.1f}: {c:,}</title></rect>"
+        for k, c in enumerate(counts)
+    )
     groups = "".join(
         f"<p class=kinds>gIoU by {what}</p><ul class=kinds>"
-        + "".join(f"<li><b>{html.escape(label)}</b> {_number(v['gIoU'])} <small>n={v['n']}</small></li>"
-                  for label, v in parts[key].items()) + "</ul>"
-        for key, what in (("by_size", "the share of the picture that the true mask covers"),
-                          ("by_length", "the length of the expression")))
-    return (f"<p class=kinds>IoU of all samples from 0 to 1, {html.escape(name)}</p>"
-            f"<svg class=histogram width={width} height={height} role=img aria-label='IoU histogram'>"
-            f"{bars}</svg>{groups}")
+        + "".join(
+            f"<li><b>{html.escape(label)}</b> {_number(v['gIoU'])} <small>n={v['n']}</small></li>"
+            for label, v in parts[key].items()
+        )
+        + "</ul>"
+        for key, what in (
+            ("by_size", "the share of the picture that the true mask covers"),
+            ("by_length", "the length of the expression"),
+        )
+    )
+    return (
+        f"<p class=kinds>IoU of all samples from 0 to 1, {html.escape(name)}</p>"
+        f"<svg class=histogram width={width} height={height} role=img aria-label='IoU histogram'>"
+        f"{bars}</svg>{groups}"
+    )
 
 
 def _bar(scores: Mapping[str, Any]) -> str:
     """gIoU as a bar from 0 to 1, with a tick at the baseline."""
     width, baseline = 110, scores.get("baseline_gIoU")
-    tick = "" if baseline is None else (
-        f"<line class=tick x1={width * baseline:.1f} x2={width * baseline:.1f} y1=0 y2=14 />")
-    return (f"<svg class=bar width={width} height=14 role=img aria-label='gIoU bar'>"
-            f"<rect class=rail width={width} height=8 y=3 rx=2 />"
-            f"<rect class=fill width={width * (scores.get('gIoU') or 0):.1f} height=8 y=3 rx=2 />"
-            f"{tick}</svg>")
+    tick = (
+        ""
+        if baseline is None
+        else (f"<line class=tick x1={width * baseline:.1f} x2={width * baseline:.1f} y1=0 y2=14 />")
+    )
+    return (
+        f"<svg class=bar width={width} height=14 role=img aria-label='gIoU bar'>"
+        f"<rect class=rail width={width} height=8 y=3 rx=2 />"
+        f"<rect class=fill width={width * (scores.get('gIoU') or 0):.1f} height=8 y=3 rx=2 />"
+        f"{tick}</svg>"
+    )
 
 
 def _legend(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     has_baseline = any(s.get("baseline_gIoU") is not None for s in evaluations.values())
-    return ("<p class=note>gIoU: mean IoU per sample (1 where truth and answer are both empty). "
-            "cIoU: all intersections over all unions. Pr@X: share of samples with IoU above X."
-            + (" The baseline (tick) answers without reading the question or without seeing the "
-               "image." if has_baseline else "") + "</p>")
+    return (
+        "<p class=note>gIoU: mean IoU per sample (1 where truth and answer are both empty). "
+        "cIoU: all intersections over all unions. Pr@X: share of samples with IoU above X."
+        + (
+            " The baseline (tick) answers without reading the question or without seeing the image."
+            if has_baseline
+            else ""
+        )
+        + "</p>"
+    )
 
 
 def _number(value: Any) -> str:
@@ -221,14 +276,17 @@ def _charts(logged: Iterable[Mapping[str, Any]]) -> list[str]:
     series: dict[tuple[str, str], list[tuple[float, float]]] = collections.defaultdict(list)
     for row in logged:
         for key, value in row.items():
-            if (key not in NOT_CURVES and isinstance(value, (int, float))
-                    and not isinstance(value, bool) and abs(value) < DRAWN):
+            if (
+                key not in NOT_CURVES
+                and isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and abs(value) < DRAWN
+            ):
                 series[str(row.get("phase", "")), key].append((row["step"], value))
     phases = list(dict.fromkeys(phase for phase, _ in series))
     rank = {key: i for i, key in enumerate(CURVES)}
     ordered = sorted(series, key=lambda s: (phases.index(s[0]), rank.get(s[1], len(CURVES)), s[1]))
-    return [curve_svg(" ".join(filter(None, name)), series[name])
-            for name in ordered if len(series[name]) > 1]
+    return [curve_svg(" ".join(filter(None, name)), series[name]) for name in ordered if len(series[name]) > 1]
 
 
 def curve_svg(name: str, points: Sequence[tuple[float, float]]) -> str:
@@ -246,39 +304,48 @@ def curve_svg(name: str, points: Sequence[tuple[float, float]]) -> str:
         keep = np.unique(np.linspace(0, len(px) - 1, min(len(px), 400)).astype(int))
         return "M" + "L".join(f"{px[i]:.1f},{values[i]:.1f}" for i in keep)
 
-    return (f"<figure><figcaption><b>{html.escape(name)}</b> {y[-1]:.4g}</figcaption>"
-            f"<svg viewBox='0 0 {width} {height}' role=img>"
-            f"<path class=axis d='M{left},{top}V{height - bottom}H{width - 6}'/>"
-            f"<path class=raw d='{path(py)}'/><path class=smooth d='{path(smooth)}'/>"
-            f"<text x={left - 5} y={top + 8} text-anchor=end>{high:.3g}</text>"
-            f"<text x={left - 5} y={height - bottom} text-anchor=end>{low:.3g}</text>"
-            f"<text x={left} y={height - 4}>{x[0]:,.0f}</text>"
-            f"<text x={width - 6} y={height - 4} text-anchor=end>{x[-1]:,.0f}</text>"
-            "</svg></figure>")
+    return (
+        f"<figure><figcaption><b>{html.escape(name)}</b> {y[-1]:.4g}</figcaption>"
+        f"<svg viewBox='0 0 {width} {height}' role=img>"
+        f"<path class=axis d='M{left},{top}V{height - bottom}H{width - 6}'/>"
+        f"<path class=raw d='{path(py)}'/><path class=smooth d='{path(smooth)}'/>"
+        f"<text x={left - 5} y={top + 8} text-anchor=end>{high:.3g}</text>"
+        f"<text x={left - 5} y={height - bottom} text-anchor=end>{low:.3g}</text>"
+        f"<text x={left} y={height - 4}>{x[0]:,.0f}</text>"
+        f"<text x={width - 6} y={height - 4} text-anchor=end>{x[-1]:,.0f}</text>"
+        "</svg></figure>"
+    )
 
 
 # -------------------------------------------------------------------------------------- answers
 
 
-def _answers(folder: epath.Path, name: str, rows: Sequence[Mapping[str, Any]], note: Say
-             ) -> list[str]:
+def _answers(folder: epath.Path, name: str, rows: Sequence[Mapping[str, Any]], note: Say) -> list[str]:
     """The sections of one evaluation's pictures."""
     out = []
-    for group, heading in (("random", "drawn at random"), ("best", "best"), ("worst", "worst"),
-                           ("scales", "coarse to fine")):
+    for group, heading in (
+        ("random", "drawn at random"),
+        ("best", "best"),
+        ("worst", "worst"),
+        ("scales", "coarse to fine"),
+    ):
         chosen = [r for r in rows if r["group"] == group]
         if not chosen:
             continue
         by_scale = group == "scales"
         wide, more = " wide" * by_scale, ", then the answer after each scale" * by_scale
-        out += [f"<section><h2>{html.escape(name)} <small>{heading}</small></h2>"
-                f"<p class=note>image | truth | answer{more}</p><div class='rows{wide}'>"]
+        out += [
+            f"<section><h2>{html.escape(name)} <small>{heading}</small></h2>"
+            f"<p class=note>image | truth | answer{more}</p><div class='rows{wide}'>"
+        ]
         for r in chosen:
             scales = _img(folder / r["scales"], note) if "scales" in r else ""
-            out.append(f"<figure title='{html.escape(r['answer'], quote=True)}'>"
-                       f"{_img(folder / r['file'], note)}{scales}<figcaption>"
-                       f"<span class=iou>{r['iou']:.2f}</span> {html.escape(r['question'])}"
-                       "</figcaption></figure>")
+            out.append(
+                f"<figure title='{html.escape(r['answer'], quote=True)}'>"
+                f"{_img(folder / r['file'], note)}{scales}<figcaption>"
+                f"<span class=iou>{r['iou']:.2f}</span> {html.escape(r['question'])}"
+                "</figcaption></figure>"
+            )
         out.append("</div></section>")
     return out
 

@@ -3,6 +3,7 @@
 A full disk, a power failure or an editor may have damaged a line or a key. It is left out and said by
 name; the rest counts.
 """
+
 from __future__ import annotations
 
 import math
@@ -84,8 +85,11 @@ def whole(scores: Mapping[str, Any], where: str, note: Say = say) -> dict[str, A
         else:
             note(f"left out: {where}: key `{brief(key, 40)}`: {brief(repr(value), 60)}")
     if "pictures" in found:
-        found["pictures"] = [picture for k, picture in enumerate(found["pictures"])
-                             if _is_picture(picture) or note(f"left out: {where}: key `pictures`[{k}]")]
+        found["pictures"] = [
+            picture
+            for k, picture in enumerate(found["pictures"])
+            if _is_picture(picture) or note(f"left out: {where}: key `pictures`[{k}]")
+        ]
     return found
 
 
@@ -108,30 +112,47 @@ def _is_count(value: Any) -> bool:
 def _are_groups(value: Any) -> bool:
     """{label: {n, and gIoU or accuracy}}, the score a number or None."""
     return isinstance(value, Mapping) and all(
-        isinstance(group, Mapping) and _is_count(group.get("n"))
+        isinstance(group, Mapping)
+        and _is_count(group.get("n"))
         and any(key in group and _is_score(group[key]) for key in ("gIoU", "accuracy"))
-        for group in value.values())
+        for group in value.values()
+    )
 
 
 def _is_breakdown(value: Any) -> bool:
-    return (isinstance(value, Mapping) and isinstance(value.get("histogram"), list) and bool(value["histogram"])
-            and all(map(_is_count, value["histogram"]))
-            and all(_are_groups(value.get(key)) and all("gIoU" in group for group in value[key].values())
-                    for key in ("by_size", "by_length")))
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("histogram"), list)
+        and bool(value["histogram"])
+        and all(map(_is_count, value["histogram"]))
+        and all(
+            _are_groups(value.get(key)) and all("gIoU" in group for group in value[key].values())
+            for key in ("by_size", "by_length")
+        )
+    )
 
 
 def _is_picture(value: Any) -> bool:
     """{group, file, question, answer, iou, scales?}; files are names, not paths that lead elsewhere."""
-    return (isinstance(value, Mapping) and value.get("group") in GROUPS
-            and all(isinstance(value.get(key), str) for key in ("file", "question", "answer"))
-            and _is_number(value.get("iou"))
-            and all(isinstance(name, str) and name not in ("", "..") and epath.Path(name).name == name
-                    for name in (value["file"], value.get("scales", "x"))))
+    return (
+        isinstance(value, Mapping)
+        and value.get("group") in GROUPS
+        and all(isinstance(value.get(key), str) for key in ("file", "question", "answer"))
+        and _is_number(value.get("iou"))
+        and all(
+            isinstance(name, str) and name not in ("", "..") and epath.Path(name).name == name
+            for name in (value["file"], value.get("scales", "x"))
+        )
+    )
 
 
 # All other keys are scores: numbers, or null where there is nothing to average.
 CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("data", "source", "checkpoint", "weights", "coco_results"), _is_text),
-    "metric": lambda v: isinstance(v, str), "n": _is_count, "by_kind": _are_groups,
-    "breakdown": _is_breakdown, "pictures": lambda v: isinstance(v, list),
-    "IoU_by_class": lambda v: isinstance(v, Mapping)}
+    "metric": lambda v: isinstance(v, str),
+    "n": _is_count,
+    "by_kind": _are_groups,
+    "breakdown": _is_breakdown,
+    "pictures": lambda v: isinstance(v, list),
+    "IoU_by_class": lambda v: isinstance(v, Mapping),
+}

@@ -1,4 +1,5 @@
 """Answers of an evaluation, saved as they come: one that was stopped goes on where it was."""
+
 from __future__ import annotations
 
 import json

@@ -2,6 +2,7 @@
 
 A file may come from another tool or another hand: what a score reads is checked where it is read.
 """
+
 from __future__ import annotations
 
 import functools
@@ -115,7 +116,8 @@ def _number(value: Any) -> float:
 def _counts(value: Any, length: int, what: str) -> list[int]:
     """A list of so many whole numbers from 0 on."""
     if len(_listed(value, what)) != length or not all(
-            isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= MAX_COUNT for v in value):
+        isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= MAX_COUNT for v in value
+    ):
         raise _expected(what, value)
     return value
 
@@ -150,8 +152,15 @@ def _ious(value: Any) -> list[float]:
 
 # What metrics read, references aside -> what they get, or an error that says what was expected.
 CHECKS: dict[str, Callable[[Any], Any]] = {
-    "metric": _text, "answer": _text, "kind": _name, "baseline": _pixels, "levels": _levels,
-    "ious": _ious, "psnr": _number, "ssim": _number}
+    "metric": _text,
+    "answer": _text,
+    "kind": _name,
+    "baseline": _pixels,
+    "levels": _levels,
+    "ious": _ious,
+    "psnr": _number,
+    "ssim": _number,
+}
 
 
 def yes_or_no(value: Any) -> str:

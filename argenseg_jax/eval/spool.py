@@ -1,4 +1,5 @@
 """Rows by index, kept in a temporary file beyond some megabytes: any number of them in little memory."""
+
 from __future__ import annotations
 
 import array
@@ -33,8 +34,9 @@ class Spool(Mapping[int, dict[str, Any]]):
             self._file.seek(self._end)
             self._file.write(line)
         except OSError as error:
-            raise UserError(f"{tempfile.gettempdir()} cannot take more answers ({error.strerror}); set TMPDIR to "
-                            "a folder with room") from None
+            raise UserError(
+                f"{tempfile.gettempdir()} cannot take more answers ({error.strerror}); set TMPDIR to a folder with room"
+            ) from None
         self._starts[index], self._end, self._rows = self._end, self._end + len(line), self._rows + 1
 
     def discard(self, index: int) -> None:

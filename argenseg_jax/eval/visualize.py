@@ -1,4 +1,5 @@
 """Pictures for people: masks laid over images, tiles side by side, the scales of a mask."""
+
 from __future__ import annotations
 
 import io
@@ -12,8 +13,7 @@ GAP = 6  # pixels between tiles, transparent
 MAX_ASPECT = 8  # a longer picture is squeezed to this, or its tile would be endless
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, color: Sequence[int] = PREDICTION,
-            edge: int = 1) -> np.ndarray:
+def overlay(image: np.ndarray, mask: np.ndarray, color: Sequence[int] = PREDICTION, edge: int = 1) -> np.ndarray:
     """u8[H, W, 3] with bool[H, W] in the light: the rest grey and dim, an edge line in `color`.
 
     The line is `edge` pixels wide and lies inside the mask.
@@ -52,10 +52,10 @@ def comparison(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> 
     height = min(image.shape[0] * max(1, round(192 / image.shape[0])), 256)
     # Masks are drawn on the enlarged image, so that the edge is thin beside an object.
     big = np.asarray(tile(image, height))
-    masks = [np.asarray(Image.fromarray(m).resize(big.shape[1::-1], Image.Resampling.NEAREST))
-             for m in (truth, prediction)]
-    return strip([big, overlay(big, masks[0], TRUTH, edge=2), overlay(big, masks[1], edge=2)],
-                 height)
+    masks = [
+        np.asarray(Image.fromarray(m).resize(big.shape[1::-1], Image.Resampling.NEAREST)) for m in (truth, prediction)
+    ]
+    return strip([big, overlay(big, masks[0], TRUTH, edge=2), overlay(big, masks[1], edge=2)], height)
 
 
 def encode_png(picture: np.ndarray | Image.Image) -> bytes:

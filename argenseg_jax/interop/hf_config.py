@@ -5,6 +5,7 @@ InternVLForConditionalGeneration (the `-hf` folders; `model_type` is `internvl`)
 name for (the VQ-VAE's sizes, the first special id, the nano fields) stands under the key
 `argenseg`, and only where it differs from what their fields and the released sizes imply.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,18 +21,38 @@ from argenseg_jax.vocab import IMG_CONTEXT, SPECIAL_TOKENS
 OWN = "argenseg"
 HF = "internvl"  # model_type of transformers' own layout
 # Official name -> our name, per part.
-_VISION = {"image_size": "image_size", "patch_size": "patch", "hidden_size": "width",
-           "num_hidden_layers": "depth", "num_attention_heads": "heads",
-           "intermediate_size": "mlp", "norm_type": "norm", "layer_norm_eps": "eps",
-           "qk_normalization": "qk_norm", "qkv_bias": "qkv_bias", "initializer_factor": "ls_init",
-           "drop_path_rate": "drop_path"}
+_VISION = {
+    "image_size": "image_size",
+    "patch_size": "patch",
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "intermediate_size": "mlp",
+    "norm_type": "norm",
+    "layer_norm_eps": "eps",
+    "qk_normalization": "qk_norm",
+    "qkv_bias": "qkv_bias",
+    "initializer_factor": "ls_init",
+    "drop_path_rate": "drop_path",
+}
 # transformers' name -> official name, where they differ.
-_HF_VISION = {"attention_bias": "qkv_bias", "use_qk_norm": "qk_normalization",
-              "layer_scale_init_value": "initializer_factor"}
-_LLM = {"hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "heads",
-        "num_key_value_heads": "kv_heads", "head_dim": "head_dim", "intermediate_size": "mlp",
-        "rms_norm_eps": "eps", "rope_theta": "rope_theta",
-        "max_position_embeddings": "max_positions", "tie_word_embeddings": "tied"}
+_HF_VISION = {
+    "attention_bias": "qkv_bias",
+    "use_qk_norm": "qk_normalization",
+    "layer_scale_init_value": "initializer_factor",
+}
+_LLM = {
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "mlp",
+    "rms_norm_eps": "eps",
+    "rope_theta": "rope_theta",
+    "max_position_embeddings": "max_positions",
+    "tie_word_embeddings": "tied",
+}
 _LLM_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")  # have no default
 _OUR_NAME = re.compile(r"\bmodel\.([a-z0-9_]+(?:\.[a-z0-9_]+)?)")  # in messages about a `model` section
 _MAX_ID = 2**24  # of a vocabulary
@@ -60,8 +81,10 @@ def model_cfg_from_hf(config: Mapping[str, Any], ids: Ids | None = None) -> dict
         variants.resolve(cfg)
         return cfg
     except KeyError as error:
-        raise UserError(f"config.json has no field {error}; expected an InternVL-style config with "
-                        "vision_config and llm_config (or text_config)") from None
+        raise UserError(
+            f"config.json has no field {error}; expected an InternVL-style config with "
+            "vision_config and llm_config (or text_config)"
+        ) from None
     except UserError as error:
         text = _OUR_NAME.sub(lambda found: _their_name(found.group(1), config), str(error))
         raise UserError(text if text.startswith("config.json") else f"config.json: {text}") from None
@@ -77,10 +100,12 @@ def _their_name(key: str, config: Mapping[str, Any]) -> str:
     if isinstance(below, Mapping) and name in below:
         return f"{OWN}.{key}"
     is_hf = config.get("model_type") == HF
-    table, section = {"vision": (_VISION, "vision_config"), "llm": (_LLM, "text_config" if is_hf else "llm_config"),
-                      "connector": ({"downsample_ratio": "ratio", "ps_version": "version"}, ""),
-                      "": ({"force_image_size": "image_size"} if config.get("force_image_size") else {}, "")
-                      }.get(part, ({}, ""))
+    table, section = {
+        "vision": (_VISION, "vision_config"),
+        "llm": (_LLM, "text_config" if is_hf else "llm_config"),
+        "connector": ({"downsample_ratio": "ratio", "ps_version": "version"}, ""),
+        "": ({"force_image_size": "image_size"} if config.get("force_image_size") else {}, ""),
+    }.get(part, ({}, ""))
     theirs = next((theirs for theirs, ours in table.items() if ours == name), None)
     if theirs is None:
         return f"{OWN}.{key}" if key != "image_size" else "vision_config.image_size"
@@ -111,8 +136,7 @@ def _from_hf(config: Mapping[str, Any], ids: Ids | None = None) -> dict[str, Any
     cfg = {
         "image_size": config.get("force_image_size") or vision["image_size"],
         "vision": vision_cfg(vision),
-        "connector": {"ratio": config.get("downsample_ratio", 0.5),
-                      "version": config.get("ps_version", "v1")},
+        "connector": {"ratio": config.get("downsample_ratio", 0.5), "version": config.get("ps_version", "v1")},
         "llm": llm_cfg({"tie_word_embeddings": config.get("tie_word_embeddings"), **llm}),
         "vqvae": {**variants.VARIANTS["8b"]["vqvae"], **own.get("vqvae", {})},
     }
@@ -141,9 +165,12 @@ def _number(config: Mapping[str, Any], name: str, high: int = _MAX_ID) -> int:
 def _official_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config of transformers' InternVL under the names of the official one."""
     vision, text = dict(_section(config, "vision_config")), dict(_section(config, "text_config"))
-    fixed = ((config, "vision_feature_select_strategy", "default"),
-             (config, "projector_hidden_act", "gelu"), (vision, "hidden_act", "gelu"),
-             (vision, "use_mean_pooling", True))
+    fixed = (
+        (config, "vision_feature_select_strategy", "default"),
+        (config, "projector_hidden_act", "gelu"),
+        (vision, "hidden_act", "gelu"),
+        (vision, "use_mean_pooling", True),
+    )
     for part, name, value in fixed:
         if part.get(name, value) != value:
             raise UserError(f"config.json: {name}={part[name]!r} is not supported; only {value!r}")
@@ -152,27 +179,38 @@ def _official_names(config: Mapping[str, Any]) -> dict[str, Any]:
             if len(vision[name]) != 2 or vision[name][0] != vision[name][1]:
                 raise UserError(f"config.json: vision_config.{name} must be a square")
             vision[name] = vision[name][0]
-    vision.update({official: vision.get(name, default) for (name, official), default
-                   in zip(_HF_VISION.items(), (False, False, 0.1))})
+    vision.update(
+        {
+            official: vision.get(name, default)
+            for (name, official), default in zip(_HF_VISION.items(), (False, False, 0.1))
+        }
+    )
     # transformers 4 ties by text_config, 5 by the outer field, which 4 does not write.
-    text["tie_word_embeddings"] = config.get("tie_word_embeddings",
-                                             text.get("tie_word_embeddings", False))
-    return {"vision_config": vision, "llm_config": text, "ps_version": "v2",
-            "downsample_ratio": config.get("downsample_ratio", 0.5),
-            "select_layer": config.get("vision_feature_layer", -1),
-            "image_token_id": config["image_token_id"]}
+    text["tie_word_embeddings"] = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    return {
+        "vision_config": vision,
+        "llm_config": text,
+        "ps_version": "v2",
+        "downsample_ratio": config.get("downsample_ratio", 0.5),
+        "select_layer": config.get("vision_feature_layer", -1),
+        "image_token_id": config["image_token_id"],
+    }
 
 
 def vision_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
     """vision_config -> fields of InternViT."""
-    return {ours: _checked(f"vision.{ours}", config[theirs]) for theirs, ours in _VISION.items()
-            if config.get(theirs) is not None}
+    return {
+        ours: _checked(f"vision.{ours}", config[theirs])
+        for theirs, ours in _VISION.items()
+        if config.get(theirs) is not None
+    }
 
 
 def llm_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
     """llm_config (InternLM2, Llama, Qwen2 or Qwen3) -> fields of DecoderLM."""
-    cfg = {ours: _checked(f"llm.{ours}", config[theirs]) for theirs, ours in _LLM.items()
-           if config.get(theirs) is not None}
+    cfg = {
+        ours: _checked(f"llm.{ours}", config[theirs]) for theirs, ours in _LLM.items() if config.get(theirs) is not None
+    }
     for theirs in _LLM_SIZES:
         if _LLM[theirs] not in cfg:
             raise KeyError(theirs)
@@ -205,12 +243,15 @@ def llm_family(config: Mapping[str, Any]) -> str:
     for family in ("internlm2", "llama", "qwen2", "qwen3"):
         if name.startswith(family) and "moe" not in name:
             return family
-    raise UserError(f"config.json: the language model {brief(repr(name or listed), 60)} is not supported; "
-                    "InternLM2, Llama, Qwen2 or Qwen3")
+    raise UserError(
+        f"config.json: the language model {brief(repr(name or listed), 60)} is not supported; "
+        "InternLM2, Llama, Qwen2 or Qwen3"
+    )
 
 
-def _vocab(llm: Mapping[str, Any], num_codes: int, image_token: int | None,
-           ids: Ids | None, own_base: int | None) -> Mapping[str, int]:
+def _vocab(
+    llm: Mapping[str, Any], num_codes: int, image_token: int | None, ids: Ids | None, own_base: int | None
+) -> Mapping[str, int]:
     """Ids: those of a released model by the size of its vocabulary; else as the tokenizer knows them.
 
     Without a tokenizer the vocabulary is taken to end with the special tokens and the codes.
@@ -228,12 +269,16 @@ def _vocab(llm: Mapping[str, Any], num_codes: int, image_token: int | None,
         return {"base": base, "eos": eos, "pad": pad}
     if own_base is None and ids and (known := ids(num_codes, image_token is None)):
         if image_token is not None and known["base"] != base:
-            raise UserError(f"config.json: image_token_id={image_token}, but the tokenizer beside it has "
-                            f"{IMG_CONTEXT} at {known['base'] + SPECIAL_TOKENS.index(IMG_CONTEXT)}")
+            raise UserError(
+                f"config.json: image_token_id={image_token}, but the tokenizer beside it has "
+                f"{IMG_CONTEXT} at {known['base'] + SPECIAL_TOKENS.index(IMG_CONTEXT)}"
+            )
         return known
     if own_base is None and base < 1:
-        raise UserError(f"config.json: vocab_size={size} is of no released model and too small for {num_codes} codes; "
-                        "the tokenizer's files have to be beside it to tell the ids")
+        raise UserError(
+            f"config.json: vocab_size={size} is of no released model and too small for {num_codes} codes; "
+            "the tokenizer's files have to be beside it to tell the ids"
+        )
     return {"base": base, "eos": _end_id(llm, "eos_token_id"), "pad": _end_id(llm, "pad_token_id")}
 
 
@@ -245,8 +290,7 @@ def _end_id(llm: Mapping[str, Any], name: str) -> int:
     return 0 if value is None else _number({name: value}, name)
 
 
-def model_cfg_to_hf(model_cfg: Mapping[str, Any], dtype: str = "float32",
-                    layout: str = "official") -> dict[str, Any]:
+def model_cfg_to_hf(model_cfg: Mapping[str, Any], dtype: str = "float32", layout: str = "official") -> dict[str, Any]:
     """The `model` section -> config.json, such that model_cfg_from_hf builds the same model.
 
     Raises:
@@ -269,15 +313,27 @@ def _official(model: Any, dtype: str) -> dict[str, Any]:
     llm = model.llm
     family = "qwen3" if llm.qk_norm else "qwen2" if llm.qkv_bias else "internlm2"
     return {
-        "architectures": ["InternVLChatModel"], "model_type": "internvl_chat",
-        "downsample_ratio": model.connector.ratio, "ps_version": model.connector.version,
-        "force_image_size": model.image_size, "select_layer": -1, "template": "internvl2_5",
-        "dynamic_image_size": True, "use_thumbnail": True, "min_dynamic_patch": 1,
-        "max_dynamic_patch": 12, "pad2square": False,
-        "tie_word_embeddings": llm.tied, "torch_dtype": dtype,
-        "vision_config": {"architectures": ["InternVisionModel"], "model_type": "intern_vit_6b",
-                          "hidden_act": "gelu", "torch_dtype": dtype,
-                          **{theirs: vision[ours] for theirs, ours in _VISION.items()}},
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "downsample_ratio": model.connector.ratio,
+        "ps_version": model.connector.version,
+        "force_image_size": model.image_size,
+        "select_layer": -1,
+        "template": "internvl2_5",
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 12,
+        "pad2square": False,
+        "tie_word_embeddings": llm.tied,
+        "torch_dtype": dtype,
+        "vision_config": {
+            "architectures": ["InternVisionModel"],
+            "model_type": "intern_vit_6b",
+            "hidden_act": "gelu",
+            "torch_dtype": dtype,
+            **{theirs: vision[ours] for theirs, ours in _VISION.items()},
+        },
         "llm_config": _llm_config(model, family, dtype),
     }
 
@@ -285,19 +341,25 @@ def _official(model: Any, dtype: str) -> dict[str, Any]:
 def _hf(model: Any, dtype: str) -> dict[str, Any]:
     """config.json of transformers' own InternVLForConditionalGeneration."""
     if model.llm.rope_2d or model.block_causal or model.connector.version != "v2":
-        raise UserError("transformers has no rope_2d, block_causal or pixel shuffle v1: such a "
-                        "model has the official layout only")
+        raise UserError(
+            "transformers has no rope_2d, block_causal or pixel shuffle v1: such a model has the official layout only"
+        )
     config = _official(model, dtype)
-    vision = dict(config["vision_config"], architectures=["InternVLVisionModel"],
-                  model_type="internvl_vision")
+    vision = dict(config["vision_config"], architectures=["InternVLVisionModel"], model_type="internvl_vision")
     vision.update({theirs: vision.pop(official) for theirs, official in _HF_VISION.items()})
     family = "qwen3" if model.llm.qk_norm else "qwen2" if model.llm.qkv_bias else "llama"
     return {
-        "architectures": ["InternVLForConditionalGeneration"], "model_type": HF,
-        "downsample_ratio": model.connector.ratio, "image_token_id": model.vocab.img_context,
-        "image_seq_length": model.image_tokens, "projector_hidden_act": "gelu",
-        "vision_feature_layer": -1, "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": model.llm.tied, "torch_dtype": dtype, "vision_config": vision,
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": HF,
+        "downsample_ratio": model.connector.ratio,
+        "image_token_id": model.vocab.img_context,
+        "image_seq_length": model.image_tokens,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": model.llm.tied,
+        "torch_dtype": dtype,
+        "vision_config": vision,
         "text_config": _llm_config(model, family, dtype),
     }
 
@@ -306,10 +368,16 @@ def _llm_config(model: Any, family: str, dtype: str) -> dict[str, Any]:
     """llm_config or text_config."""
     llm = _fields(model.llm)
     name = {"internlm2": "InternLM2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-    config = {"architectures": [f"{name}ForCausalLM"], "model_type": family,
-              "vocab_size": model.vocab.size, "hidden_act": "silu",
-              "eos_token_id": model.vocab.eos, "pad_token_id": model.vocab.pad,
-              **{theirs: llm[ours] for theirs, ours in _LLM.items()}, "torch_dtype": dtype}
+    config = {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": family,
+        "vocab_size": model.vocab.size,
+        "hidden_act": "silu",
+        "eos_token_id": model.vocab.eos,
+        "pad_token_id": model.vocab.pad,
+        **{theirs: llm[ours] for theirs, ours in _LLM.items()},
+        "torch_dtype": dtype,
+    }
     if llm["ntk_factor"] > 1:
         config["rope_scaling"] = {"type": "dynamic", "factor": llm["ntk_factor"]}
     if family == "internlm2":
@@ -321,17 +389,22 @@ def _llm_config(model: Any, family: str, dtype: str) -> dict[str, Any]:
 
 def _fields(module: Any) -> dict[str, Any]:
     """Name -> value of a module's sizes."""
-    return {f.name: getattr(module, f.name) for f in dataclasses.fields(module)
-            if f.name not in _NOT_SIZES}
+    return {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name not in _NOT_SIZES}
 
 
 def _all_fields(model: Any) -> dict[str, Any]:
     """The model as a nested `model` section."""
     connector = {k: v for k, v in _fields(model.connector).items() if k != "width"}
     vocab = {k: v for k, v in _fields(model.vocab).items() if k != "num_codes"}
-    return {"image_size": model.image_size, "block_causal": model.block_causal, "vocab": vocab,
-            "vision": _fields(model.vision), "connector": connector, "llm": _fields(model.llm),
-            "vqvae": _fields(model.vqvae)}
+    return {
+        "image_size": model.image_size,
+        "block_causal": model.block_causal,
+        "vocab": vocab,
+        "vision": _fields(model.vision),
+        "connector": connector,
+        "llm": _fields(model.llm),
+        "vqvae": _fields(model.vqvae),
+    }
 
 
 def _difference(want: Mapping[str, Any], have: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 A folder holds config.json (interop/hf_config), safetensors in one or several files with an index
 (or PyTorch's .bin files, interop/tensor_files), and the tokenizer's files.
 """
+
 from __future__ import annotations
 
 import functools
@@ -34,10 +35,20 @@ INDEX = "model.safetensors.index.json"
 INDICES = (INDEX, "pytorch_model.bin.index.json")
 _PATTERNS = ("*.safetensors", "*.safetensors.xz", "pytorch_model*.bin", "*.pth")
 # What a folder may hold besides weights: copied along when a folder is written from another.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-                   "merges.txt", "special_tokens_map.json", "added_tokens.json",
-                   "generation_config.json", "chat_template.jinja", "chat_template.json",
-                   "preprocessor_config.json", "processor_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 
 
 def is_hf(path: epath.PathLike) -> bool:
@@ -45,7 +56,8 @@ def is_hf(path: epath.PathLike) -> bool:
     path = epath.Path(path)
     if path.is_dir():
         return any((path / name).exists() for name in INDICES) or any(
-            next(iter(path.glob(pattern)), None) for pattern in _PATTERNS)
+            next(iter(path.glob(pattern)), None) for pattern in _PATTERNS
+        )
     return path.is_file() and path.name.endswith(tensor_files.SUFFIXES)
 
 
@@ -54,17 +66,21 @@ def read_config(path: epath.PathLike) -> dict[str, Any]:
     file = epath.Path(path) / "config.json"
     if not file.exists():
         adapters = (file.parent / "adapter_config.json").exists()
-        raise UserError(f"{file} does not exist; an HF-style folder needs it" + (
-            f". {file.parent} holds LoRA adapters alone: merge them into the weights of their model first"
-            if adapters else ""))
+        raise UserError(
+            f"{file} does not exist; an HF-style folder needs it"
+            + (
+                f". {file.parent} holds LoRA adapters alone: merge them into the weights of their model first"
+                if adapters
+                else ""
+            )
+        )
     config = files.read_json(file, MAX_CONFIG)
     if not isinstance(config, dict):
         raise UserError(f"{file} is no object of fields")
     return config
 
 
-def model_cfg(path: epath.PathLike, ids: Callable[[int], Mapping[str, int] | None] | None = None
-              ) -> dict[str, Any]:
+def model_cfg(path: epath.PathLike, ids: Callable[[int], Mapping[str, int] | None] | None = None) -> dict[str, Any]:
     """The `model` section that a folder's config.json describes, and its weights.
 
     Args:
@@ -76,8 +92,10 @@ def model_cfg(path: epath.PathLike, ids: Callable[[int], Mapping[str, int] | Non
     def asked(num_codes: int, needed: bool) -> Mapping[str, int] | None:
         known = ids(num_codes) if ids else None
         if known is None and needed and not any(key.startswith(OWN_PARTS) for key in open_tensors(path)):
-            raise UserError("config.json: vocab_size is of no released model, and may be padded: the tokenizer's "
-                            "files have to be beside it to tell the ids")
+            raise UserError(
+                "config.json: vocab_size is of no released model, and may be padded: the tokenizer's "
+                "files have to be beside it to tell the ids"
+            )
         return known
 
     try:
@@ -89,8 +107,7 @@ def model_cfg(path: epath.PathLike, ids: Callable[[int], Mapping[str, int] | Non
         tensors = open_tensors(path)
         head = torch_convert.find_key(tensors, torch_convert.HEAD)
         embedding = torch_convert.find_key(tensors, torch_convert.EMBEDDING)
-        cfg["llm"]["tied"] = not (head and embedding) or torch_convert.same(
-            tensors.lazy(head), tensors.lazy(embedding))
+        cfg["llm"]["tied"] = not (head and embedding) or torch_convert.same(tensors.lazy(head), tensors.lazy(embedding))
     return cfg
 
 
@@ -136,8 +153,10 @@ def _weight_files(folder: epath.Path) -> list[epath.Path]:
     for pattern in _PATTERNS:
         found = {file.name for file in folder.glob(pattern)}
         if adapters := sorted(name for name in found if name.startswith("adapter_")):
-            raise UserError(f"{folder / adapters[0]}: LoRA adapters beside the weights; merge them into the weights "
-                            "first, or, if they are not to be used, move the file elsewhere")
+            raise UserError(
+                f"{folder / adapters[0]}: LoRA adapters beside the weights; merge them into the weights "
+                "first, or, if they are not to be used, move the file elsewhere"
+            )
         for name in (f"model{end}" for end in tensor_files.SUFFIXES):
             if name in found:
                 return [folder / name for name in [name, *own]]
@@ -146,8 +165,10 @@ def _weight_files(folder: epath.Path) -> list[epath.Path]:
             stem, _, total, end = named.groups()
             width, count = len(total), int(total)
             if count <= len(found) * 1000:
-                return [folder / name for name in [
-                    *(f"{stem}-{i + 1:0{width}d}-of-{total}{end}" for i in range(count)), *own]]
+                return [
+                    folder / name
+                    for name in [*(f"{stem}-{i + 1:0{width}d}-of-{total}{end}" for i in range(count)), *own]
+                ]
         if found:
             return [folder / name for name in sorted(found)]
     return []
@@ -160,10 +181,14 @@ def _indexed(index: epath.Path) -> set[str]:
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index} has no weight_map {{key: file}}")
     for key, name in names.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0:]+", name) or not name.endswith(
-                tensor_files.SUFFIXES):
-            raise UserError(f"{index}: '{brief(key, 100)}' is in {brief(repr(name), 100)}, which is no weight file "
-                            "of this folder")
+        if (
+            not isinstance(name, str)
+            or not re.fullmatch(r"[^/\\\0:]+", name)
+            or not name.endswith(tensor_files.SUFFIXES)
+        ):
+            raise UserError(
+                f"{index}: '{brief(key, 100)}' is in {brief(repr(name), 100)}, which is no weight file of this folder"
+            )
     return set(names.values())
 
 
@@ -178,8 +203,9 @@ def _flat_shapes(model: Any) -> dict[str, Any]:
     return trees.flatten(jax.eval_shape(functools.partial(init_params, model), jax.random.key(0)))
 
 
-def load_params(path: epath.PathLike, model_or_shapes: Any, *, optional: Sequence[str] = (),
-                dtype: Any = None) -> dict[str, Any]:
+def load_params(
+    path: epath.PathLike, model_or_shapes: Any, *, optional: Sequence[str] = (), dtype: Any = None
+) -> dict[str, Any]:
     """Parameters (numpy arrays) from a folder or weight file; see interop/torch.to_jax.
 
     Args:
@@ -211,8 +237,10 @@ def _check_whole(tensors: Tensors, path: epath.PathLike) -> None:
     if not any(key.startswith(OWN_PARTS) for key in tensors):
         if advice := torch_convert.foreign(tensors):
             raise UserError(f"{path}: {advice}")
-        raise UserError(f"{path} has no VQ-VAE, as InternVL was released: `argenseg convert` "
-                        "completes it with VAR's (--vqvae=vae_ch160v4096z32.pth)")
+        raise UserError(
+            f"{path} has no VQ-VAE, as InternVL was released: `argenseg convert` "
+            "completes it with VAR's (--vqvae=vae_ch160v4096z32.pth)"
+        )
 
 
 def _words(model: Any) -> dict[str, int]:
@@ -220,8 +248,7 @@ def _words(model: Any) -> dict[str, int]:
     return {"vocab_size": model.vocab.size, "old_words": model.vocab.id(MASK)}
 
 
-def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None = None
-                ) -> torch_convert.Import:
+def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None = None) -> torch_convert.Import:
     """How a folder or weight file fills a model; nothing is read yet.
 
     Args:
@@ -239,15 +266,22 @@ def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None =
     if any(torch_convert.part(key) == "vqvae" for key in tensors):
         raise UserError(f"{path} has a VQ-VAE: leave --vqvae={vqvae} out, which completes an InternVL as released")
     own = {"vqvae": shapes.pop("vqvae")}
-    return (torch_convert.Import(tensors, shapes, **vocab, optional=("visual/.*",),
-                                 source=str(path))
-            + torch_convert.Import(open_tensors(vqvae), own, source=str(vqvae)))
+    return torch_convert.Import(
+        tensors, shapes, **vocab, optional=("visual/.*",), source=str(path)
+    ) + torch_convert.Import(open_tensors(vqvae), own, source=str(vqvae))
 
 
-def save_folder(path: epath.PathLike, params: Mapping[str, Any], model_cfg: Mapping[str, Any],
-                tokenizer_files: Sequence[epath.PathLike] = (), dtype: Any = None,
-                texts: Mapping[str, str] | None = None, *, layout: str = "official",
-                done: Callable[[int], None] = lambda n: None) -> int:
+def save_folder(
+    path: epath.PathLike,
+    params: Mapping[str, Any],
+    model_cfg: Mapping[str, Any],
+    tokenizer_files: Sequence[epath.PathLike] = (),
+    dtype: Any = None,
+    texts: Mapping[str, str] | None = None,
+    *,
+    layout: str = "official",
+    done: Callable[[int], None] = lambda n: None,
+) -> int:
     """Writes an HF-style folder with the official key names; returns the bytes of the tensors.
 
     The folder appears under its name when it is complete. An existing one is an error.
@@ -285,12 +319,14 @@ def save_folder(path: epath.PathLike, params: Mapping[str, Any], model_cfg: Mapp
 def tokenizer_files(folder: epath.PathLike) -> list[epath.Path]:
     """The tokenizer's files that a folder holds; code of its own, which its config names, too."""
     folder = epath.Path(folder)
-    return ([f for f in (folder / name for name in TOKENIZER_FILES) if f.exists()]
-            + sorted(folder.glob("tokenization_*.py")))
+    return [f for f in (folder / name for name in TOKENIZER_FILES) if f.exists()] + sorted(
+        folder.glob("tokenization_*.py")
+    )
 
 
-def write_tensors(folder: epath.PathLike, tensors: Mapping[str, Lazy],
-                  done: Callable[[int], None] = lambda n: None) -> int:
+def write_tensors(
+    folder: epath.PathLike, tensors: Mapping[str, Lazy], done: Callable[[int], None] = lambda n: None
+) -> int:
     """Writes shards of at most SHARD_BYTES and, for several, an index; returns the bytes."""
     folder = epath.Path(folder)
     shards: list[dict[str, Lazy]] = [{}]
@@ -307,6 +343,7 @@ def write_tensors(folder: epath.PathLike, tensors: Mapping[str, Lazy],
         tensor_files.write_safetensors(folder / name, shard, done)
         where.update(dict.fromkeys(shard, name))
     if n > 1:
-        (folder / INDEX).write_text(json.dumps(
-            {"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
+        )
     return total

@@ -4,6 +4,7 @@ Works on numpy arrays and never needs PyTorch. Import demands that every key is 
 (or listed as ignored), that every leaf is filled and that all shapes agree; otherwise it raises one
 UserError that names everything that does not fit.
 """
+
 from __future__ import annotations
 
 import copy
@@ -40,9 +41,16 @@ class Import:
       total: bytes of the tensors that will be read.
     """
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], shapes: Params, *,
-                 vocab_size: int | None = None, old_words: int | None = None,
-                 optional: Sequence[str] = (), source: str = "the checkpoint"):
+    def __init__(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        shapes: Params,
+        *,
+        vocab_size: int | None = None,
+        old_words: int | None = None,
+        optional: Sequence[str] = (),
+        source: str = "the checkpoint",
+    ):
         """Gives every tensor its place; arguments and errors as for to_jax. No leaf is read."""
         want = trees.flatten(shapes)
         jobs, faults = _assign(tensors, want, optional)
@@ -109,13 +117,21 @@ def find_key(tensors: Mapping[str, Any], path: str) -> str | None:
 
 def same(a: Lazy, b: Lazy) -> bool:
     """Whether two tensors hold the same numbers; mostly the first rows tell."""
-    return a.shape == b.shape and all(np.array_equal(read(a), read(b)) for read in (
-        lambda x: x.head(_FIRST_ROWS), lambda x: x.read()))
+    return a.shape == b.shape and all(
+        np.array_equal(read(a), read(b)) for read in (lambda x: x.head(_FIRST_ROWS), lambda x: x.read())
+    )
 
 
-def to_jax(tensors: Mapping[str, np.ndarray], shapes: Params, *, vocab_size: int | None = None,
-           old_words: int | None = None, optional: Sequence[str] = (), dtype: Any = None,
-           source: str = "the checkpoint") -> dict[str, Any]:
+def to_jax(
+    tensors: Mapping[str, np.ndarray],
+    shapes: Params,
+    *,
+    vocab_size: int | None = None,
+    old_words: int | None = None,
+    optional: Sequence[str] = (),
+    dtype: Any = None,
+    source: str = "the checkpoint",
+) -> dict[str, Any]:
     """State dict -> parameter tree.
 
     Args:
@@ -138,8 +154,7 @@ def to_jax(tensors: Mapping[str, np.ndarray], shapes: Params, *, vocab_size: int
         every tensor of a wrong shape.
     """
     want = trees.flatten(shapes)
-    plan = Import(tensors, shapes, vocab_size=vocab_size, old_words=old_words,
-                  optional=optional, source=source)
+    plan = Import(tensors, shapes, vocab_size=vocab_size, old_words=old_words, optional=optional, source=source)
     flat: dict[str, np.ndarray] = {}
     for path, layer, array in plan.slices():
         if path not in flat:
@@ -153,21 +168,31 @@ def corner(layer: int | None, array: np.ndarray) -> tuple[int | slice, ...]:
     return (*(() if layer is None else (layer,)), *map(slice, array.shape))
 
 
-def to_torch(params: Params, *, family: str | None = None, layout: str = "official",
-             vocab_size: int | None = None, dtype: Any = None
-             ) -> Iterator[tuple[str, np.ndarray]]:
+def to_torch(
+    params: Params,
+    *,
+    family: str | None = None,
+    layout: str = "official",
+    vocab_size: int | None = None,
+    dtype: Any = None,
+) -> Iterator[tuple[str, np.ndarray]]:
     """Parameter tree -> (torch key, contiguous array) pairs, one at a time, in the table's order.
 
     Arguments and errors: see `export`.
     """
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
-    for key, lazy in export(flat, family=family, layout=layout, vocab_size=vocab_size,
-                            dtype=dtype).items():
+    for key, lazy in export(flat, family=family, layout=layout, vocab_size=vocab_size, dtype=dtype).items():
         yield key, lazy.read()
 
 
-def export(flat: Mapping[str, Any], *, family: str | None = None, layout: str = "official",
-           vocab_size: int | None = None, dtype: Any = None) -> dict[str, Lazy]:
+def export(
+    flat: Mapping[str, Any],
+    *,
+    family: str | None = None,
+    layout: str = "official",
+    vocab_size: int | None = None,
+    dtype: Any = None,
+) -> dict[str, Lazy]:
     """{torch key: tensor} of the leaves {path: leaf}, in the table's order; nothing is read yet.
 
     Args:
@@ -207,13 +232,11 @@ def export(flat: Mapping[str, Any], *, family: str | None = None, layout: str = 
     if "vqvae/quantizer/codebook" in flat and "visual/lvl_embed" in flat:
         codebook = flat["vqvae/quantizer/codebook"]
         # PyTorch's strict loading asks for the buffer.
-        out[HITS] = Lazy.of(np.zeros((flat["visual/lvl_embed"].shape[0], codebook.shape[0]),
-                                     dtype or codebook.dtype))
+        out[HITS] = Lazy.of(np.zeros((flat["visual/lvl_embed"].shape[0], codebook.shape[0]), dtype or codebook.dtype))
     return out
 
 
-def _export(row: Row, leaves: Sequence[Any], layer: int | None, vocab_size: int | None,
-            dtype: np.dtype) -> np.ndarray:
+def _export(row: Row, leaves: Sequence[Any], layer: int | None, vocab_size: int | None, dtype: np.dtype) -> np.ndarray:
     """The torch tensor of one layer."""
     where = ... if layer is None else layer
     tensor = row.op.to_torch(tuple(np.asarray(leaf[where]) for leaf in leaves))
@@ -224,7 +247,7 @@ def _export(row: Row, leaves: Sequence[Any], layer: int | None, vocab_size: int 
 
 def _torch_shape(row: Row, leaves: Sequence[Any], vocab_size: int | None) -> tuple[int, ...]:
     """Shape of the torch tensor (of one layer), found without reading the leaves."""
-    blanks = tuple(_blank(leaf.shape[row.stacked:]) for leaf in leaves)
+    blanks = tuple(_blank(leaf.shape[row.stacked :]) for leaf in leaves)
     shape = row.op.to_torch(blanks).shape
     if row.op.vocab_axis is None or vocab_size is None:
         return shape
@@ -257,8 +280,9 @@ class _Job:
     keys: dict[int | None, str]
 
 
-def _assign(tensors: Mapping[str, Any], want: Mapping[str, Any], optional: Sequence[str]
-            ) -> tuple[list[_Job], list[str]]:
+def _assign(
+    tensors: Mapping[str, Any], want: Mapping[str, Any], optional: Sequence[str]
+) -> tuple[list[_Job], list[str]]:
     """Gives every key its leaf. Returns the jobs and a message for each key or leaf left over."""
     jobs: dict[str, _Job] = {}  # by leaf
     faults: list[Any] = []
@@ -289,12 +313,20 @@ def _assign(tensors: Mapping[str, Any], want: Mapping[str, Any], optional: Seque
         if job.row.stacked:
             layers = set(range(want[job.paths[0]].shape[0]))
             if differs := sorted(layers ^ set(job.keys)):
-                faults.append(f"{job.row.key} needs layers 0..{len(layers) - 1}; differs in "
-                              f"{differs if len(differs) <= _SHOWN else f'{len(differs)} of them'}")
-    faults += [f"nothing fills '{path}' (expected {' or '.join(torch_keys(path)) or 'no key'}"
-               + ("; if the embedding is the head as well, set tie_word_embeddings to true in config.json)"
-                  if path == HEAD else ")")
-               for path in want if path not in filled and not trees.match(optional, path)]
+                faults.append(
+                    f"{job.row.key} needs layers 0..{len(layers) - 1}; differs in "
+                    f"{differs if len(differs) <= _SHOWN else f'{len(differs)} of them'}"
+                )
+    faults += [
+        f"nothing fills '{path}' (expected {' or '.join(torch_keys(path)) or 'no key'}"
+        + (
+            "; if the embedding is the head as well, set tie_word_embeddings to true in config.json)"
+            if path == HEAD
+            else ")"
+        )
+        for path in want
+        if path not in filled and not trees.match(optional, path)
+    ]
     return list(jobs.values()), faults
 
 
@@ -324,8 +356,7 @@ def _find(name: str) -> _Job | None:
         if m:
             index = m.groupdict()
             layer = index.pop("i", None)
-            return _Job(row, tuple(p.format(**index) for p in row.paths),
-                        {None if layer is None else int(layer): name})
+            return _Job(row, tuple(p.format(**index) for p in row.paths), {None if layer is None else int(layer): name})
     return None
 
 
@@ -346,14 +377,13 @@ def _instances(row: Row, flat: Mapping[str, Any]) -> Iterator[tuple[tuple[str, .
 class _Step:
     """One tensor on its way into its leaves (or into one layer of them)."""
 
-    def __init__(self, job: _Job, layer: int | None, key: str, stored: Lazy,
-                 want: Mapping[str, Any], rows: _Rows):
+    def __init__(self, job: _Job, layer: int | None, key: str, stored: Lazy, want: Mapping[str, Any], rows: _Rows):
         """Raises ValueError where the shapes do not fit, or the tensor holds no floats."""
         self.job, self.layer, self._stored = job, layer, stored
         if stored.dtype not in _FLOATS:
             raise ValueError(f"'{key}' is {stored.dtype.name}; weights are float64, float32, float16 or bfloat16")
         shape = stored.shape
-        self._shapes = [tuple(want[p].shape[layer is not None:]) for p in job.paths]
+        self._shapes = [tuple(want[p].shape[layer is not None :]) for p in job.paths]
         self._rows: tuple[int, int] | None = None
         axis = job.row.op.vocab_axis
         if axis is not None and shape:
@@ -368,14 +398,15 @@ class _Step:
         except ValueError:
             fits = False
         if not fits:
-            raise ValueError(f"'{key}' {tuple(stored.shape)} does not fit '{job.paths[0]}' "
-                             f"{tuple(want[job.paths[0]].shape)} ({job.row.op.name})")
+            raise ValueError(
+                f"'{key}' {tuple(stored.shape)} does not fit '{job.paths[0]}' "
+                f"{tuple(want[job.paths[0]].shape)} ({job.row.op.name})"
+            )
 
     def read(self) -> tuple[np.ndarray, ...]:
         """The leaves (of the layer)."""
         tensor = self._stored.read()
-        return self.job.row.op.to_jax(tensor if self._rows is None else _grow(tensor, *self._rows),
-                                      tuple(self._shapes))
+        return self.job.row.op.to_jax(tensor if self._rows is None else _grow(tensor, *self._rows), tuple(self._shapes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -419,6 +450,6 @@ def _grow(tensor: np.ndarray, true: int, rows: int) -> np.ndarray:
         return tensor
     grown = np.empty((rows, *tensor.shape[1:]), tensor.dtype)
     grown[:true] = tensor[:true]
-    blocks = (grown[i:min(i + 4096, true)] for i in range(0, true, 4096))  # f64 of all is too much
+    blocks = (grown[i : min(i + 4096, true)] for i in range(0, true, 4096))  # f64 of all is too much
     grown[true:] = sum(b.astype(np.float64).sum(0) for b in blocks) / true
     return grown

@@ -5,6 +5,7 @@ Plain safetensors are read by seeking, not through the safetensors library: that
 into memory, where every page once read counts as used. A header is believed only where it accounts
 for every byte of the file, as the official reader demands.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -26,11 +27,26 @@ from argenseg_jax.interop import torch_file
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", ".safetensors.xz", *TORCH_SUFFIXES)
 # Names of the safetensors format -> numpy.
-_DTYPES = {name: np.dtype(dtype) for name, dtype in {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64,
-    "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32,
-    "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_}.items()}
+_DTYPES = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }.items()
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, as in the official reader
 MAX_TENSORS = 100_000  # of a file
@@ -116,15 +132,15 @@ def open_file(file: epath.PathLike) -> Tensors:
         raise UserError(f"{file} is broken or incomplete: {brief(error)}") from None
 
 
-def write_safetensors(file: epath.PathLike, tensors: Mapping[str, Lazy],
-                      done: Callable[[int], None] = lambda n: None) -> None:
+def write_safetensors(
+    file: epath.PathLike, tensors: Mapping[str, Lazy], done: Callable[[int], None] = lambda n: None
+) -> None:
     """Writes the header, then each tensor as it is read; done(bytes) is called after each."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, lazy in tensors.items():
         start, end = end, end + lazy.nbytes
-        header[key] = {"dtype": _NAMES[lazy.dtype], "shape": list(lazy.shape),
-                       "data_offsets": [start, end]}
+        header[key] = {"dtype": _NAMES[lazy.dtype], "shape": list(lazy.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
     with epath.Path(file).open("wb") as stream:
@@ -147,7 +163,7 @@ def contiguous(array: np.ndarray, dtype: Any = None) -> np.ndarray:
             out = np.empty(rows.shape[::-1], dtype)
             for i in range(0, rows.shape[0], _BLOCK):  # blocks that fit into the cache
                 for j in range(0, rows.shape[1], _BLOCK):
-                    out[j:j + _BLOCK, i:i + _BLOCK] = rows[i:i + _BLOCK, j:j + _BLOCK].T
+                    out[j : j + _BLOCK, i : i + _BLOCK] = rows[i : i + _BLOCK, j : j + _BLOCK].T
             return out.reshape(array.shape)
     return np.ascontiguousarray(array, dtype).reshape(array.shape)
 
@@ -168,8 +184,10 @@ def _header_length(first: bytes) -> int:
         raise ValueError("it has less than 8 bytes")
     length = int.from_bytes(first, "little")
     if first.isascii() and first.decode().isprintable():
-        raise ValueError(f"it is a text that begins with {first.decode()!r}, such as a page or a pointer of Git LFS, "
-                         "and no tensors: download it again")
+        raise ValueError(
+            f"it is a text that begins with {first.decode()!r}, such as a page or a pointer of Git LFS, "
+            "and no tensors: download it again"
+        )
     if length > MAX_HEADER:
         raise ValueError(f"its header would have {length} bytes; at most {MAX_HEADER} are read")
     return length
@@ -198,12 +216,15 @@ def _parse_header(content: bytes, size: int | None) -> dict[str, _Entry]:
     end = 0
     for key, entry in entries.items():
         if entry.start != end:
-            raise ValueError(f"'{key}' begins at byte {entry.start} of the tensors, not at {end}, where the "
-                             "one before it ends")
+            raise ValueError(
+                f"'{key}' begins at byte {entry.start} of the tensors, not at {end}, where the one before it ends"
+            )
         end = entry.end
     if size is not None and end != size:
-        raise ValueError(f"its tensors end at byte {end}, the file has {size} for them: "
-                         f"it is {'cut off' if end > size else 'longer than its header says'}")
+        raise ValueError(
+            f"its tensors end at byte {end}, the file has {size} for them: "
+            f"it is {'cut off' if end > size else 'longer than its header says'}"
+        )
     return entries
 
 
@@ -226,8 +247,7 @@ def _entry(key: str, value: Any) -> _Entry:
         raise ValueError(f"'{key}' has the shape {shape}")
     start, end = offsets
     if end - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"'{key}' has {end - start} bytes; {name}{shape} needs "
-                         f"{math.prod(shape) * dtype.itemsize}")
+        raise ValueError(f"'{key}' has {end - start} bytes; {name}{shape} needs {math.prod(shape) * dtype.itemsize}")
     return _Entry(dtype, tuple(shape), start, end)
 
 
@@ -245,9 +265,15 @@ def _open_safetensors(file: epath.Path, size: int) -> dict[str, Lazy]:
     def reader(entry: _Entry) -> Callable[[int], np.ndarray]:
         return lambda rows: _read(file, 8 + length + entry.start, (rows, *entry.shape[1:]), entry.dtype)
 
-    return {key: Lazy(entry.shape, entry.dtype, functools.partial(
-                _read, file, 8 + length + entry.start, entry.shape, entry.dtype), reader(entry))
-            for key, entry in entries.items()}
+    return {
+        key: Lazy(
+            entry.shape,
+            entry.dtype,
+            functools.partial(_read, file, 8 + length + entry.start, entry.shape, entry.dtype),
+            reader(entry),
+        )
+        for key, entry in entries.items()
+    }
 
 
 def _open_xz(file: epath.Path, size: int) -> dict[str, Lazy]:
@@ -274,10 +300,9 @@ def _open_xz(file: epath.Path, size: int) -> dict[str, Lazy]:
             raise UserError(f"{file} is broken or incomplete: {brief(error)}") from None
 
     def read(entry: _Entry) -> np.ndarray:
-        return tensors()[entry.start:entry.end].view(entry.dtype).reshape(entry.shape)
+        return tensors()[entry.start : entry.end].view(entry.dtype).reshape(entry.shape)
 
-    return {key: Lazy(entry.shape, entry.dtype, functools.partial(read, entry))
-            for key, entry in entries.items()}
+    return {key: Lazy(entry.shape, entry.dtype, functools.partial(read, entry)) for key, entry in entries.items()}
 
 
 class _Decompressed:
@@ -318,7 +343,7 @@ def _read(file: epath.Path, offset: int, shape: Sequence[int], dtype: np.dtype) 
         stream.seek(offset)
         data = array.reshape(-1).view(np.uint8)
         for start in range(0, data.size, 1 << 30):  # some file systems read no more at once
-            part = data[start:start + (1 << 30)]
+            part = data[start : start + (1 << 30)]
             if stream.readinto(part.data) != part.size:
                 raise UserError(f"{file} ended while it was read")
     return array

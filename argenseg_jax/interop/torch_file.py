@@ -4,6 +4,7 @@ That runs nothing of a stranger's, but hashes, prints and allocates what he like
 one megabyte ends the process. So the pickles of a file are gone through first, without being run:
 no more passes than state dicts consist of.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -78,8 +79,9 @@ class _TorchFile:
         try:
             import torch
         except ImportError:
-            raise UserError(f"{self._file} needs PyTorch to be read: `pip install torch`, or "
-                            "convert it to .safetensors elsewhere") from None
+            raise UserError(
+                f"{self._file} needs PyTorch to be read: `pip install torch`, or convert it to .safetensors elsewhere"
+            ) from None
         try:
             with warnings.catch_warnings(), self._file.open("rb") as stream:
                 warnings.simplefilter("ignore")
@@ -131,8 +133,10 @@ def _check_zip(stream: BinaryIO) -> None:
     for key, size in storages.items():
         part = infos.get(f"{folder}data/{key}")
         if part is None or part.file_size != size:
-            raise ValueError(f"the array data/{brief(key, 40)} of {size} bytes "
-                             + ("is not there" if part is None else f"has {part.file_size}"))
+            raise ValueError(
+                f"the array data/{brief(key, 40)} of {size} bytes "
+                + ("is not there" if part is None else f"has {part.file_size}")
+            )
 
 
 def _check_legacy(stream: BinaryIO) -> None:
@@ -178,20 +182,45 @@ class _Node:
 
 
 _MARK = _Node()
-_LEAVES = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE",
-           "SHORT_BINSTRING", "GLOBAL"}
+_LEAVES = {
+    "NONE",
+    "NEWTRUE",
+    "NEWFALSE",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINSTRING",
+    "GLOBAL",
+}
 _CONTAINERS = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "EMPTY_TUPLE"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _TAKEN = {"APPEND": 1, "SETITEM": 2, "BUILD": 1}  # these join the container below them
 _MARKED = {"APPENDS", "SETITEMS"}
 # The functions that may be called, and whether their result is a container.
 _REBUILD = {f"torch._utils _rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3")}
-_CALLED = {**dict.fromkeys(_REBUILD, False), "torch._utils _rebuild_parameter": False,
-           "torch._utils _rebuild_parameter_with_state": False, "torch device": False,
-           "collections OrderedDict": True, "builtins set": True, "__builtin__ set": True}
-_ELEMENT = {name: size for size, names in {
-    1: "Untyped Byte Char Bool QUInt8 QInt8", 2: "Half BFloat16 Short", 4: "Float Int QInt32",
-    8: "Double Long ComplexFloat", 16: "ComplexDouble"}.items() for name in names.split()}
+_CALLED = {
+    **dict.fromkeys(_REBUILD, False),
+    "torch._utils _rebuild_parameter": False,
+    "torch._utils _rebuild_parameter_with_state": False,
+    "torch device": False,
+    "collections OrderedDict": True,
+    "builtins set": True,
+    "__builtin__ set": True,
+}
+_ELEMENT = {
+    name: size
+    for size, names in {
+        1: "Untyped Byte Char Bool QUInt8 QInt8",
+        2: "Half BFloat16 Short",
+        4: "Float Int QInt32",
+        8: "Double Long ComplexFloat",
+        16: "ComplexDouble",
+    }.items()
+    for name in names.split()
+}
 
 
 def check_pickle(stream: BinaryIO) -> dict[str, int]:

@@ -10,6 +10,7 @@ leaves) of one layer, and back, without arithmetic: both directions are bit-exac
 Axis letters: D width, N query heads, K key/value heads, G = N/K, H head width, F MLP width, V
 vocabulary, C channels. Torch keeps Linear as [out, in] and convolutions as OIHW.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -68,8 +69,7 @@ def _one(name: str, to_jax, to_torch) -> Op:
 
 def _squeeze(n: int) -> Op:
     """Drops n leading axes of size 1."""
-    return _one(f"squeeze{n}", lambda t, shape: np.squeeze(t, tuple(range(n))),
-                lambda x: x.reshape((1,) * n + x.shape))
+    return _one(f"squeeze{n}", lambda t, shape: np.squeeze(t, tuple(range(n))), lambda x: x.reshape((1,) * n + x.shape))
 
 
 def _split_heads(t: np.ndarray, shape: Shape) -> np.ndarray:
@@ -100,12 +100,12 @@ IDENTITY = _one("identity", lambda t, shape: t, lambda x: x)
 LINEAR = _one("linear", lambda t, shape: t.T, lambda x: x.T)
 CONV = _one("conv", lambda t, shape: t.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
 HEADS_IN = _one("heads_in", _split_heads, _join_heads)
-HEADS_OUT = _one("heads_out", lambda t, shape: t.T.reshape(shape),
-                 lambda x: x.reshape(-1, x.shape[-1]).T)
+HEADS_OUT = _one("heads_out", lambda t, shape: t.T.reshape(shape), lambda x: x.reshape(-1, x.shape[-1]).T)
 FUSED_QKV = Op(
     "fused_qkv",
     lambda t, shapes: tuple(_split_heads(p, s) for p, s in zip(np.split(t, 3), shapes)),
-    lambda leaves: np.concatenate([_join_heads(x) for x in leaves]))
+    lambda leaves: np.concatenate([_join_heads(x) for x in leaves]),
+)
 GROUPED_WQKV = Op("grouped_wqkv", _split_grouped, _join_grouped)
 VOCAB_ROWS = dataclasses.replace(IDENTITY, name="vocab_rows", vocab_axis=0)
 VOCAB_LINEAR = dataclasses.replace(LINEAR, name="vocab_linear", vocab_axis=1)
@@ -152,23 +152,33 @@ def _vision() -> list[Row]:
         *_rows("mlp1.1", "connector/fc1", _DENSE),
         *_rows("mlp1.3", "connector/fc2", _DENSE),
     ]
-    hf = {f"{emb}.patch_embedding": "vision_tower.embeddings.patch_embeddings.projection",
-          f"{emb}.class_embedding": "vision_tower.embeddings.cls_token",
-          f"{emb}.position_embedding": "vision_tower.embeddings.position_embeddings",
-          f"{key}.norm1": f"{_HF_LAYER}.layernorm_before", f"{key}.ls1": f"{_HF_LAYER}.lambda_1",
-          f"{key}.norm2": f"{_HF_LAYER}.layernorm_after", f"{key}.ls2": f"{_HF_LAYER}.lambda_2",
-          f"{key}.attn.proj": f"{_HF_LAYER}.attention.projection_layer",
-          f"{key}.attn": f"{_HF_LAYER}.attention", f"{key}.mlp": f"{_HF_LAYER}.mlp",
-          "mlp1.0": "multi_modal_projector.layer_norm", "mlp1.1": "multi_modal_projector.linear_1",
-          "mlp1.3": "multi_modal_projector.linear_2"}
+    hf = {
+        f"{emb}.patch_embedding": "vision_tower.embeddings.patch_embeddings.projection",
+        f"{emb}.class_embedding": "vision_tower.embeddings.cls_token",
+        f"{emb}.position_embedding": "vision_tower.embeddings.position_embeddings",
+        f"{key}.norm1": f"{_HF_LAYER}.layernorm_before",
+        f"{key}.ls1": f"{_HF_LAYER}.lambda_1",
+        f"{key}.norm2": f"{_HF_LAYER}.layernorm_after",
+        f"{key}.ls2": f"{_HF_LAYER}.lambda_2",
+        f"{key}.attn.proj": f"{_HF_LAYER}.attention.projection_layer",
+        f"{key}.attn": f"{_HF_LAYER}.attention",
+        f"{key}.mlp": f"{_HF_LAYER}.mlp",
+        "mlp1.0": "multi_modal_projector.layer_norm",
+        "mlp1.1": "multi_modal_projector.linear_1",
+        "mlp1.3": "multi_modal_projector.linear_2",
+    }
     renamed = [row for row in rows if row.op is not FUSED_QKV]
     for x in "qkv":
         renamed += _rows(f"{key}.attn.{x}_proj", f"{path}/attn/{x}", _HEADS)
-    theirs = [dataclasses.replace(row, key=next(
-        new + row.key.removeprefix(old) for old, new in hf.items() if row.key.startswith(old)))
-        for row in renamed]
-    return [dataclasses.replace(row, family=family)
-            for family, part in (("official", rows), ("hf", theirs)) for row in part]
+    theirs = [
+        dataclasses.replace(
+            row, key=next(new + row.key.removeprefix(old) for old, new in hf.items() if row.key.startswith(old))
+        )
+        for row in renamed
+    ]
+    return [
+        dataclasses.replace(row, family=family) for family, part in (("official", rows), ("hf", theirs)) for row in part
+    ]
 
 
 def _decoder() -> list[Row]:
@@ -176,36 +186,43 @@ def _decoder() -> list[Row]:
     root, layer, path = "language_model", "language_model.model.layers.{i}", "llm/layers"
 
     def own(family: str, names: dict[str, tuple[str, dict[str, tuple[str, Op]]]]) -> list[Row]:
-        return [row for key, (to, ops) in names.items()
-                for row in _rows(f"{layer}.{key}", f"{path}/{to}", ops, family)]
+        return [row for key, (to, ops) in names.items() for row in _rows(f"{layer}.{key}", f"{path}/{to}", ops, family)]
 
     kernel, out = {"weight": ("kernel", LINEAR)}, {"weight": ("kernel", HEADS_OUT)}
     return [
         *_rows(f"{root}.model.norm", "llm/norm", _SCALE),
-        Row(f"{root}.model.tok_embeddings.weight", ("llm/embed/embedding",), VOCAB_ROWS,
-            "internlm2"),
+        Row(f"{root}.model.tok_embeddings.weight", ("llm/embed/embedding",), VOCAB_ROWS, "internlm2"),
         Row(f"{root}.output.weight", ("llm/lm_head/kernel",), VOCAB_LINEAR, "internlm2"),
-        Row(f"{layer}.attention.wqkv.weight", _each(f"{path}/attn", "kernel"), GROUPED_WQKV,
-            "internlm2"),
-        *own("internlm2", {"attention.wo": ("attn/o", out),
-                           "attention_norm": ("attn_norm", _SCALE),
-                           "ffn_norm": ("mlp_norm", _SCALE),
-                           "feed_forward.w1": ("mlp/gate", kernel),
-                           "feed_forward.w3": ("mlp/up", kernel),
-                           "feed_forward.w2": ("mlp/down", kernel)}),
+        Row(f"{layer}.attention.wqkv.weight", _each(f"{path}/attn", "kernel"), GROUPED_WQKV, "internlm2"),
+        *own(
+            "internlm2",
+            {
+                "attention.wo": ("attn/o", out),
+                "attention_norm": ("attn_norm", _SCALE),
+                "ffn_norm": ("mlp_norm", _SCALE),
+                "feed_forward.w1": ("mlp/gate", kernel),
+                "feed_forward.w3": ("mlp/up", kernel),
+                "feed_forward.w2": ("mlp/down", kernel),
+            },
+        ),
         Row(f"{root}.model.embed_tokens.weight", ("llm/embed/embedding",), VOCAB_ROWS, "qwen2"),
         Row(f"{root}.lm_head.weight", ("llm/lm_head/kernel",), VOCAB_LINEAR, "qwen2"),
-        *own("qwen2", {"self_attn.q_proj": ("attn/q", _HEADS),
-                       "self_attn.k_proj": ("attn/k", _HEADS),
-                       "self_attn.v_proj": ("attn/v", _HEADS),
-                       "self_attn.q_norm": ("attn/q_norm", _SCALE),
-                       "self_attn.k_norm": ("attn/k_norm", _SCALE),
-                       "self_attn.o_proj": ("attn/o", out),
-                       "input_layernorm": ("attn_norm", _SCALE),
-                       "post_attention_layernorm": ("mlp_norm", _SCALE),
-                       "mlp.gate_proj": ("mlp/gate", kernel),
-                       "mlp.up_proj": ("mlp/up", kernel),
-                       "mlp.down_proj": ("mlp/down", kernel)}),
+        *own(
+            "qwen2",
+            {
+                "self_attn.q_proj": ("attn/q", _HEADS),
+                "self_attn.k_proj": ("attn/k", _HEADS),
+                "self_attn.v_proj": ("attn/v", _HEADS),
+                "self_attn.q_norm": ("attn/q_norm", _SCALE),
+                "self_attn.k_norm": ("attn/k_norm", _SCALE),
+                "self_attn.o_proj": ("attn/o", out),
+                "input_layernorm": ("attn_norm", _SCALE),
+                "post_attention_layernorm": ("mlp_norm", _SCALE),
+                "mlp.gate_proj": ("mlp/gate", kernel),
+                "mlp.up_proj": ("mlp/up", kernel),
+                "mlp.down_proj": ("mlp/down", kernel),
+            },
+        ),
     ]
 
 
@@ -220,16 +237,16 @@ def _vqvae() -> list[Row]:
     for coder, level in (("encoder", "down"), ("decoder", "up")):
         key, to = f"{root}.{coder}", f"{path}/{coder}"
         parts = [(name, name, {"": ops}) for name, ops in plain.items()]
-        parts += [(f"{level}.{{j}}.block.{{k}}", f"{level}_{{j}}/block_{{k}}", wider),
-                  (f"{level}.{{j}}.attn.{{k}}", f"{level}_{{j}}/attn_{{k}}", attn),
-                  (f"{level}.{{j}}.{level}sample.conv", f"{level}_{{j}}/{level}sample",
-                   {"": _CONV}),
-                  ("mid.block_{j}", "mid/block_{j}", block),
-                  ("mid.attn_{j}", "mid/attn_{j}", attn)]
+        parts += [
+            (f"{level}.{{j}}.block.{{k}}", f"{level}_{{j}}/block_{{k}}", wider),
+            (f"{level}.{{j}}.attn.{{k}}", f"{level}_{{j}}/attn_{{k}}", attn),
+            (f"{level}.{{j}}.{level}sample.conv", f"{level}_{{j}}/{level}sample", {"": _CONV}),
+            ("mid.block_{j}", "mid/block_{j}", block),
+            ("mid.attn_{j}", "mid/attn_{j}", attn),
+        ]
         for theirs, ours, members in parts:
             for name, ops in members.items():
-                rows += _rows(f"{key}.{theirs}.{name}".rstrip("."),
-                              f"{to}/{ours}/{name}".rstrip("/"), ops)
+                rows += _rows(f"{key}.{theirs}.{name}".rstrip("."), f"{to}/{ours}/{name}".rstrip("/"), ops)
     return rows + [
         *_rows(f"{root}.quant_conv", f"{path}/quant_conv", _CONV),
         *_rows(f"{root}.post_quant_conv", f"{path}/post_quant_conv", _CONV),
@@ -256,12 +273,17 @@ _MODEL_PREFIXES: tuple[tuple[str, str], ...] = (
 
 # Files of a single part lack the prefix of the whole: (what their keys start with, the prefix).
 PART_PREFIXES: tuple[tuple[str, str], ...] = (
-    (r"(encoder|decoder)\.(conv_in|conv_out|norm_out|mid|down|up)\..*|(post_)?quant_conv\..*"
-     r"|quantize\..*", "image_tokenizer."),
-    (r"model\.(tok_embeddings|embed_tokens|layers|norm)\..*|output\.weight|lm_head\.weight",
-     "language_model."),
-    (r"embeddings\.(class_embedding|position_embedding|patch_embedding\..*)"
-     r"|encoder\.layers\..*", "vision_model."),
+    (
+        r"(encoder|decoder)\.(conv_in|conv_out|norm_out|mid|down|up)\..*|(post_)?quant_conv\..*"
+        r"|quantize\..*",
+        "image_tokenizer.",
+    ),
+    (r"model\.(tok_embeddings|embed_tokens|layers|norm)\..*|output\.weight|lm_head\.weight", "language_model."),
+    (
+        r"embeddings\.(class_embedding|position_embedding|patch_embedding\..*)"
+        r"|encoder\.layers\..*",
+        "vision_model.",
+    ),
 )
 
 

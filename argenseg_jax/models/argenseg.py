@@ -3,6 +3,7 @@
 Axes: B rows, T places of the text-and-code sequence, P tiles a row, n image tokens a tile, M masks
 a row, N codes a mask, K scales, C latent channels, D decoder width, V padded vocabulary.
 """
+
 from __future__ import annotations
 
 import flax.linen as nn
@@ -68,8 +69,9 @@ class ARGenSeg(nn.Module):
         """Side of the masks that the VQ-VAE reads and writes, in pixels."""
         return self.vqvae.image_size
 
-    def __call__(self, tokens: Array, positions: Array, segment_ids: Array, tiles: Array | None,
-                 masks: Array | None) -> Array:
+    def __call__(
+        self, tokens: Array, positions: Array, segment_ids: Array, tiles: Array | None, masks: Array | None
+    ) -> Array:
         """Everything once, so that `init` creates every parameter: logits f32[B, T, V]."""
         codes = None if masks is None else self.tokenize(masks)
         if masks is not None:
@@ -107,8 +109,7 @@ class ARGenSeg(nn.Module):
         places = np.arange(begin, end)
         return self.visual(self.vqvae.quantizer.scale_input(f_hat, k), self.scales.levels[begin:end], places)
 
-    def embed(self, tokens: Array, features: Array | None = None, codes: Array | None = None
-              ) -> tuple[Array, Array]:
+    def embed(self, tokens: Array, features: Array | None = None, codes: Array | None = None) -> tuple[Array, Array]:
         """Tokens with their image and code places filled: ([B, T, D], coords f32[B, T, 2]).
 
         The i-th <IMG_CONTEXT> of a row takes its i-th image feature, the i-th <MASK_CONTEXT> its
@@ -120,14 +121,14 @@ class ARGenSeg(nn.Module):
 
         def fill(place: Array, values: Array, centers: np.ndarray) -> tuple[Array, Array]:
             index = jnp.cumsum(place, axis=1) - 1
-            taken = jnp.take_along_axis(values.astype(x.dtype),
-                                        jnp.clip(index, 0, values.shape[1] - 1)[..., None], axis=1)
+            taken = jnp.take_along_axis(
+                values.astype(x.dtype), jnp.clip(index, 0, values.shape[1] - 1)[..., None], axis=1
+            )
             yx = jnp.asarray(centers)[jnp.maximum(index, 0) % len(centers)]
-            return (jnp.where(place[..., None], taken, x),
-                    jnp.where(place[..., None], yx, coords))
+            return (jnp.where(place[..., None], taken, x), jnp.where(place[..., None], yx, coords))
 
         if features is not None:
-            side = round(self.image_tokens ** 0.5)
+            side = round(self.image_tokens**0.5)
             x, coords = fill(tokens == self.vocab.img_context, features, scales_lib.grid_centers(side))
         if codes is not None:
             b, m, n = codes.shape
@@ -138,8 +139,15 @@ class ARGenSeg(nn.Module):
             x, coords = fill(tokens == self.vocab.mask_context, inputs, self.scales.centers[1:])
         return x, coords
 
-    def hidden(self, tokens: Array, positions: Array, segment_ids: Array,
-               features: Array | None = None, codes: Array | None = None, packed: bool = True) -> Array:
+    def hidden(
+        self,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array,
+        features: Array | None = None,
+        codes: Array | None = None,
+        packed: bool = True,
+    ) -> Array:
         """Teacher-forced pass over whole rows: [B, T, D] after the final norm.
 
         tokens, positions, segment_ids: int32[B, T] (segment 0 = padding). packed: see attention.Mask.
@@ -159,8 +167,9 @@ class ARGenSeg(nn.Module):
         place = jnp.arange(tokens.shape[1])[None]
         return jnp.where(tokens == self.vocab.mask_context, place + left[index], place)
 
-    def extend(self, x: Array, coords: Array, cache: KVCache, advance: Array | None = None,
-               within: str = "causal") -> tuple[Array, KVCache]:
+    def extend(
+        self, x: Array, coords: Array, cache: KVCache, advance: Array | None = None, within: str = "causal"
+    ) -> tuple[Array, KVCache]:
         """Appends T embedded places to each row of the cache: (hidden [B, T, D], new cache)."""
         positions = cache.length[:, None] + jnp.arange(x.shape[1])[None]
         y, cache, _ = self.llm(x, positions, coords=coords, cache=cache, advance=advance, within=within)
@@ -177,9 +186,8 @@ class ARGenSeg(nn.Module):
     def code_logits(self, hidden: Array) -> Array:
         """[..., D] -> f32[..., num codes of the codebook]."""
         first = self.vocab.first_code
-        head = self.llm.head_matrix()[:, first:first + self.vocab.num_codes].astype(self.llm.dtype)
-        return jnp.einsum("...D,DV->...V", hidden.astype(head.dtype), head,
-                          preferred_element_type=jnp.float32)
+        head = self.llm.head_matrix()[:, first : first + self.vocab.num_codes].astype(self.llm.dtype)
+        return jnp.einsum("...D,DV->...V", hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         return self.llm.empty_cache(batch, capacity)

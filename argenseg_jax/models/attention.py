@@ -3,6 +3,7 @@
 Axes: B batch, T query length, S key length, N query heads, K key/value heads, G = N/K, H head dim,
 L layers.
 """
+
 from __future__ import annotations
 
 import functools
@@ -43,8 +44,9 @@ class Mask:
         return same & (self.segments[:, None, :] > 0) & (place[None, None, :] <= last[:, :, None])
 
 
-def choose(q: Array, *, sees: str = "causal", kv_heads: int = 1, capacity: int | None = None,
-           platform: str | None = None) -> str:
+def choose(
+    q: Array, *, sees: str = "causal", kv_heads: int = 1, capacity: int | None = None, platform: str | None = None
+) -> str:
     """How attention is computed for queries [B, T, N, H]: 'xla', 'cudnn' (GPU) or 'splash' (TPU).
 
     Args:
@@ -57,8 +59,11 @@ def choose(q: Array, *, sees: str = "causal", kv_heads: int = 1, capacity: int |
     platform = platform or sharding.platform()
     _, t, _, h = q.shape
     if platform == "gpu":
-        reason = ("scales that see themselves whole need a mask of [T, T]" if sees == "last"
-                  else gpu_attention.refusal(q, kv_heads, capacity))
+        reason = (
+            "scales that see themselves whole need a mask of [T, T]"
+            if sees == "last"
+            else gpu_attention.refusal(q, kv_heads, capacity)
+        )
         if reason is None:
             return "cudnn"
         gpu_attention.say(reason)
@@ -78,8 +83,7 @@ def attention(q: Array, k: Array, v: Array, mask: Mask | None, how: str | None =
       [B, T, N, H] in the dtype of q.
     """
     causal = mask is not None and mask.last is None
-    how = how or choose(q, sees="all" if mask is None else "causal" if causal else "last",
-                        kv_heads=k.shape[2])
+    how = how or choose(q, sees="all" if mask is None else "causal" if causal else "last", kv_heads=k.shape[2])
     if how == "splash":
         return _splash(q, k, v, mask.segments)
     if how == "cudnn":
@@ -131,8 +135,7 @@ def _blocks(t: int, causal: bool = True) -> list[tuple[slice, slice]]:
 
 def _causal_part(q: Array, k: Array, v: Array, seen: Array) -> _Part:
     """`_part` of queries that see no later keys; seen: bool[B or 1, T, T]."""
-    parts = [_part(q[..., rows, :], k[:, keys], v[:, keys], seen[:, rows, keys])
-             for rows, keys in _blocks(k.shape[1])]
+    parts = [_part(q[..., rows, :], k[:, keys], v[:, keys], seen[:, rows, keys]) for rows, keys in _blocks(k.shape[1])]
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=3), *parts)
 
 
@@ -191,8 +194,9 @@ def _rows_bwd(causal: bool, saved: tuple, dy: Array) -> tuple[Array, Array, Arra
 _rows.defvjp(_rows_fwd, _rows_bwd)
 
 
-def cached(q: Array, k: Array, v: Array, cache: KVCache, layer: Array | int, within: str,
-           how: str | None = None) -> Array:
+def cached(
+    q: Array, k: Array, v: Array, cache: KVCache, layer: Array | int, within: str, how: str | None = None
+) -> Array:
     """Attention of T new places, which the cache already holds behind `length` older ones.
 
     Only the filled part of the cache is read, in blocks of `kv_cache.BLOCK` places.
@@ -230,7 +234,7 @@ def cached(q: Array, k: Array, v: Array, cache: KVCache, layer: Array | int, wit
 def _grouped(q: Array, kv_heads: int) -> Array:
     """[B, T, N, H] -> [B, K, G, T, H], scaled: matmuls over contiguous blocks, fastest on CPUs."""
     b, t, n, h = q.shape
-    return (q * h ** -0.5).reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
+    return (q * h**-0.5).reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
 
 
 def _whole(part: _Part, dtype: jnp.dtype) -> Array:
@@ -261,5 +265,6 @@ def _splash(q: Array, k: Array, v: Array, segments: Array, interpret: bool = Fal
     if mesh.empty:
         return local(q, k, v, segments)
     heads = PartitionSpec(sharding.BATCH_AXES, None, "tensor", None)
-    return jax.shard_map(local, in_specs=(heads, heads, heads, PartitionSpec(sharding.BATCH_AXES)),
-                         out_specs=heads, check_vma=False)(q, k, v, segments)
+    return jax.shard_map(
+        local, in_specs=(heads, heads, heads, PartitionSpec(sharding.BATCH_AXES)), out_specs=heads, check_vma=False
+    )(q, k, v, segments)

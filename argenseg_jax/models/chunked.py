@@ -1,4 +1,5 @@
 """A function of rows, a few rows at a time: the same results with less memory."""
+
 from __future__ import annotations
 
 import math
@@ -24,8 +25,7 @@ def in_pieces(fn: Callable[[jax.Array], jax.Array], x: jax.Array, row_bytes: int
     rows, mesh = len(x), jax.sharding.get_abstract_mesh()
     ways = 1 if mesh.empty else math.prod(mesh.shape[a] for a in sharding.BATCH_AXES)
     local = rows // ways if rows % ways == 0 else rows
-    piece = max(n for n in range(1, local + 1)
-                if local % n == 0 and n * row_bytes <= max(_LARGEST, row_bytes))
+    piece = max(n for n in range(1, local + 1) if local % n == 0 and n * row_bytes <= max(_LARGEST, row_bytes))
     count = local // piece
     if count == 1:
         return fn(x)

@@ -1,4 +1,5 @@
 """From InternViT to the decoder: pixel shuffle and the two-layer projector `mlp1`."""
+
 from __future__ import annotations
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ def pixel_shuffle(x: Array, ratio: float, version: str = "v2") -> Array:
     Version v1 leaves the grid transposed, as the first InternVL releases did (ps_version).
     """
     p, n, d = x.shape
-    side, r = round(n ** 0.5), round(1 / ratio)
+    side, r = round(n**0.5), round(1 / ratio)
     x = x.reshape(p, side, side // r, r * d).transpose(0, 2, 1, 3)
     x = x.reshape(p, side // r, side // r, r * r * d)
     if version == "v2":

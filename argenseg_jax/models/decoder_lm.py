@@ -3,6 +3,7 @@
 Axes: B batch, T new places, S keys, N query heads, K key/value heads, H head dim, D width,
 F MLP width, V padded vocabulary, L layers.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -32,8 +33,14 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, turns: tuple[Array, Array], mask: attention.Mask | None,
-                 layer: Array | int, cache: KVCache | None) -> tuple[Array, KVCache | None]:
+    def __call__(
+        self,
+        x: Array,
+        turns: tuple[Array, Array],
+        mask: attention.Mask | None,
+        layer: Array | int,
+        cache: KVCache | None,
+    ) -> tuple[Array, KVCache | None]:
         def project(heads: int, name: str) -> Array:
             return layers.dense((heads, self.head_dim), self.dtype, bias=self.qkv_bias, name=name)(x)
 
@@ -81,13 +88,25 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, KVCache | None], layer: Array | int,
-                 turns: tuple[Array, Array], mask: attention.Mask | None
-                 ) -> tuple[tuple[Array, KVCache | None], Array | None]:
+    def __call__(
+        self,
+        carry: tuple[Array, KVCache | None],
+        layer: Array | int,
+        turns: tuple[Array, Array],
+        mask: attention.Mask | None,
+    ) -> tuple[tuple[Array, KVCache | None], Array | None]:
         x, cache = carry
-        y, cache = Attention(self.heads, self.kv_heads, self.head_dim, self.eps, self.qkv_bias,
-                             self.qk_norm, self.within, self.dtype, name="attn")(
-            layers.RMSNorm(self.eps, name="attn_norm")(x), turns, mask, layer, cache)
+        y, cache = Attention(
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.eps,
+            self.qkv_bias,
+            self.qk_norm,
+            self.within,
+            self.dtype,
+            name="attn",
+        )(layers.RMSNorm(self.eps, name="attn_norm")(x), turns, mask, layer, cache)
         x = sharding.constrain(x + y, "act_batch", "act_len", "act_emb")
         x = x + Mlp(self.mlp, self.dtype, name="mlp")(layers.RMSNorm(self.eps, name="mlp_norm")(x))
         x = sharding.constrain(x, "act_batch", "act_len", "act_emb")
@@ -136,10 +155,18 @@ class DecoderLM(nn.Module):
         return sharding.constrain(x, "act_batch", "act_len", "act_emb")
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array, *, mask: attention.Mask | None = None,
-                 coords: Array | None = None, cache: KVCache | None = None,
-                 advance: Array | None = None, within: str = "causal", capture: bool = False
-                 ) -> tuple[Array, KVCache | None, Array | None]:
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        *,
+        mask: attention.Mask | None = None,
+        coords: Array | None = None,
+        cache: KVCache | None = None,
+        advance: Array | None = None,
+        within: str = "causal",
+        capture: bool = False,
+    ) -> tuple[Array, KVCache | None, Array | None]:
         """Runs T new places through all layers.
 
         Args:
@@ -158,18 +185,28 @@ class DecoderLM(nn.Module):
         if self.rope_2d:
             angles = layers.rope_angles_2d(positions, coords, self.head_dim, self.rope_theta)
         else:
-            angles = layers.rope_angles(positions, self.head_dim, self.rope_theta, self.ntk_factor,
-                                        self.max_positions)
+            angles = layers.rope_angles(positions, self.head_dim, self.rope_theta, self.ntk_factor, self.max_positions)
         turns = layers.cos_sin(angles)
-        fields = (self.heads, self.kv_heads, self.head_dim, self.mlp, self.eps, self.qkv_bias,
-                  self.qk_norm, within, capture, self.dtype)
+        fields = (
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.mlp,
+            self.eps,
+            self.qkv_bias,
+            self.qk_norm,
+            within,
+            capture,
+            self.dtype,
+        )
         carry, hidden = (x, cache), None
         if self.split:
             for i in range(self.depth):
                 carry, _ = Block(*fields, name=f"layers_{i}")(carry, i, turns, mask)
         else:
-            block = layers.scan_layers(Block, self.depth, remat=self.remat, unroll=self.unroll,
-                                       in_axes=(0, nn.broadcast, nn.broadcast))
+            block = layers.scan_layers(
+                Block, self.depth, remat=self.remat, unroll=self.unroll, in_axes=(0, nn.broadcast, nn.broadcast)
+            )
             carry, hidden = block(*fields, name="layers")(carry, jnp.arange(self.depth), turns, mask)
         y, cache = carry
         y = self.norm(y)
@@ -190,8 +227,7 @@ class DecoderLM(nn.Module):
         return sharding.constrain(y, "act_batch", None, "act_vocab")
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        return KVCache.empty(self.depth, batch, capacity, self.kv_heads, self.head_dim, self.dtype,
-                             self.split)
+        return KVCache.empty(self.depth, batch, capacity, self.kv_heads, self.head_dim, self.dtype, self.split)
 
 
 class EmbedTable(nn.Module):
@@ -220,10 +256,10 @@ class Head(nn.Module):
 
 def _words_first(words: int, axis: int) -> nn.initializers.Initializer:
     """Normal(0.02), but zero for the padding of the vocabulary, as after an import."""
+
     def init(key: Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> Array:
         real = jnp.arange(shape[axis]) < words
-        return jnp.where(real[:, None] if axis == 0 else real,
-                         nn.initializers.normal(0.02)(key, shape, dtype), 0)
+        return jnp.where(real[:, None] if axis == 0 else real, nn.initializers.normal(0.02)(key, shape, dtype), 0)
 
     return init
 
@@ -232,5 +268,7 @@ def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """Weights of the decoder with a subtree for each layer instead of one stack for all."""
     stacked = params["layers"]
     depth = jax.tree.leaves(stacked)[0].shape[0]
-    return {**{name: part for name, part in params.items() if name != "layers"},
-            **{f"layers_{i}": jax.tree.map(lambda x: x[i], stacked) for i in range(depth)}}
+    return {
+        **{name: part for name, part in params.items() if name != "layers"},
+        **{f"layers_{i}": jax.tree.map(lambda x: x[i], stacked) for i in range(depth)},
+    }

@@ -3,6 +3,7 @@
 No array of [T, T] is made: rows of one segment are causal up to their length, packed rows are computed
 segment by segment. Axes as in models/attention.
 """
+
 from __future__ import annotations
 
 import functools
@@ -38,6 +39,7 @@ def refusal(q: Array, kv_heads: int, keys: int | None = None) -> str | None:
 @functools.cache
 def _tried(t: int, keys: int | None, heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> str | None:
     """What this machine's cuDNN says to attention of these sizes, with gradients where rows are whole."""
+
     def shaped(length: int, heads: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, length, heads, head_dim), dtype)
 
@@ -45,8 +47,12 @@ def _tried(t: int, keys: int | None, heads: int, kv_heads: int, head_dim: int, d
         return jnp.sum(_call(q, k, v, lengths, lengths, causal=keys is None).astype(jnp.float32))
 
     run = loss if keys is not None else jax.grad(loss, argnums=(0, 1, 2))
-    args = (shaped(t, heads), shaped(keys or t, kv_heads), shaped(keys or t, kv_heads),
-            jax.ShapeDtypeStruct((1,), jnp.int32))
+    args = (
+        shaped(t, heads),
+        shaped(keys or t, kv_heads),
+        shaped(keys or t, kv_heads),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
     try:
         jax.jit(run).trace(*args).lower().compile()
     except (RuntimeError, ValueError, NotImplementedError) as error:  # XLA's errors are RuntimeErrors
@@ -84,8 +90,16 @@ def rows(q: Array, k: Array, v: Array, segments: Array | None, packed: bool) -> 
     return _sharded(_packed if packed else _single, q, k, v, segments)[:, :t]
 
 
-def _call(q: Array, k: Array, v: Array, queries: Array | None = None, keys: Array | None = None, *,
-          causal: bool = False, mask: Array | None = None) -> Array:
+def _call(
+    q: Array,
+    k: Array,
+    v: Array,
+    queries: Array | None = None,
+    keys: Array | None = None,
+    *,
+    causal: bool = False,
+    mask: Array | None = None,
+) -> Array:
     """The kernel: [B, T, N, H] of q [B, T, N, H] on k, v [B, S, K, H].
 
     Args:
@@ -93,8 +107,15 @@ def _call(q: Array, k: Array, v: Array, queries: Array | None = None, keys: Arra
       mask: bool[B, 1, T, S], what is seen besides.
     """
     return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=causal, query_seq_lengths=queries, key_value_seq_lengths=keys,
-        implementation="cudnn")
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=causal,
+        query_seq_lengths=queries,
+        key_value_seq_lengths=keys,
+        implementation="cudnn",
+    )
 
 
 def _causal(q: Array, k: Array, v: Array, lengths: Array) -> Array:
@@ -117,6 +138,7 @@ def _packed(q: Array, k: Array, v: Array, segments: Array) -> Array:
     The kernel's work is that of the segments' own lengths. Its gradient runs it once more (it is not kept
     for each segment), so that as many segments may come as there are.
     """
+
     def step(number: Array, y: Array) -> Array:
         at = _Segment(segments, number)
         return at.put(_causal(*map(at.take, (q, k, v)), at.length), y)
@@ -179,8 +201,7 @@ def cached(q: Array, k: Array, v: Array, length: Array, within: str) -> Array:
     # The kernel's own causal mask begins at key 0, not behind the filled ones.
     last = length[:, None] + jnp.arange(q.shape[1])
     mask = jnp.arange(capacity) <= last[:, None, :, None]
-    return _sharded(lambda q, k, v, n, m, mask: _call(q, k, v, n, m, mask=mask), q, k, v, queries, seen,
-                    mask)[:, :t]
+    return _sharded(lambda q, k, v, n, m, mask: _call(q, k, v, n, m, mask=mask), q, k, v, queries, seen, mask)[:, :t]
 
 
 # ---- the mesh ----------------------------------------------------------------------------------------
@@ -197,5 +218,6 @@ def _sharded(run, q: Array, k: Array, v: Array, *others: Array) -> Array:
     if heads and k.shape[2] % tensor:  # too few to be split: each query head gets its own
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     whole = PartitionSpec(batch, None, heads, None)
-    return jax.shard_map(run, in_specs=(whole, whole, whole, *(PartitionSpec(batch),) * len(others)),
-                         out_specs=whole, check_vma=False)(q, k, v, *others)
+    return jax.shard_map(
+        run, in_specs=(whole, whole, whole, *(PartitionSpec(batch),) * len(others)), out_specs=whole, check_vma=False
+    )(q, k, v, *others)

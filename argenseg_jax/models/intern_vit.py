@@ -4,6 +4,7 @@ Covers the 300M form (LayerNorm, qkv bias) and the 6B form (RMSNorm, RMS over th
 and k before the head split, no qkv bias). There is no final norm (modeling_intern_vit.py).
 Axes: P tiles, n patches, N heads, H head dim, D width.
 """
+
 from __future__ import annotations
 
 import flax.linen as nn
@@ -36,8 +37,9 @@ class Block(nn.Module):
         norm = layers.LayerNorm if self.norm == "layer_norm" else layers.RMSNorm
         ls1 = self.param("ls1", nn.initializers.constant(self.ls_init), (self.width,))
         ls2 = self.param("ls2", nn.initializers.constant(self.ls_init), (self.width,))
-        y = Attention(self.width, self.heads, self.eps, self.qk_norm, self.qkv_bias, self.dtype,
-                      name="attn")(norm(self.eps, name="norm1")(x))
+        y = Attention(self.width, self.heads, self.eps, self.qk_norm, self.qkv_bias, self.dtype, name="attn")(
+            norm(self.eps, name="norm1")(x)
+        )
         x = x + self.drop_path(y * ls1.astype(y.dtype), drop_rate)
         y = Mlp(self.mlp, self.dtype, name="mlp")(norm(self.eps, name="norm2")(x))
         x = x + self.drop_path(y * ls2.astype(y.dtype), drop_rate)
@@ -99,8 +101,9 @@ class PatchEmbed(nn.Module):
         """[P, S, S, c] -> [P, n, D]."""
         p, size, _, c = images.shape
         grid = size // self.patch
-        kernel = self.param("kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)),
-                            (self.patch, self.patch, c, self.width))
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), (self.patch, self.patch, c, self.width)
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.width,))
         x = images.astype(self.dtype).reshape(p, grid, self.patch, grid, self.patch, c)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(p, grid * grid, -1)
@@ -127,15 +130,24 @@ class InternViT(nn.Module):
     unroll: bool = False
 
     @nn.compact
-    def __call__(self, images: Array, *, deterministic: bool = True, capture: bool = False
-                 ) -> tuple[Array, Array | None]:
+    def __call__(
+        self, images: Array, *, deterministic: bool = True, capture: bool = False
+    ) -> tuple[Array, Array | None]:
         """Normalised f32[P, S, S, 3] -> ([P, 1 + n, D], hidden states [L + 1, P, 1 + n, D] or None)."""
         x = self.embed(images)
-        block = layers.scan_layers(Block, self.depth, remat=self.remat, unroll=self.unroll,
-                                   in_axes=0)
+        block = layers.scan_layers(Block, self.depth, remat=self.remat, unroll=self.unroll, in_axes=0)
         last, hidden = block(
-            self.width, self.heads, self.mlp, self.norm, self.eps, self.qk_norm, self.qkv_bias,
-            self.ls_init, capture, deterministic or self.drop_path == 0.0, self.dtype,
+            self.width,
+            self.heads,
+            self.mlp,
+            self.norm,
+            self.eps,
+            self.qk_norm,
+            self.qkv_bias,
+            self.ls_init,
+            capture,
+            deterministic or self.drop_path == 0.0,
+            self.dtype,
             name="layers",
         )(x, jnp.linspace(0.0, self.drop_path, self.depth))
         return last, jnp.concatenate([x[None], hidden]) if capture else None
@@ -146,7 +158,7 @@ class InternViT(nn.Module):
         grid = size // self.patch
         cls = self.param("class_embed", nn.initializers.normal(0.02), (self.width,))
         native = self.image_size // self.patch
-        pos = self.param("pos_embed", nn.initializers.normal(0.02), (1 + native ** 2, self.width))
+        pos = self.param("pos_embed", nn.initializers.normal(0.02), (1 + native**2, self.width))
 
         x = PatchEmbed(self.patch, self.width, self.dtype, name="patch_embed")(images)
         x = jnp.concatenate([jnp.broadcast_to(cls.astype(self.dtype), (p, 1, self.width)), x], axis=1)

@@ -1,4 +1,5 @@
 """The KV cache: an explicit struct that is passed in and returned; rows may differ in length."""
+
 from __future__ import annotations
 
 import flax.struct
@@ -36,8 +37,9 @@ class KVCache:
         return self.k[0].shape[2]
 
     @classmethod
-    def empty(cls, layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int,
-              dtype: jnp.dtype, split: bool = False) -> KVCache:
+    def empty(
+        cls, layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: jnp.dtype, split: bool = False
+    ) -> KVCache:
         """A cache of zeros with nothing filled; the capacity is rounded up to whole blocks."""
         shape = (batch, -(-capacity // BLOCK) * BLOCK, kv_heads, head_dim)
 
@@ -54,23 +56,25 @@ class KVCache:
         A row that lacks room for T places is overwritten at its end: the caller sees to it that only
         rows which are done can be so short.
         """
-        return self.replace(k=_write(self.k, layer, k, self.length),
-                            v=_write(self.v, layer, v, self.length))
+        return self.replace(k=_write(self.k, layer, k, self.length), v=_write(self.v, layer, v, self.length))
 
     def read(self, layer: Array | int, start: Array | int, size: int) -> tuple[Array, Array]:
         """Keys and values [B, size, K, H] of one layer from a place on."""
         return _read(self.k, layer, start, size), _read(self.v, layer, start, size)
 
 
-def _write(store: Array | tuple[Array, ...], layer: Array | int, new: Array, length: Array
-           ) -> Array | tuple[Array, ...]:
+def _write(
+    store: Array | tuple[Array, ...], layer: Array | int, new: Array, length: Array
+) -> Array | tuple[Array, ...]:
     update = jax.lax.dynamic_update_slice
     if isinstance(store, tuple):
         rows = jax.vmap(lambda row, block, at: update(row, block, (at, 0, 0)))(
-            store[layer], new.astype(store[layer].dtype), length)
-        return *store[:layer], rows, *store[layer + 1:]
-    return jax.vmap(lambda rows, block, at: update(rows, block[None], (layer, at, 0, 0)),
-                    (1, 0, 0), 1)(store, new.astype(store.dtype), length)
+            store[layer], new.astype(store[layer].dtype), length
+        )
+        return *store[:layer], rows, *store[layer + 1 :]
+    return jax.vmap(lambda rows, block, at: update(rows, block[None], (layer, at, 0, 0)), (1, 0, 0), 1)(
+        store, new.astype(store.dtype), length
+    )
 
 
 def _read(store: Array | tuple[Array, ...], layer: Array | int, start: Array | int, size: int) -> Array:

@@ -2,6 +2,7 @@
 
 Axes: B batch, T length, H head dim, D width, F MLP width, L layers.
 """
+
 from __future__ import annotations
 
 import functools
@@ -117,18 +118,25 @@ def kernel_inputs(path: str) -> int:
     return 2 if path.endswith("/attn/o/kernel") else 1
 
 
-def flat_dot_general(x: Array, kernel: Kernel, dimension_numbers: Any, precision: Any = None,
-                     preferred_element_type: Any = None) -> Array:
+def flat_dot_general(
+    x: Array, kernel: Kernel, dimension_numbers: Any, precision: Any = None, preferred_element_type: Any = None
+) -> Array:
     """dot_general of a dense layer as one 2-D matmul.
 
     Eight-bit kernels are scaled behind the product, so that only bytes are read.
     """
     (contract, onto), batch = dimension_numbers
     n = len(contract)
-    if batch != ((), ()) or tuple(contract) != tuple(range(x.ndim - n, x.ndim)) \
-            or tuple(onto) != tuple(range(n)) or precision or preferred_element_type:
-        raise ValueError(f"not the contraction of a dense layer: {dimension_numbers}, {precision}, "
-                         f"{preferred_element_type}")
+    if (
+        batch != ((), ())
+        or tuple(contract) != tuple(range(x.ndim - n, x.ndim))
+        or tuple(onto) != tuple(range(n))
+        or precision
+        or preferred_element_type
+    ):
+        raise ValueError(
+            f"not the contraction of a dense layer: {dimension_numbers}, {precision}, {preferred_element_type}"
+        )
     depth = math.prod(kernel.shape[:n])
     if isinstance(kernel, Adapted):
         y = flat_dot_general(x, kernel.kernel, dimension_numbers)
@@ -138,7 +146,7 @@ def flat_dot_general(x: Array, kernel: Kernel, dimension_numbers: Any, precision
         return y * kernel.scale.astype(y.dtype)
     weights = kernel.kernel if isinstance(kernel, GradIn) else kernel
     y = _product(x.reshape(-1, depth), weights.reshape(depth, -1), kernel.dtype)
-    return y.reshape(*x.shape[:x.ndim - n], *kernel.shape[n:])
+    return y.reshape(*x.shape[: x.ndim - n], *kernel.shape[n:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -189,8 +197,9 @@ def _head_product_fwd(x: Array, head: Array, words: int) -> tuple[Array, tuple[A
 
 def _head_product_bwd(words: int, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, head = kept
-    into_head = jnp.dot(_turned(x.reshape(-1, x.shape[-1])), dy.reshape(-1, dy.shape[-1]),
-                        preferred_element_type=jnp.float32)
+    into_head = jnp.dot(
+        _turned(x.reshape(-1, x.shape[-1])), dy.reshape(-1, dy.shape[-1]), preferred_element_type=jnp.float32
+    )
     into_head = jnp.where(jnp.arange(head.shape[1]) < words, into_head, 0)
     into_x = jnp.einsum("...V,DV->...D", dy, head.astype(x.dtype), preferred_element_type=jnp.float32)
     return into_x.astype(x.dtype), into_head.astype(head.dtype)
@@ -199,15 +208,22 @@ def _head_product_bwd(words: int, kept: tuple[Array, Array], dy: Array) -> tuple
 head_product.defvjp(_head_product_fwd, _head_product_bwd)
 
 
-def dense(features: int | tuple[int, ...], dtype: jnp.dtype, *, inputs: int = 1, bias: bool = True,
-          name: str | None = None) -> nn.DenseGeneral:
+def dense(
+    features: int | tuple[int, ...], dtype: jnp.dtype, *, inputs: int = 1, bias: bool = True, name: str | None = None
+) -> nn.DenseGeneral:
     """A dense layer from the last `inputs` axes to `features`; kernel [*in, *features]."""
-    return nn.DenseGeneral(features, axis=tuple(range(-inputs, 0)), use_bias=bias, dtype=dtype,
-                           dot_general=flat_dot_general, promote_dtype=_promote, name=name)
+    return nn.DenseGeneral(
+        features,
+        axis=tuple(range(-inputs, 0)),
+        use_bias=bias,
+        dtype=dtype,
+        dot_general=flat_dot_general,
+        promote_dtype=_promote,
+        name=name,
+    )
 
 
-def _promote(x: Array, kernel: Kernel, bias: Array | None, dtype: jnp.dtype
-             ) -> tuple[Array, Kernel, Array | None]:
+def _promote(x: Array, kernel: Kernel, bias: Array | None, dtype: jnp.dtype) -> tuple[Array, Kernel, Array | None]:
     """flax's promotion to the compute dtype, but for kernels that are promoted where they are used."""
     if isinstance(kernel, Adapted):
         x, bias, *parts = promote_dtype(x, bias, kernel.kernel, kernel.a, kernel.b, dtype=dtype)
@@ -218,8 +234,9 @@ def _promote(x: Array, kernel: Kernel, bias: Array | None, dtype: jnp.dtype
     return promote_dtype(x, kernel, bias, dtype=dtype)
 
 
-def rope_angles(positions: Array, head_dim: int, theta: float,
-                ntk_factor: float = 1.0, max_positions: int = 0) -> Array:
+def rope_angles(
+    positions: Array, head_dim: int, theta: float, ntk_factor: float = 1.0, max_positions: int = 0
+) -> Array:
     """Rotation angles f32[B, T, head_dim / 2] of plain RoPE, with dynamic NTK scaling if asked for.
 
     Dynamic NTK (InternLM2): beyond `max_positions` the base grows with the length of the row. The
@@ -231,8 +248,7 @@ def rope_angles(positions: Array, head_dim: int, theta: float,
     if ntk_factor > 1.0:
         length = jnp.max(positions, axis=-1).astype(jnp.float32) + 1
         grown = ntk_factor * length / max_positions - (ntk_factor - 1)
-        base = jnp.where(length > max_positions,
-                         base * jnp.maximum(grown, 1.0) ** (head_dim / (head_dim - 2)), base)
+        base = jnp.where(length > max_positions, base * jnp.maximum(grown, 1.0) ** (head_dim / (head_dim - 2)), base)
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     inv_freq = 1.0 / base[:, None] ** exponent  # [B, H/2]
     return positions.astype(jnp.float32)[:, :, None] * inv_freq[:, None, :]
@@ -267,10 +283,17 @@ def apply_rope(x: Array, turns: tuple[Array, Array]) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def scan_layers(block: type[nn.Module], length: int, *, remat: str, unroll: bool,
-                in_axes: Any = nn.broadcast) -> type[nn.Module]:
+def scan_layers(
+    block: type[nn.Module], length: int, *, remat: str, unroll: bool, in_axes: Any = nn.broadcast
+) -> type[nn.Module]:
     """`block` repeated `length` times with stacked parameters, rematerialised by a named policy."""
     if remat != "none":
         block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
-    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-                   in_axes=in_axes, length=length, unroll=length if unroll else 1)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=length,
+        unroll=length if unroll else 1,
+    )

@@ -4,6 +4,7 @@ Beside a kernel [L?, *in, *out] of a dense layer a parameter tree then has `lora
 `lora_b` [L?, r, O], where I and O are the products of its inputs and outputs, and the layer multiplies
 with kernel + alpha / r * lora_a lora_b. The modules know nothing of it: they are given `adapted` trees.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -63,13 +64,14 @@ class Lora:
         targets = self.targets or _DEFAULT
         for name, patterns, paths in (("targets", targets, dense), ("also", self.also, list(flat))):
             if idle := [p for p in patterns if not any(re.fullmatch(p, path) for path in paths)]:
-                raise UserError(f"train.lora.{name}: '{idle[0]}' matches nothing; there are "
-                                f"{', '.join(paths[:3])}, ...")
+                raise UserError(
+                    f"train.lora.{name}: '{idle[0]}' matches nothing; there are {', '.join(paths[:3])}, ..."
+                )
         new = {}
         for number, path in enumerate(p for p in dense if trees.match(targets, p)):
             stack, inputs, outputs = _sides(path, flat[path].shape)
             draw = jax.random.normal(jax.random.fold_in(key, number), (*stack, inputs, self.rank))
-            new[_beside(path, "a")] = draw * inputs ** -0.5
+            new[_beside(path, "a")] = draw * inputs**-0.5
             new[_beside(path, "b")] = jnp.zeros((*stack, self.rank, outputs))
         return trees.merge(params, trees.unflatten(new))
 
@@ -120,10 +122,15 @@ def _exchanged(params: Params, make: Any) -> Params:
     flat = trees.flatten(params)
     if not any(map(is_adapter, flat)):
         return params
-    return trees.unflatten({
-        path: make(leaf, flat[_beside(path, "a")], flat[_beside(path, "b")])
-        if path.endswith("/kernel") and _beside(path, "a") in flat else leaf
-        for path, leaf in flat.items() if not is_adapter(path)})
+    return trees.unflatten(
+        {
+            path: make(leaf, flat[_beside(path, "a")], flat[_beside(path, "b")])
+            if path.endswith("/kernel") and _beside(path, "a") in flat
+            else leaf
+            for path, leaf in flat.items()
+            if not is_adapter(path)
+        }
+    )
 
 
 def _beside(path: str, side: str) -> str:

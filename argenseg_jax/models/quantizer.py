@@ -4,6 +4,7 @@ A latent f is coded coarse to fine: each scale codes what the scales before have
 sum of the looked-up, up-sampled and phi-smoothed codes is f_hat. Axes: B batch, S side of the
 latent grid, C channels, pn side of a scale, N codes over all scales, V codebook size; NHWC.
 """
+
 from __future__ import annotations
 
 import flax
@@ -53,10 +54,10 @@ class MultiScaleQuantizer(nn.Module):
     dead_zone: float = 0.0
 
     def setup(self):
-        self.codebook = self.param("codebook", _uniform_init,
-                                   (self.codebook_size, self.channels), jnp.float32)
-        self.phi = [nn.Conv(self.channels, (3, 3), precision=_EXACT)
-                    for _ in range(self.num_phi if self.phi_ratio else 0)]
+        self.codebook = self.param("codebook", _uniform_init, (self.codebook_size, self.channels), jnp.float32)
+        self.phi = [
+            nn.Conv(self.channels, (3, 3), precision=_EXACT) for _ in range(self.num_phi if self.phi_ratio else 0)
+        ]
 
     @property
     def scales(self) -> Scales:
@@ -89,16 +90,18 @@ class MultiScaleQuantizer(nn.Module):
         f = f.astype(jnp.float32)
         q = self.residual_quantize(f)
         stop = jax.lax.stop_gradient
-        loss = sum(self.beta * jnp.mean((stop(f_hat) - f) ** 2) + jnp.mean((f_hat - stop(f)) ** 2)
-                   for f_hat in q.f_hats) / len(self.scales)
+        loss = sum(
+            self.beta * jnp.mean((stop(f_hat) - f) ** 2) + jnp.mean((f_hat - stop(f)) ** 2) for f_hat in q.f_hats
+        ) / len(self.scales)
         return stop(q.f_hats[-1] - f) + f, loss, q
 
     def nearest(self, z: jax.Array) -> jax.Array:
         """Index of the nearest code: f32[...,C] -> i32[...]."""
         codebook = self._codebook()
         norms = jnp.sum(codebook * codebook, -1)
-        distance = (jnp.sum(z * z, -1, keepdims=True) + norms
-                    - 2 * jnp.einsum("...c,vc->...v", z, codebook, precision=_EXACT))
+        distance = (
+            jnp.sum(z * z, -1, keepdims=True) + norms - 2 * jnp.einsum("...c,vc->...v", z, codebook, precision=_EXACT)
+        )
         if self.dead_zone:
             distance = distance.at[..., 0].add(-self.dead_zone * jnp.mean(norms))
         return jnp.argmin(distance, -1).astype(jnp.int32)

@@ -3,6 +3,7 @@
 Both resizes of the VQ-VAE's quantizer are separable: out = M_h x M_w^T. `jax.image.resize` is no
 substitute: its cubic kernel has a = -0.5, torch's a = -0.75, enough of a difference to flip codes.
 """
+
 from __future__ import annotations
 
 import functools

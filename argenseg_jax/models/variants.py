@@ -3,6 +3,7 @@
 A variant is a nested dict whose inner dicts hold fields of the modules of the same name. The sizes
 of the released models follow their published config.json files.
 """
+
 from __future__ import annotations
 
 import copy
@@ -22,23 +23,45 @@ from argenseg_jax.scales import PATCH_NUMS_256
 from argenseg_jax.vocab import Vocab
 
 _VIT_300M = dict(image_size=448, patch=14, width=1024, depth=24, heads=16, mlp=4096)
-_VIT_6B = dict(image_size=448, patch=14, width=3200, depth=45, heads=25, mlp=12800,
-               norm="rms_norm", qk_norm=True, qkv_bias=False)
-_VAR = dict(ch=160, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, z_channels=32, codebook_size=4096,
-            patch_nums=PATCH_NUMS_256)
+_VIT_6B = dict(
+    image_size=448, patch=14, width=3200, depth=45, heads=25, mlp=12800, norm="rms_norm", qk_norm=True, qkv_bias=False
+)
+_VAR = dict(
+    ch=160, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, z_channels=32, codebook_size=4096, patch_nums=PATCH_NUMS_256
+)
 _INTERNLM2_VOCAB = dict(base=92544, eos=92542, pad=2)
 _QWEN_VOCAB = dict(base=151665, eos=151645, pad=151643)
 
 
-def _internlm2(width: int, depth: int, heads: int, mlp: int, rope_theta: float = 1e6,
-               ntk_factor: float = 2.0) -> dict[str, Any]:
-    return dict(width=width, depth=depth, heads=heads, kv_heads=8, head_dim=128, mlp=mlp, eps=1e-5,
-                rope_theta=rope_theta, ntk_factor=ntk_factor, max_positions=32768)
+def _internlm2(
+    width: int, depth: int, heads: int, mlp: int, rope_theta: float = 1e6, ntk_factor: float = 2.0
+) -> dict[str, Any]:
+    return dict(
+        width=width,
+        depth=depth,
+        heads=heads,
+        kv_heads=8,
+        head_dim=128,
+        mlp=mlp,
+        eps=1e-5,
+        rope_theta=rope_theta,
+        ntk_factor=ntk_factor,
+        max_positions=32768,
+    )
 
 
 def _qwen(width: int, depth: int, heads: int, kv_heads: int, mlp: int) -> dict[str, Any]:
-    return dict(width=width, depth=depth, heads=heads, kv_heads=kv_heads, mlp=mlp, eps=1e-6,
-                head_dim=64 if width == 896 else 128, rope_theta=1e6, qkv_bias=True)
+    return dict(
+        width=width,
+        depth=depth,
+        heads=heads,
+        kv_heads=kv_heads,
+        mlp=mlp,
+        eps=1e-6,
+        head_dim=64 if width == 896 else 128,
+        rope_theta=1e6,
+        qkv_bias=True,
+    )
 
 
 def _qwen_ntk(*sizes: int) -> dict[str, Any]:
@@ -66,11 +89,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
         image_size=64,
         vision=dict(image_size=64, patch=8, width=96, depth=2, heads=3, mlp=256, ls_init=1.0),
         connector=dict(ratio=1.0),
-        llm=dict(width=96, depth=4, heads=3, kv_heads=3, head_dim=32, mlp=256, eps=1e-6,
-                 rope_theta=1e4, max_positions=2048, tied=True, qk_norm=True, rope_2d=True),
-        vqvae=dict(ch=48, ch_mult=(1,), num_res_blocks=0, z_channels=16, codebook_size=512,
-                   patch_nums=(1, 8), using_sa=False, using_mid_sa=False, patch_size=8,
-                   local=True, dead_zone=0.03, phi_ratio=0.0),
+        llm=dict(
+            width=96,
+            depth=4,
+            heads=3,
+            kv_heads=3,
+            head_dim=32,
+            mlp=256,
+            eps=1e-6,
+            rope_theta=1e4,
+            max_positions=2048,
+            tied=True,
+            qk_norm=True,
+            rope_2d=True,
+        ),
+        vqvae=dict(
+            ch=48,
+            ch_mult=(1,),
+            num_res_blocks=0,
+            z_channels=16,
+            codebook_size=512,
+            patch_nums=(1, 8),
+            using_sa=False,
+            using_mid_sa=False,
+            patch_size=8,
+            local=True,
+            dead_zone=0.03,
+            phi_ratio=0.0,
+        ),
         vocab=dict(base=498, eos=496, pad=496),
     ),
 }
@@ -106,6 +152,7 @@ def resolve(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_together(spec: Mapping[str, Any]) -> None:
     """UserError that names the fields which exclude each other; each by itself is right."""
+
     def field(key: str) -> Any:
         part, _, name = key.rpartition(".")
         return spec[part].get(name, getattr(_FIELDS_OF[part], name, None)) if part else spec[name]
@@ -118,24 +165,32 @@ def _check_together(spec: Mapping[str, Any]) -> None:
         refuse(field(large) % field(small) != 0, "the first must be a multiple of the second", large, small)
     refuse(field("llm.head_dim") % 2 != 0, "rotary positions need an even number", "llm.head_dim")
     shuffle = round(1 / max(field("connector.ratio"), 1 / _MAX_GRID))
-    refuse(abs(shuffle * field("connector.ratio") - 1) > 1e-6, "1 divided by a whole number is expected",
-           "connector.ratio")
+    refuse(
+        abs(shuffle * field("connector.ratio") - 1) > 1e-6, "1 divided by a whole number is expected", "connector.ratio"
+    )
     for key in ("image_size", "vision.image_size"):
         grid = field(key) // field("vision.patch")
-        refuse(not 1 <= grid <= _MAX_GRID, f"1 to {_MAX_GRID} patches along a side are expected",
-               key, "vision.patch")
-    refuse(field("image_size") % (field("vision.patch") * shuffle) != 0,
-           f"{shuffle} x {shuffle} patches become one position: they must fill the image",
-           "image_size", "vision.patch", "connector.ratio")
+        refuse(not 1 <= grid <= _MAX_GRID, f"1 to {_MAX_GRID} patches along a side are expected", key, "vision.patch")
+    refuse(
+        field("image_size") % (field("vision.patch") * shuffle) != 0,
+        f"{shuffle} x {shuffle} patches become one position: they must fill the image",
+        "image_size",
+        "vision.patch",
+        "connector.ratio",
+    )
     sides, mults = field("vqvae.patch_nums"), field("vqvae.ch_mult")
     refuse(list(sides) != sorted(sides), "scales go from coarse to fine", "vqvae.patch_nums")
-    refuse(sides[0] != 1, "the first scale has a single code, as <ge_start> is all its input",
-           "vqvae.patch_nums")
-    refuse(sum(side * side for side in sides) > _MAX_CODES, f"a mask has at most {_MAX_CODES} codes",
-           "vqvae.patch_nums")
-    refuse(len(mults) > 8 or field("vqvae.patch_size") * 2 ** (len(mults) - 1) * sides[-1] > _MAX_SIDE,
-           f"masks have at most {_MAX_SIDE} pixels along a side", "vqvae.patch_size", "vqvae.ch_mult",
-           "vqvae.patch_nums")
+    refuse(sides[0] != 1, "the first scale has a single code, as <ge_start> is all its input", "vqvae.patch_nums")
+    refuse(
+        sum(side * side for side in sides) > _MAX_CODES, f"a mask has at most {_MAX_CODES} codes", "vqvae.patch_nums"
+    )
+    refuse(
+        len(mults) > 8 or field("vqvae.patch_size") * 2 ** (len(mults) - 1) * sides[-1] > _MAX_SIDE,
+        f"masks have at most {_MAX_SIDE} pixels along a side",
+        "vqvae.patch_size",
+        "vqvae.ch_mult",
+        "vqvae.patch_nums",
+    )
     size = Vocab(field("vocab.base"), field("vqvae.codebook_size"), 0).size
     for key in ("vocab.eos", "vocab.pad"):
         refuse(field(key) >= size, f"the vocabulary has {size} ids", key, "vocab.base")
@@ -146,8 +201,7 @@ def build(model_cfg: Mapping[str, Any]) -> ARGenSeg:
     spec = resolve(model_cfg)
     dtype = jnp.dtype(spec.get("dtype", "float32"))
     stack = dict(dtype=dtype, remat=spec.get("remat", "none"), unroll=spec.get("unroll", False))
-    parts = {key: {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in spec[key].items()}
-             for key in _PARTS}
+    parts = {key: {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in spec[key].items()} for key in _PARTS}
     quantizer = VQVAE(**parts["vqvae"])
     vocab = Vocab(num_codes=quantizer.codebook_size, **spec["vocab"])
     llm = DecoderLM(vocab_rows=vocab.padded_size, vocab_size=vocab.size, **parts["llm"], **stack)

@@ -4,6 +4,7 @@ Submodule names follow the official state dict ('.' -> '/', list indices joined 
 weights convert by a table (VAR basic_vae.py, vqvae.py). Axes: B batch, R image side in pixels,
 S side of the latent grid, C latent channels, D width, N codes; NHWC.
 """
+
 from __future__ import annotations
 
 import math
@@ -45,18 +46,28 @@ class VQVAE(nn.Module):
     dead_zone: float = 0.0
 
     def setup(self):
-        shared = dict(ch=self.ch, ch_mult=tuple(self.ch_mult), num_res_blocks=self.num_res_blocks,
-                      using_sa=self.using_sa, using_mid_sa=self.using_mid_sa, dtype=self.dtype,
-                      local=self.local)
+        shared = dict(
+            ch=self.ch,
+            ch_mult=tuple(self.ch_mult),
+            num_res_blocks=self.num_res_blocks,
+            using_sa=self.using_sa,
+            using_mid_sa=self.using_mid_sa,
+            dtype=self.dtype,
+            local=self.local,
+        )
         self.encoder = Encoder(**shared, out_channels=self.z_channels)
-        self.decoder = Decoder(
-            **shared, out_channels=self.patch_size**2 if self.patch_size > 1 else 3)
+        self.decoder = Decoder(**shared, out_channels=self.patch_size**2 if self.patch_size > 1 else 3)
         self.quant_conv = _conv(self.z_channels, self.dtype, 1 if self.local else 3)
         self.post_quant_conv = _conv(self.z_channels, self.dtype)
         self.quantizer = MultiScaleQuantizer(
-            codebook_size=self.codebook_size, channels=self.z_channels,
-            patch_nums=tuple(self.patch_nums), num_phi=self.num_phi, phi_ratio=self.phi_ratio,
-            beta=self.beta, dead_zone=self.dead_zone)
+            codebook_size=self.codebook_size,
+            channels=self.z_channels,
+            patch_nums=tuple(self.patch_nums),
+            num_phi=self.num_phi,
+            phi_ratio=self.phi_ratio,
+            beta=self.beta,
+            dead_zone=self.dead_zone,
+        )
 
     @property
     def image_size(self) -> int:
@@ -72,8 +83,9 @@ class VQVAE(nn.Module):
     def encode(self, image: jax.Array) -> jax.Array:
         """[B,R,R,3] in [-1,1] -> latent f f32[B,S,S,C]."""
         if image.shape[1:] != (self.image_size, self.image_size, 3):
-            raise ValueError(f"this VQ-VAE takes images [B,{self.image_size},{self.image_size},3], "
-                             f"got {list(image.shape)}")
+            raise ValueError(
+                f"this VQ-VAE takes images [B,{self.image_size},{self.image_size},3], got {list(image.shape)}"
+            )
         f = self._latent(image)
         # The black one apart: beside B rows it would make their number odd, hard to split.
         return f - self._latent(jnp.full_like(image[:1], -1)) if self.local else f
@@ -133,9 +145,16 @@ class Encoder(Tower):
         kernel = 1 if self.local else 3  # conv_in alone looks around
         x = _conv(self.ch, self.dtype, name="conv_in")(x)
         for i, mult in enumerate(self.ch_mult):
-            x = Stage(self.ch * mult, self.num_res_blocks, self.using_sa and i == last,
-                      "downsample" if i < last else "", self.dtype, self.local, kernel,
-                      name=f"down_{i}")(x)
+            x = Stage(
+                self.ch * mult,
+                self.num_res_blocks,
+                self.using_sa and i == last,
+                "downsample" if i < last else "",
+                self.dtype,
+                self.local,
+                kernel,
+                name=f"down_{i}",
+            )(x)
         x = Middle(self.using_mid_sa, self.dtype, self.local, kernel, name="mid")(x)
         x = nn.silu(_norm(x, self.local, name="norm_out"))
         return _conv(self.out_channels, self.dtype, kernel, name="conv_out")(x)
@@ -150,9 +169,15 @@ class Decoder(Tower):
         x = _conv(self.ch * self.ch_mult[-1], self.dtype, name="conv_in")(x)
         x = Middle(self.using_mid_sa, self.dtype, self.local, name="mid")(x)
         for i in reversed(range(len(self.ch_mult))):
-            x = Stage(self.ch * self.ch_mult[i], self.num_res_blocks + 1,
-                      self.using_sa and i == last, "upsample" if i > 0 else "", self.dtype,
-                      self.local, name=f"up_{i}")(x)
+            x = Stage(
+                self.ch * self.ch_mult[i],
+                self.num_res_blocks + 1,
+                self.using_sa and i == last,
+                "upsample" if i > 0 else "",
+                self.dtype,
+                self.local,
+                name=f"up_{i}",
+            )(x)
         x = nn.silu(_norm(x, self.local, name="norm_out"))
         return _conv(self.out_channels, self.dtype, name="conv_out")(x)
 
@@ -171,14 +196,12 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(self.num_blocks):
-            x = ResnetBlock(self.width, self.dtype, self.local, self.kernel,
-                            name=f"block_{i}")(x)
+            x = ResnetBlock(self.width, self.dtype, self.local, self.kernel, name=f"block_{i}")(x)
             if self.attention:
                 x = AttnBlock(self.dtype, self.local, name=f"attn_{i}")(x)
         if self.resize == "downsample":
             x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))  # right and bottom only, as VAR does
-            x = nn.Conv(self.width, (3, 3), strides=2, padding="VALID", dtype=self.dtype,
-                        name="downsample")(x)
+            x = nn.Conv(self.width, (3, 3), strides=2, padding="VALID", dtype=self.dtype, name="downsample")(x)
         elif self.resize == "upsample":
             x = _conv(self.width, self.dtype, name="upsample")(nearest2x(x))
         return x

@@ -3,6 +3,7 @@
 The steps are spelled out here because a recording holds what is fed and what comes out at each of
 them; then decode/ answers the same prompts in its own way.
 """
+
 from __future__ import annotations
 
 import functools
@@ -39,14 +40,14 @@ def _compare_engine(record: Recording, model: ARGenSeg, params: Params, replay: 
     if replay.guidance is not None:
         if not (lengths[b:] == lengths[b]).all() or not (rows[b:] == rows[b]).all():
             raise record.fault(f"{name}input_ids", "has unconditional rows that differ from each other")
-        twin = {"guidance": replay.guidance, "nothing": rows[b, :lengths[b]], "reference": True}
-    got = engine.Engine(model, params).generate(rows[:b], lengths[:b], replay.tiles, max_masks=masks + 1,
-                                                max_text=replay.text_calls, **twin)
+        twin = {"guidance": replay.guidance, "nothing": rows[b, : lengths[b]], "reference": True}
+    got = engine.Engine(model, params).generate(
+        rows[:b], lengths[:b], replay.tiles, max_masks=masks + 1, max_text=replay.text_calls, **twin
+    )
     if f"{name}generated_tokens" in record:
         ids = np.where(got.ids == model.vocab.ge_start, model.vocab.ge_end, got.ids)
         ids = np.where(np.arange(ids.shape[1]) < got.counts[:, None], ids, model.vocab.pad)
-        record.compare(f"{name}generated_tokens by decode/", ids,
-                       record.ints(f"{name}generated_tokens", 2)[:b], EQUAL)
+        record.compare(f"{name}generated_tokens by decode/", ids, record.ints(f"{name}generated_tokens", 2)[:b], EQUAL)
     for j in range(masks):
         for kind, values, tolerance in (("codes", got.codes, EQUAL), ("image_u8", got.images, IMAGE_U8)):
             array = f"{name}mask{j}_{kind}"
@@ -55,8 +56,7 @@ def _compare_engine(record: Recording, model: ARGenSeg, params: Params, replay: 
             if j >= got.num_masks.min():
                 record.absent(f"{array} by decode/", f"the answers have {got.num_masks.tolist()} masks")
                 continue
-            record.compare(f"{array} by decode/", _like(record, array, values[:, j]), record.input(array),
-                           tolerance)
+            record.compare(f"{array} by decode/", _like(record, array, values[:, j]), record.input(array), tolerance)
 
 
 def _like(record: Recording, name: str, rows: np.ndarray) -> np.ndarray:
@@ -83,23 +83,25 @@ class _Replay:
       tiles: f32[R, P, S, S, 3], each row's own images filled up with zeros; None where no row has any.
     """
 
-    def __init__(self, record: Recording, model: ARGenSeg, params: Params, name: str,
-                 guidance: float | None):
+    def __init__(self, record: Recording, model: ARGenSeg, params: Params, name: str, guidance: float | None):
         self.record, self.model, self.params, self.name = record, model, params, name
         self.guidance = guidance
         self.tokens = record.ints(f"{name}input_ids", 2, below=model.vocab.size)
         self.real = record.ints(f"{name}attention_mask", 2, default=np.ones_like(self.tokens)) == 1
         if self.real.shape != self.tokens.shape or not self.real.any(1).all():
-            raise record.fault(f"{name}attention_mask", f"{self.real.shape} does not fit the input_ids "
-                               f"{self.tokens.shape}, or leaves nothing of a row")
+            raise record.fault(
+                f"{name}attention_mask",
+                f"{self.real.shape} does not fit the input_ids {self.tokens.shape}, or leaves nothing of a row",
+            )
         rows, self.length = self.tokens.shape  # length: so far, in the reference's padded rows
         if guidance is not None and rows % 2:
             raise record.fault(f"{name}input_ids", f"has {rows} rows; guidance needs pairs of them")
         self.answers = rows // 2 if guidance is not None else rows
         self.text_calls, self.num_masks = self.count_calls()
         self.tiles, self.features = self.encode()
-        self.cache = model.empty_cache(rows, self.length + self.text_calls
-                                       + self.num_masks * (model.scales.num_codes + 1))
+        self.cache = model.empty_cache(
+            rows, self.length + self.text_calls + self.num_masks * (model.scales.num_codes + 1)
+        )
         self.done = np.zeros(rows, bool)
         self.starts: list[tuple[np.ndarray, np.ndarray]] = []
         self.calls: dict[str, list] = {"logits": [], "position": [], "length": [], "kind": []}
@@ -128,8 +130,7 @@ class _Replay:
         if not counts.any():
             return None, None
         if counts.sum() != len(pixels):
-            raise record.fault(f"{name}pixel_values", f"has {len(pixels)} tiles for the {counts.sum()} in the "
-                               "prompts")
+            raise record.fault(f"{name}pixel_values", f"has {len(pixels)} tiles for the {counts.sum()} in the prompts")
         return per_row(pixels, counts), per_row(features, counts).reshape(len(counts), -1, features.shape[-1])
 
     def call(self, method: str, *args):
@@ -178,8 +179,7 @@ class _Replay:
         padded = np.zeros_like(logits)
         padded[self.real] = logits[np.arange(rows.shape[1]) < lengths[:, None]]
         self.check("prefill_logits", padded, where=self.real)
-        self.check("prefill_position_ids", np.maximum(np.cumsum(self.real, 1) - 1, 0),
-                   where=self.real)
+        self.check("prefill_position_ids", np.maximum(np.cumsum(self.real, 1) - 1, 0), where=self.real)
         return self.note(logits[np.arange(len(rows)), lengths - 1])
 
     def text(self, token: np.ndarray) -> np.ndarray:
@@ -191,7 +191,7 @@ class _Replay:
 
     def logits(self, hidden) -> np.ndarray:
         """Without the padding of the vocabulary."""
-        return np.asarray(self.call("logits", hidden))[..., :self.model.vocab.size]
+        return np.asarray(self.call("logits", hidden))[..., : self.model.vocab.size]
 
     def note(self, logits: np.ndarray) -> np.ndarray:
         """Remembers a text call."""
@@ -225,8 +225,9 @@ class _Replay:
                 t = self.guidance * k / max(len(scales) - 1, 1)
                 guided = (1 + t) * logits[:b] - t * logits[b:]
             code = jnp.argmax(guided, axis=-1)
-            f_hat = self.model.apply({"params": self.params}, f_hat, code, k,
-                                     method=lambda m, *a: m.vqvae.quantizer.accumulate(*a))
+            f_hat = self.model.apply(
+                {"params": self.params}, f_hat, code, k, method=lambda m, *a: m.vqvae.quantizer.accumulate(*a)
+            )
             f_hats.append(f_hat)
             for store, value in ((fed, x), (raw, logits), (mixed, guided), (codes, code)):
                 store.append(np.asarray(value))
@@ -267,13 +268,17 @@ class _Replay:
         self.check(f"{name}logits_mean_per_scale", [x.mean() for x in mixed])
         self.check(f"{name}logits_std_per_scale", [x.std(ddof=1) for x in mixed])
         self.check(f"{name}position_ids", positions)
-        whose = {"code_logits": mixed, "cond_logits": [x[:b] for x in raw],
-                 "uncond_logits": [x[b:] for x in raw], "inputs_embeds": fed}
+        whose = {
+            "code_logits": mixed,
+            "cond_logits": [x[:b] for x in raw],
+            "uncond_logits": [x[b:] for x in raw],
+            "inputs_embeds": fed,
+        }
         for m in self.record.names(rf"{self.name}{name}({'|'.join(whose)})_scales0to(\d+)"):
-            self.record.check(m[0], np.concatenate(whose[m[1]][:int(m[2]) + 1], axis=1))
+            self.record.check(m[0], np.concatenate(whose[m[1]][: int(m[2]) + 1], axis=1))
         for m in self.record.names(rf"{self.name}{name}({'|'.join(whose)})_scale(\d+)_first(\d+)"):
             if int(m[2]) < len(fed):
-                self.record.check(m[0], whose[m[1]][int(m[2])][:, :int(m[3])])
+                self.record.check(m[0], whose[m[1]][int(m[2])][:, : int(m[3])])
 
     def check_images(self, name: str, f_hats: list, is_last: bool) -> None:
         """Compares the mask's images, and for the last mask those of the first row after each scale."""
@@ -295,8 +300,7 @@ def tile_counts(record: Recording, name: str, rows: np.ndarray, model: ARGenSeg)
     """int[R], tiles that each row of ids has places for; `name` is the array they are from."""
     places = (rows == model.vocab.img_context).sum(1)
     if (places % model.image_tokens).any():
-        raise record.fault(name, f"has {places.tolist()} <IMG_CONTEXT> in its rows; a tile has "
-                           f"{model.image_tokens}")
+        raise record.fault(name, f"has {places.tolist()} <IMG_CONTEXT> in its rows; a tile has {model.image_tokens}")
     return places // model.image_tokens
 
 
@@ -329,6 +333,6 @@ def per_row(items: np.ndarray, counts: np.ndarray) -> np.ndarray:
     out = np.zeros((len(counts), counts.max(initial=0), *items.shape[1:]), items.dtype)
     at = 0
     for row, n in zip(out, counts):
-        row[:n] = items[at:at + n]
+        row[:n] = items[at : at + n]
         at += n
     return out

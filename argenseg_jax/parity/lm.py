@@ -1,4 +1,5 @@
 """Recordings of kind E: the decoder in one pass, through the cache, and in greedy generation."""
+
 from __future__ import annotations
 
 import functools
@@ -25,16 +26,21 @@ def compare_lm(record: Recording) -> None:
     for variant, cfg in record.config["variants"].items():
         size = cfg["config"]["vocab_size"]
         lm = DecoderLM(vocab_rows=size, vocab_size=size, **hf_config.llm_cfg(cfg["config"]))
-        shapes = jax.eval_shape(functools.partial(lm.init, method=_whole), jax.random.key(0),
-                                jnp.zeros((1, 1), jnp.int32))
-        params = torch_convert.to_jax(record.weights(variant), {"llm": shapes["params"]},
-                                      source=str(record.folder))["llm"]
+        shapes = jax.eval_shape(
+            functools.partial(lm.init, method=_whole), jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+        )
+        params = torch_convert.to_jax(record.weights(variant), {"llm": shapes["params"]}, source=str(record.folder))[
+            "llm"
+        ]
         _compare_variant(record, f"{variant}/", lm, params, cfg["config"])
     for m in record.names(r"split/layer(\d+)/(q|k|v|wqkv)"):
         heads = params["layers"]["attn"]
         leaves = {name: np.asarray(heads[name]["kernel"][int(m[1])]) for name in "qkv"}
-        got = (weight_map.GROUPED_WQKV.to_torch(tuple(leaves.values())) if m[2] == "wqkv"
-               else weight_map.HEADS_IN.to_torch((leaves[m[2]],)))
+        got = (
+            weight_map.GROUPED_WQKV.to_torch(tuple(leaves.values()))
+            if m[2] == "wqkv"
+            else weight_map.HEADS_IN.to_torch((leaves[m[2]],))
+        )
         record.check(m[0], got, EQUAL)
 
 
@@ -66,13 +72,11 @@ def _compare_variant(record: Recording, name: str, lm: DecoderLM, params: Params
             continue
         tokens = record.ints(f"{name}{side}_input_ids", 2, below=lm.vocab_size)
         mask = record.ints(f"{name}{side}_attention_mask", 2, default=np.ones_like(tokens))
-        positions = record.ints(f"{name}{side}_position_ids", 2,
-                                default=np.where(mask, np.cumsum(mask, 1) - 1, 1))
+        positions = record.ints(f"{name}{side}_position_ids", 2, default=np.where(mask, np.cumsum(mask, 1) - 1, 1))
         logits, hidden = whole(tokens, positions, mask)
         real = mask == 1  # fully masked rows of the reference are garbage
         record.check(f"{name}{side}_logits", logits, where=real)
-        record.check(f"{name}{side}_hidden_states", hidden,
-                     where=np.broadcast_to(real, (hidden.shape[0], *real.shape)))
+        record.check(f"{name}{side}_hidden_states", hidden, where=np.broadcast_to(real, (hidden.shape[0], *real.shape)))
 
     if f"{name}long_input_ids" in record:
         _compare_long(record, name, lm, params, whole, cfg)
@@ -82,7 +86,7 @@ def _compare_variant(record: Recording, name: str, lm: DecoderLM, params: Params
         mask = record.ints(f"{name}left_attention_mask", 2, default=np.ones_like(ids))
         if found[1] == "single":
             best = int(mask.sum(1).argmax())
-            ids, mask = ids[best:best + 1], mask[best:best + 1]
+            ids, mask = ids[best : best + 1], mask[best : best + 1]
         steps = record.ints(found[0], 2).shape[1]
         tokens, scores = _generate(lm, params, ids, mask, steps, cfg.get("eos_token_id", 2))
         record.check(found[0], tokens)
@@ -107,13 +111,12 @@ def _compare_long(record: Recording, name: str, lm: DecoderLM, params: Params, w
         logits, cache = _in_blocks(lm, params, tokens, [n for n in (prefill, *blocks) if n])
         record.check(f"{name}long_logits_kv_blocks", logits)
         for part in "kv":
-            filled = getattr(cache, part)[0, :, :prefill + sum(blocks)]
+            filled = getattr(cache, part)[0, :, : prefill + sum(blocks)]
             record.check(f"{name}kv_cache_layer0_{part}", jnp.swapaxes(filled, 1, 2))
 
     for m in record.names(rf"{re.escape(name)}short_(fresh|after_long)_logits"):
-        short = tokens[:, :record.input(m[0]).shape[1]]
-        got = (whole(short)[0] if m[1] == "fresh" else
-               _with_base(lm, params, _whole)(_base_after(lm, length), short)[0])
+        short = tokens[:, : record.input(m[0]).shape[1]]
+        got = whole(short)[0] if m[1] == "fresh" else _with_base(lm, params, _whole)(_base_after(lm, length), short)[0]
         record.check(m[0], got)
     rope = (lm.head_dim, lm.rope_theta, lm.ntk_factor, lm.max_positions)
     for when, positions in (("initial", [[0, 1]]), ("after_long", [list(range(length))])):
@@ -126,7 +129,7 @@ def _in_blocks(lm: DecoderLM, params: Params, tokens: np.ndarray, sizes: list[in
     step, out, at = _jitted(lm, params, _step), [], 0
     cache = lm.empty_cache(tokens.shape[0], sum(sizes))
     for size in sizes:
-        logits, cache = step(tokens[:, at:at + size], cache, None)
+        logits, cache = step(tokens[:, at : at + size], cache, None)
         out.append(logits)
         at += size
     return jnp.concatenate(out, axis=1), cache
@@ -146,6 +149,7 @@ def _base_after(lm: DecoderLM, length: int) -> float:
 
 def _with_base(lm: DecoderLM, params: Params, method) -> Callable:
     """(base, *args) -> the method of a decoder whose RoPE has that base."""
+
     @jax.jit
     def run(p, base, *args):
         fixed = lm.clone(ntk_factor=1.0, rope_theta=base)
@@ -154,8 +158,9 @@ def _with_base(lm: DecoderLM, params: Params, method) -> Callable:
     return lambda base, *args: run(params, base, *args)
 
 
-def _generate(lm: DecoderLM, params: Params, ids: np.ndarray, mask: np.ndarray, steps: int, eos: int
-              ) -> tuple[np.ndarray, np.ndarray]:
+def _generate(
+    lm: DecoderLM, params: Params, ids: np.ndarray, mask: np.ndarray, steps: int, eos: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Greedy ids [B, steps] and logits [B, steps, V] behind left padded rows."""
     lengths = mask.sum(1)
     rows = np.zeros_like(ids)
@@ -172,7 +177,6 @@ def _generate(lm: DecoderLM, params: Params, ids: np.ndarray, mask: np.ndarray, 
         done |= token == eos
         tokens.append(token)
         scores.append(last)
-        logits, cache = step(_base_after(lm, padded + i + 1), token[:, None], cache,
-                             jnp.ones(len(ids), jnp.int32))
+        logits, cache = step(_base_after(lm, padded + i + 1), token[:, None], cache, jnp.ones(len(ids), jnp.int32))
         last = np.asarray(logits)[:, 0]
     return np.stack(tokens, 1), np.stack(scores, 1)

@@ -4,6 +4,7 @@ A recording is config.json (sizes; `case`, whose part before the first `_` is th
 (inputs and outputs) and weights[_VARIANT].safetensors[.xz] under the official names. Groups of arrays
 may be absent; what is there is compared, read as an input, or listed as unused.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -25,8 +26,7 @@ from argenseg_jax.interop import hf_folder
 
 _MAX_ARRAYS = 8 * 2**30  # bytes of all arrays of a recording, unpacked
 # Keys of config.json that say how often something is repeated, and how often at most.
-_REPEATS = {"patch_nums": 256, "ch_mult": 64, "num_res_blocks": 64, "num_hidden_layers": 1024,
-            "share_quant_resi": 4096}
+_REPEATS = {"patch_nums": 256, "ch_mult": 64, "num_res_blocks": 64, "num_hidden_layers": 1024, "share_quant_resi": 4096}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +141,7 @@ class Recording:
                 return hf_folder.open_tensors(self.folder / name)
         raise UserError(f"{self.folder} has no {' or '.join(f'{stem}.safetensors[.xz]' for stem in stems)}")
 
-    def check(self, name: str, got: Any, tolerance: Tolerance | None = None,
-              where: np.ndarray | None = None) -> None:
+    def check(self, name: str, got: Any, tolerance: Tolerance | None = None, where: np.ndarray | None = None) -> None:
         """Compares with the array `name`, if the recording has it.
 
         Args:
@@ -161,13 +160,11 @@ class Recording:
             tolerance = EQUAL if want.dtype.kind in "iub" else FEATURE
         self.compare(name, got, want, tolerance, where)
 
-    def compare(self, name: str, got: Any, want: Any, tolerance: Tolerance,
-                where: np.ndarray | None = None) -> None:
+    def compare(self, name: str, got: Any, want: Any, tolerance: Tolerance, where: np.ndarray | None = None) -> None:
         """Compares two arrays and notes the outcome under `name`."""
         got, want = np.asarray(got), np.asarray(want)
         if got.shape != want.shape:
-            self.rows.append(Row(name, want.shape, math.nan, tolerance, False,
-                                 f"the model gives {got.shape}"))
+            self.rows.append(Row(name, want.shape, math.nan, tolerance, False, f"the model gives {got.shape}"))
             return
         shape = want.shape
         if where is not None:
@@ -178,8 +175,9 @@ class Recording:
     def same(self, name: str, got: Any, want: Any) -> None:
         """Notes whether two things of any kind are equal."""
         equal = got == want
-        self.rows.append(Row(name, (), 0.0 if equal else 1.0, EQUAL, equal,
-                             "" if equal else f"{got!r} instead of {want!r}"[:300]))
+        self.rows.append(
+            Row(name, (), 0.0 if equal else 1.0, EQUAL, equal, "" if equal else f"{got!r} instead of {want!r}"[:300])
+        )
 
     def miss(self, pattern: str, note: str) -> None:
         """Notes every array of that name that was not compared yet as a miss: the model gives none."""
@@ -202,14 +200,20 @@ class _Object(dict):
     """An object of config.json: a missing key is a UserError that names it with the objects around it."""
 
     def __init__(self, content: Mapping[str, Any], file: epath.Path, path: str = ""):
-        super().__init__({key: _Object(value, file, f"{path}{key}.") if isinstance(value, dict) else value
-                          for key, value in content.items()})
+        super().__init__(
+            {
+                key: _Object(value, file, f"{path}{key}.") if isinstance(value, dict) else value
+                for key, value in content.items()
+            }
+        )
         self._file, self._path = file, path
         for key in _REPEATS.keys() & self.keys():
             values = self[key] if isinstance(self[key], list) else [self[key]]
             if len(values) > 64 or not all(type(n) is int and 0 <= n <= _REPEATS[key] for n in values):
-                raise UserError(f"{file}: {path}{key}={brief(repr(self[key]), 60)}: whole numbers up to "
-                                f"{_REPEATS[key]} are expected")
+                raise UserError(
+                    f"{file}: {path}{key}={brief(repr(self[key]), 60)}: whole numbers up to "
+                    f"{_REPEATS[key]} are expected"
+                )
 
     def __missing__(self, key: str) -> Any:
         raise UserError(f"{self._file} has no key '{self._path}{key}'")
@@ -237,8 +241,18 @@ def _arrays(file: epath.Path) -> dict[str, np.ndarray]:
             for entry in archive.namelist():
                 name = entry.removesuffix(".npy")
                 out[name] = _numbers(np.lib.format.read_array(io.BytesIO(archive.read(entry))))
-    except (ValueError, OSError, EOFError, KeyError, TypeError, SyntaxError, MemoryError, RuntimeError,
-            zipfile.BadZipFile, zlib.error) as error:
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        KeyError,
+        TypeError,
+        SyntaxError,
+        MemoryError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         where = f"{file}: array '{name}'" if name else str(file)
         raise UserError(f"{where} cannot be read: {brief(error) or type(error).__name__}") from None
     return out
@@ -267,8 +281,9 @@ def _error(got: np.ndarray, want: np.ndarray, measure: str) -> float:
     return error
 
 
-def check_gradients(record: Recording, prefix: str, grads: Mapping[str, np.ndarray],
-                    norms: Mapping[str, float]) -> None:
+def check_gradients(
+    record: Recording, prefix: str, grads: Mapping[str, np.ndarray], norms: Mapping[str, float]
+) -> None:
     """Compares gradients under their torch names: whole arrays, and the norm of every one.
 
     A norm below a millionth of the whole gradient's is a zero but for rounding (a bias in front of
@@ -296,6 +311,8 @@ def table(rows: list[Row]) -> str:
         shape = "x".join(map(str, r.shape)) or "scalar"
         limit = f"{r.tolerance.limit:g} {r.tolerance.measure}"
         allowed = "equal" if r.tolerance == EQUAL else limit
-        lines.append(f"{r.name:{width}s}  {shape:>18s}  {r.error:9.2e}  {allowed:>17s}  "
-                     f"{'ok' if r.ok else 'MISS'} {r.note}".rstrip())
+        lines.append(
+            f"{r.name:{width}s}  {shape:>18s}  {r.error:9.2e}  {allowed:>17s}  "
+            f"{'ok' if r.ok else 'MISS'} {r.note}".rstrip()
+        )
     return "\n".join(lines)

@@ -1,4 +1,5 @@
 """Runs one recording: picks the comparer by its kind, and reports every array."""
+
 from __future__ import annotations
 
 import math
@@ -48,8 +49,9 @@ def verify(folder: epath.PathLike) -> tuple[dict[str, Any], list[Row]]:
     found = re.match(r"([A-Z])\d*(?:_|$)", case)  # F_argenseg, or another of the kind: F2_argenseg
     kind = found[1] if found else ""
     if kind not in KINDS:
-        raise UserError(f"{record.folder / 'config.json'}: case '{brief(case)}' is of no known kind; "
-                        f"there are {', '.join(KINDS)}")
+        raise UserError(
+            f"{record.folder / 'config.json'}: case '{brief(case)}' is of no known kind; there are {', '.join(KINDS)}"
+        )
     try:
         with jax.default_matmul_precision("highest"):
             KINDS[kind](record)
@@ -75,8 +77,10 @@ def verify(folder: epath.PathLike) -> tuple[dict[str, Any], list[Row]]:
 def _where(record: Recording, error: BaseException) -> str:
     """What a replay that broke off has to say: how far it came, and what stopped it."""
     after = f" after array '{record.last}'" if record.last else ""
-    return (f"{record.folder}: config.json and io.npz do not describe a recording of this kind; the replay "
-            f"stopped{after} ({type(error).__name__}: {brief(error)})")
+    return (
+        f"{record.folder}: config.json and io.npz do not describe a recording of this kind; the replay "
+        f"stopped{after} ({type(error).__name__}: {brief(error)})"
+    )
 
 
 def _number(x: float) -> float | None:

@@ -1,4 +1,5 @@
 """Recordings of kind D: InternViT, pixel shuffle, connector; at the native and other sizes."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -30,7 +31,8 @@ def _compare_variant(record: Recording, variant: str, cfg) -> None:
     hidden = jax.ShapeDtypeStruct((1, places, vit.width), jnp.float32)
     shapes = {
         "vision": jax.eval_shape(vit.init, jax.random.key(0), image)["params"],
-        "connector": jax.eval_shape(projector.init, jax.random.key(0), hidden)["params"]}
+        "connector": jax.eval_shape(projector.init, jax.random.key(0), hidden)["params"],
+    }
     params = torch_convert.to_jax(record.weights(variant), shapes, source=str(record.folder))
     vision, native = params["vision"], vit.image_size
 
@@ -69,8 +71,10 @@ def _compare_variant(record: Recording, variant: str, cfg) -> None:
             record.check(m[0], _run(*resized(int(m[1])), pixels)[0])
 
     whole = jnp.asarray(vision["pos_embed"])
-    for m in record.names(rf"{own}/(pos_embed_on_the_fly|position_embedding_resized)"
-                          r"_(\d+)_to_(\d+)"):
+    for m in record.names(
+        rf"{own}/(pos_embed_on_the_fly|position_embedding_resized)"
+        r"_(\d+)_to_(\d+)"
+    ):
         pos = intern_vit.resample_pos_embed(whole, int(m[3]) // vit.patch)
         record.check(m[0], pos[None] if re.search("resized", m[1]) else pos[None, 1:])
 

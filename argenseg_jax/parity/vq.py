@@ -1,4 +1,5 @@
 """Recordings A and B (the whole VQ-VAE) and C (its resampling operators) against our modules."""
+
 from __future__ import annotations
 
 import re
@@ -30,16 +31,21 @@ def nhwc(x) -> np.ndarray:
 def compare_vqvae(record: Recording) -> None:
     """Encoder, codes, every scale, decoder, training losses and gradients."""
     cfg = record.config
-    model = vqvae.VQVAE(ch=cfg["ch"], ch_mult=tuple(cfg["ch_mult"]), beta=cfg.get("beta", 0.25),
-                        num_res_blocks=cfg["num_res_blocks"], z_channels=cfg["z_channels"],
-                        codebook_size=cfg["vocab_size"], patch_nums=tuple(cfg["patch_nums"]),
-                        num_phi=cfg.get("share_quant_resi", 4),
-                        phi_ratio=cfg.get("quant_resi", 0.5))
+    model = vqvae.VQVAE(
+        ch=cfg["ch"],
+        ch_mult=tuple(cfg["ch_mult"]),
+        beta=cfg.get("beta", 0.25),
+        num_res_blocks=cfg["num_res_blocks"],
+        z_channels=cfg["z_channels"],
+        codebook_size=cfg["vocab_size"],
+        patch_nums=tuple(cfg["patch_nums"]),
+        num_phi=cfg.get("share_quant_resi", 4),
+        phi_ratio=cfg.get("quant_resi", 0.5),
+    )
     side = model.bind({}).image_size
     image = jnp.asarray(nhwc(record.floats("image", (None, 3, side, side))))
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
-    params = torch_convert.to_jax(record.weights(), {"vqvae": shapes["params"]},
-                                  source=str(record.folder))["vqvae"]
+    params = torch_convert.to_jax(record.weights(), {"vqvae": shapes["params"]}, source=str(record.folder))["vqvae"]
     params = jax.tree.map(jnp.asarray, params)
 
     codes = _encoder(record, model, params, image)
@@ -55,9 +61,9 @@ def compare_vqvae(record: Recording) -> None:
 
 def _captured(model: nn.Module, params, method, *args):
     """(result, {torch name: output of the first call of that module})."""
+
     def run(p, *a):
-        return model.apply({"params": p}, *a, method=method, capture_intermediates=True,
-                           mutable=["intermediates"])
+        return model.apply({"params": p}, *a, method=method, capture_intermediates=True, mutable=["intermediates"])
 
     result, state = jax.jit(run)(params, *args)
     outputs = {}
@@ -80,8 +86,9 @@ def _probes(record: Recording, outputs) -> None:
         record.check(f"probe/{name}", value[0, :4, :4, :4])
         if name in stats:
             record.compare(f"shape of {name}", value.shape, stats[name]["shape"], FEATURE)
-            record.compare(f"mean, std of {name}", [value.mean(), value.std()],
-                           [stats[name]["mean"], stats[name]["std"]], FEATURE)
+            record.compare(
+                f"mean, std of {name}", [value.mean(), value.std()], [stats[name]["mean"], stats[name]["std"]], FEATURE
+            )
 
 
 def _encoder(record: Recording, model, params, image) -> jax.Array:
@@ -90,8 +97,9 @@ def _encoder(record: Recording, model, params, image) -> jax.Array:
     _probes(record, outputs)
     record.check("enc_out", nchw(outputs["encoder.conv_out"]))
     record.check("f", nchw(f))
-    codes, f_hat = jax.jit(lambda p, x: model.apply(
-        {"params": p}, x, method=lambda m, y: m.quantizer.quantize(y)))(params, f)
+    codes, f_hat = jax.jit(lambda p, x: model.apply({"params": p}, x, method=lambda m, y: m.quantizer.quantize(y)))(
+        params, f
+    )
     record.check("idx_all", codes)
     for k, (begin, end) in enumerate(model.bind({}).quantizer.scales.bounds):
         record.check(f"idx_{k}", codes[:, begin:end])
@@ -104,7 +112,7 @@ def _scales(record: Recording, model, params, codes, f_hats) -> None:
     stacked = nchw(jnp.stack(f_hats))[:, :1]
     record.check("fhat_scales", stacked)
     for m in record.names(r"fhat_scales_s(\d+)"):
-        record.check(m[0], stacked[..., ::int(m[1]), ::int(m[1])])
+        record.check(m[0], stacked[..., :: int(m[1]), :: int(m[1])])
 
     def both(m, c):
         f_hat, steps = jnp.zeros_like(f_hats[0]), []
@@ -134,17 +142,16 @@ def _images(record: Recording, model, params, f_hats, codes) -> None:
     record.check("img_scales_std", [x.std() for x in images], IMAGE)
     last = images[-1]
     for m in record.names(r"img_last_s(\d+)"):
-        record.check(m[0], last[..., ::int(m[1]), ::int(m[1])], IMAGE)
+        record.check(m[0], last[..., :: int(m[1]), :: int(m[1])], IMAGE)
     side = last.shape[-1]
     if "img_last_crop" in record:
         crop = record.input("img_last_crop").shape[-1]
         at = slice((side - crop) // 2, (side + crop) // 2)
         record.check("img_last_crop", last[:1, :, at, at], IMAGE)
     record.check("img_last_0", last[:1], IMAGE)
-    again = nchw(jax.jit(lambda c: model.apply({"params": params}, c,
-                                               method=model.decode_codes))(codes))
+    again = nchw(jax.jit(lambda c: model.apply({"params": params}, c, method=model.decode_codes))(codes))
     for m in record.names(r"img_to_reconstructed_last_s(\d+)"):
-        record.check(m[0], again[..., ::int(m[1]), ::int(m[1])], IMAGE)
+        record.check(m[0], again[..., :: int(m[1]), :: int(m[1])], IMAGE)
 
 
 def _training(record: Recording, model, params, image) -> None:
@@ -157,11 +164,10 @@ def _training(record: Recording, model, params, image) -> None:
         mse = jnp.mean((recon - image) ** 2)
         return mse + vq_loss, (recon, vq_loss, mse, q.f_hats[-1])
 
-    (_, (recon, vq_loss, mse, f_hat)), grads = jax.jit(
-        jax.value_and_grad(loss, has_aux=True))(params)
+    (_, (recon, vq_loss, mse, f_hat)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     record.check("train_f_hat", nchw(f_hat))
     for m in record.names(r"train_recon_s(\d+)"):
-        record.check(m[0], nchw(recon)[..., ::int(m[1]), ::int(m[1])], IMAGE)
+        record.check(m[0], nchw(recon)[..., :: int(m[1]), :: int(m[1])], IMAGE)
     record.check("train_vq_loss", vq_loss, LOSS)
     record.check("train_rec_mse", mse, LOSS)
     named = {k.removeprefix(PREFIX): v for k, v in torch_convert.to_torch({"vqvae": grads})}
@@ -184,8 +190,9 @@ def compare_operators(record: Recording) -> None:
         x = jnp.asarray(nhwc(record.input("nearest2x_in")))
         record.check("nearest2x_out", nchw(vqvae.nearest2x(x)))
     if "phi_in" in record:
-        record.check("phi_out", nchw(_phi(nhwc(record.input("phi_in")), record.input("phi_weight"),
-                                          record.input("phi_bias"))))
+        record.check(
+            "phi_out", nchw(_phi(nhwc(record.input("phi_in")), record.input("phi_weight"), record.input("phi_bias")))
+        )
     for share, facts in record.config.get("phi", {}).items():
         want = facts["index_per_scale"]
         record.compare(f"phi index, share {share}", _phi_index(len(want), int(share)), want, FEATURE)
@@ -201,9 +208,9 @@ def _phi_index(scales: int, share: int) -> tuple[int, ...]:
 def _phi(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> jax.Array:
     """phi(x) as the quantizer has it: each place of x [B, S, S, C] becomes a code of its own."""
     b, side, _, channels = x.shape
-    model = quantizer.MultiScaleQuantizer(codebook_size=b * side * side, channels=channels,
-                                          patch_nums=(side,), num_phi=1)
-    params = {"codebook": x.reshape(-1, channels),
-              "phi_0": {"kernel": weight.transpose(2, 3, 1, 0), "bias": bias}}
+    model = quantizer.MultiScaleQuantizer(
+        codebook_size=b * side * side, channels=channels, patch_nums=(side,), num_phi=1
+    )
+    params = {"codebook": x.reshape(-1, channels), "phi_0": {"kernel": weight.transpose(2, 3, 1, 0), "bias": bias}}
     codes = jnp.arange(b * side * side).reshape(b, -1)
     return model.apply({"params": params}, codes, method=model.lookup)

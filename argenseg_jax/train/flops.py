@@ -4,6 +4,7 @@ Model FLOPs as in "model FLOPs utilisation": a product of two matrices is 2 oper
 attention is counted where it sees something, and what remat computes again is left out. XLA's own
 count takes the body of a scan once and a Pallas kernel as nothing.
 """
+
 from __future__ import annotations
 
 import math
@@ -15,8 +16,17 @@ from argenseg_jax import trees
 from argenseg_jax.models.argenseg import ARGenSeg
 
 
-def lm_step(model: ARGenSeg, shapes: Mapping[str, Any], trainable: Callable[[str], bool], *,
-            rows: int, width: int, tiles: int, masks: int, again: bool = False) -> dict[str, float]:
+def lm_step(
+    model: ARGenSeg,
+    shapes: Mapping[str, Any],
+    trainable: Callable[[str], bool],
+    *,
+    rows: int,
+    width: int,
+    tiles: int,
+    masks: int,
+    again: bool = False,
+) -> dict[str, float]:
     """{part: operations} of one step of the lm phase, forward and backward.
 
     Args:
@@ -26,17 +36,25 @@ def lm_step(model: ARGenSeg, shapes: Mapping[str, Any], trainable: Callable[[str
       tiles, masks: per row, padding included (it is computed as well).
       again: also count what full remat computes a second time; not part of "model FLOPs".
     """
-    kernels = {path: math.prod(leaf.shape) for path, leaf in trees.flatten(shapes).items()
-               if path.endswith(("/kernel", "/lora_a", "/lora_b")) or path == "llm/embed/embedding"}
+    kernels = {
+        path: math.prod(leaf.shape)
+        for path, leaf in trees.flatten(shapes).items()
+        if path.endswith(("/kernel", "/lora_a", "/lora_b")) or path == "llm/embed/embedding"
+    }
     vit, llm = model.vision, model.llm
     if not llm.tied:
         del kernels["llm/embed/embedding"]  # a look-up; a tied one is the head as well
     patches = (vit.image_size // vit.patch) ** 2 + 1
     uses = {  # rows that each kernel of the part is multiplied with
-        "vision": rows * tiles * patches, "connector": rows * tiles * model.image_tokens,
-        "llm": rows * width, "visual": rows * masks * model.scales.num_codes}
-    attention = {"vision": 4 * rows * tiles * vit.depth * patches**2 * vit.width,
-                 "llm": 2 * rows * llm.depth * width**2 * llm.heads * llm.head_dim}  # causal: a half
+        "vision": rows * tiles * patches,
+        "connector": rows * tiles * model.image_tokens,
+        "llm": rows * width,
+        "visual": rows * masks * model.scales.num_codes,
+    }
+    attention = {
+        "vision": 4 * rows * tiles * vit.depth * patches**2 * vit.width,
+        "llm": 2 * rows * llm.depth * width**2 * llm.heads * llm.head_dim,
+    }  # causal: a half
     total = {}
     for part, count in uses.items():
         learns = any(trainable(path) for path in kernels if path.startswith(f"{part}/"))
@@ -50,8 +68,8 @@ def lm_step(model: ARGenSeg, shapes: Mapping[str, Any], trainable: Callable[[str
             return 2 + learned + (twice and not re.search("(mlp/down|mlp/fc2|lm_head)/kernel|embedding", path))
 
         total[part] = attention.get(part, 0) * passes(True) + 2 * count * sum(
-            size * passes(trainable(path), path) for path, size in kernels.items()
-            if path.startswith(f"{part}/"))
+            size * passes(trainable(path), path) for path, size in kernels.items() if path.startswith(f"{part}/")
+        )
     total["vqvae"] = rows * masks * encoder(model, shapes["vqvae"])
     return {part: float(value) for part, value in total.items()}
 
@@ -59,22 +77,31 @@ def lm_step(model: ARGenSeg, shapes: Mapping[str, Any], trainable: Callable[[str
 def encoder(model: ARGenSeg, shapes: Mapping[str, Any]) -> float:
     """Operations of coding one mask: the VQ-VAE's encoder and the distances to its codes."""
     side, levels = model.mask_size // model.vqvae.patch_size, len(model.vqvae.ch_mult)
-    total = _convolutions(shapes, r"(encoder/.*|quant_conv)/kernel", r"encoder/down_(\d+)/|encoder/(conv_in)",
-                          lambda level: side >> level, side >> (levels - 1))
-    return total + 2 * sum(n * n for n in model.vqvae.patch_nums) * math.prod(
-        shapes["quantizer"]["codebook"].shape)
+    total = _convolutions(
+        shapes,
+        r"(encoder/.*|quant_conv)/kernel",
+        r"encoder/down_(\d+)/|encoder/(conv_in)",
+        lambda level: side >> level,
+        side >> (levels - 1),
+    )
+    return total + 2 * sum(n * n for n in model.vqvae.patch_nums) * math.prod(shapes["quantizer"]["codebook"].shape)
 
 
 def decoder(model: ARGenSeg, shapes: Mapping[str, Any]) -> float:
     """Operations of drawing one mask from its latent: the VQ-VAE's decoder."""
     side, levels = model.mask_size // model.vqvae.patch_size, len(model.vqvae.ch_mult)
-    return _convolutions(shapes, r"(decoder/.*|post_quant_conv)/kernel",
-                         r"decoder/up_(\d+)/|decoder/(conv_out)", lambda level: side >> level,
-                         side >> (levels - 1))
+    return _convolutions(
+        shapes,
+        r"(decoder/.*|post_quant_conv)/kernel",
+        r"decoder/up_(\d+)/|decoder/(conv_out)",
+        lambda level: side >> level,
+        side >> (levels - 1),
+    )
 
 
-def _convolutions(shapes: Mapping[str, Any], which: str, level_of: str, side_at: Callable[[int], int],
-                  lowest: int) -> float:
+def _convolutions(
+    shapes: Mapping[str, Any], which: str, level_of: str, side_at: Callable[[int], int], lowest: int
+) -> float:
     """Operations of the convolutions and attentions of one tower of the VQ-VAE, for one image.
 
     Taps of a kernel that meet the padding are left out: on a grid of 16 they are one in twelve.

@@ -4,6 +4,7 @@ What it starts from: a checkpoint in the workdir (resume), else `init_from`, els
 A resumed run repeats, bit for bit, what an uninterrupted one does: the state, the place in the data
 and every random number follow from the checkpoint, the seed and the step.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -31,10 +32,15 @@ from argenseg_jax.train.state import Params, Phase, TrainState
 
 # Config keys that may differ from those of the run that is resumed: its end, what it writes, and how
 # its work is laid out on machines.
-FREE_KEYS = (r"train/steps", r"train/(log|sample|checkpoint)_every",
-             r"train/(keep|keep_best|max_skipped|allow_fresh)", r"mesh/.*", r"train/(microbatch|remat)",
-             r"data/(workers|threads)",
-             r"eval/.*")
+FREE_KEYS = (
+    r"train/steps",
+    r"train/(log|sample|checkpoint)_every",
+    r"train/(keep|keep_best|max_skipped|allow_fresh)",
+    r"mesh/.*",
+    r"train/(microbatch|remat)",
+    r"data/(workers|threads)",
+    r"eval/.*",
+)
 Loader = Callable[[Params], Params]
 
 
@@ -54,12 +60,19 @@ class HostLost(Exception):
     """Another process of the run is gone, and this one cannot go on without it."""
 
 
-def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
-        init: Callable[[jax.Array], Params], *, load: Loader | None = None,
-        beside: Mapping[str, Callable[[epath.Path], None]] | None = None,
-        devices: Sequence[jax.Device] | None = None,
-        rules: Sequence[sharding.Rule] = sharding.PARAM_RULES,
-        profile: tuple[int, int] | None = None, checksums: bool = True) -> dict[str, Any]:
+def run(
+    cfg: Mapping[str, Any],
+    workdir: str,
+    phases: Sequence[Phase],
+    init: Callable[[jax.Array], Params],
+    *,
+    load: Loader | None = None,
+    beside: Mapping[str, Callable[[epath.Path], None]] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    rules: Sequence[sharding.Rule] = sharding.PARAM_RULES,
+    profile: tuple[int, int] | None = None,
+    checksums: bool = True,
+) -> dict[str, Any]:
     """Trains all phases, or resumes them.
 
     Args:
@@ -101,10 +114,18 @@ def run(cfg: Mapping[str, Any], workdir: str, phases: Sequence[Phase],
     return {**result, "seconds": round(time.perf_counter() - begin_time, 2)}
 
 
-def _run_phases(cfg: Mapping[str, Any], root: epath.Path, runners: Sequence[_PhaseRunner],
-                params: Params | None, saved: int | None,
-                beside: Mapping[str, Callable[[epath.Path], None]], mesh: Mesh, lock: locks.Lock,
-                profile: tuple[int, int] | None, checksums: bool) -> dict[str, Any]:
+def _run_phases(
+    cfg: Mapping[str, Any],
+    root: epath.Path,
+    runners: Sequence[_PhaseRunner],
+    params: Params | None,
+    saved: int | None,
+    beside: Mapping[str, Callable[[epath.Path], None]],
+    mesh: Mesh,
+    lock: locks.Lock,
+    profile: tuple[int, int] | None,
+    checksums: bool,
+) -> dict[str, Any]:
     """The part of `run` that writes: from `params`, or from step `saved`, to the end; see `run`."""
     if distributed.is_first():  # nothing is written before all else is well
         files.remove_leftovers(root)
@@ -159,16 +180,30 @@ def _locked(root: epath.Path) -> Iterator[locks.Lock]:
 class _PhaseRunner:
     """One phase: its compiled step, its start or restore, and the loop over its steps."""
 
-    def __init__(self, cfg: Mapping[str, Any], phase: Phase, begin: int, shapes: Params, mesh: Mesh,
-                 rules: Sequence[sharding.Rule]):
+    def __init__(
+        self,
+        cfg: Mapping[str, Any],
+        phase: Phase,
+        begin: int,
+        shapes: Params,
+        mesh: Mesh,
+        rules: Sequence[sharding.Rule],
+    ):
         """Checks the sizes and the optimizer's section, as UserErrors; nothing runs yet."""
         self.cfg, self.phase, self.begin, self.mesh = cfg["train"], phase, begin, mesh
         self.end = begin + phase.steps
         self.program = program.build(cfg, phase, shapes, mesh, rules, begin)
 
-    def open(self, checkpoints: Checkpointer, log: metrics_log.MetricsLog, root: epath.Path,
-             stop: Callable[[int], int], lock: locks.Lock, total: int,
-             profile: tuple[int, int] | None) -> None:
+    def open(
+        self,
+        checkpoints: Checkpointer,
+        log: metrics_log.MetricsLog,
+        root: epath.Path,
+        stop: Callable[[int], int],
+        lock: locks.Lock,
+        total: int,
+        profile: tuple[int, int] | None,
+    ) -> None:
         """Says where the phase writes, what tells it to stop, the run's last step, and which steps are
         traced."""
         self.checkpoints, self.log, self.root, self.stop = checkpoints, log, root, stop
@@ -202,8 +237,7 @@ class _PhaseRunner:
             meta = {"phase": self.phase.task.name, "step": step, "interval": interval}
             params, ema, rest = _parts(state)
             params, frozen = trees.split(params, self.program.changes)
-            self.checkpoints.save(step, params, ema, rest, meta, data.get_state(), self.log.last(),
-                                  frozen=frozen)
+            self.checkpoints.save(step, params, ema, rest, meta, data.get_state(), self.log.last(), frozen=frozen)
 
     def train(self, state: TrainState, data: Iterator) -> TrainState:
         """Steps until the end of the phase; saves on the way, at the end, and on SIGTERM."""
@@ -230,8 +264,7 @@ class _PhaseRunner:
                 self.log.say(f"trace of steps {self.profile[0]} to {step}: {self.root / 'profile'}")
             if last or step % self.cfg["log_every"] == 0:
                 self._log(step, state, interval, sum(getattr(data, "broken", {}).values()))
-            if self.phase.samples and self.cfg["sample_every"] and (
-                    last or step % self.cfg["sample_every"] == 0):
+            if self.phase.samples and self.cfg["sample_every"] and (last or step % self.cfg["sample_every"] == 0):
                 self._draw(step, state)
             stopped = self.stop(step)
             if last or stopped or step % self.cfg["checkpoint_every"] == 0:
@@ -240,15 +273,18 @@ class _PhaseRunner:
                 raise Preempted(f"stopped at step {step}, all saved; the same command resumes there", stopped)
         return state
 
-    def _log(self, step: int, state: TrainState, interval: metrics_log.Interval,
-             broken: int) -> None:
+    def _log(self, step: int, state: TrainState, interval: metrics_log.Interval, broken: int) -> None:
         self.lock.check()
         numbers = interval.mean(jax.device_get)
         skipped = int(state.skipped)
         # A skipped step leaves the optimizer as it was: the schedule does not advance.
         updates = max(step - self.begin - skipped, 1)
-        numbers |= {"skipped": skipped, "broken": broken, "lr": float(self.program.schedule(updates - 1)),
-                    "rows_per_second": self.phase.global_batch / numbers["seconds_per_step"]}
+        numbers |= {
+            "skipped": skipped,
+            "broken": broken,
+            "lr": float(self.program.schedule(updates - 1)),
+            "rows_per_second": self.phase.global_batch / numbers["seconds_per_step"],
+        }
         for name in {"tokens_per_second", "samples_per_second"} & numbers.keys():
             numbers[name] *= jax.process_count()
         device = jax.local_devices()[0]
@@ -261,7 +297,8 @@ class _PhaseRunner:
             raise UserError(
                 f"{numbers['skipped']} of the steps up to {step} had a loss or gradient that is not "
                 f"finite (train.max_skipped={self.cfg['max_skipped']}); lower optim.lr, or look at "
-                f"the data; the newest checkpoint is of step {self.checkpoints.latest()}")
+                f"the data; the newest checkpoint is of step {self.checkpoints.latest()}"
+            )
 
     def _draw(self, step: int, state: TrainState) -> None:
         pictures = self.phase.samples(averaged(state))
@@ -276,23 +313,32 @@ def averaged(state: TrainState) -> Params:
 
 def _parts(state: TrainState) -> tuple[Any, Any, dict[str, Any]]:
     """A state as the items of a checkpoint: (params, ema, the rest)."""
-    return state.params, state.ema, {"step": state.step, "skipped": state.skipped,
-                                     "opt_state": state.opt_state, "extra": state.extra}
+    return (
+        state.params,
+        state.ema,
+        {"step": state.step, "skipped": state.skipped, "opt_state": state.opt_state, "extra": state.extra},
+    )
 
 
-def initial_params(init: Callable[[jax.Array], Params], seed: int, shapes: Params, mesh: Mesh,
-                   rules: Sequence[sharding.Rule], load: Loader | None) -> Params:
+def initial_params(
+    init: Callable[[jax.Array], Params],
+    seed: int,
+    shapes: Params,
+    mesh: Mesh,
+    rules: Sequence[sharding.Rule],
+    load: Loader | None,
+) -> Params:
     """Parameters on the mesh: those that `load` knows; the others drawn into their shards."""
     layout = trees.flatten(sharding.shardings(shapes, mesh, rules))
     known = trees.flatten(load(shapes)) if load else {}
     if strange := sorted(set(known) - set(layout)):
         raise UserError(f"init_from has parameters that the model lacks: {', '.join(strange[:5])}")
     drawn = {name: place for name, place in layout.items() if name not in known}
-    fresh = jax.jit(lambda key: {n: x for n, x in trees.flatten(init(key)).items() if n in drawn},
-                    out_shardings=drawn)(jax.random.fold_in(jax.random.key(seed), 0))
+    fresh = jax.jit(lambda key: {n: x for n, x in trees.flatten(init(key)).items() if n in drawn}, out_shardings=drawn)(
+        jax.random.fold_in(jax.random.key(seed), 0)
+    )
     # Each process places its own shards; device_put would compare the whole arrays of all of them.
-    placed = {n: jax.make_array_from_callback(x.shape, layout[n], x.__getitem__)
-              for n, x in known.items()}
+    placed = {n: jax.make_array_from_callback(x.shape, layout[n], x.__getitem__) for n, x in known.items()}
     return trees.unflatten({n: fresh[n] if n in fresh else placed[n] for n in layout})
 
 
@@ -304,22 +350,28 @@ def check_config(path: epath.Path, cfg: Mapping[str, Any], *, resumed: bool) -> 
     new = trees.flatten(json.loads(json.dumps(cfg)))  # tuples become lists, as in the file
     missing = object()
     added = {key for key in new if key not in old and not new[key]}  # a later feature, switched off
-    changed = [key for key in sorted({*old, *new}) if not trees.match(FREE_KEYS, key)
-               and key not in added and old.get(key, missing) != new.get(key, missing)]
+    changed = [
+        key
+        for key in sorted({*old, *new})
+        if not trees.match(FREE_KEYS, key) and key not in added and old.get(key, missing) != new.get(key, missing)
+    ]
     if changed:
-        shown = "; ".join(f"{key.replace('/', '.')}: {old.get(key)!r} -> {new.get(key)!r}"
-                          for key in changed)
-        raise UserError(f"{path} is of another run ({shown}); a resumed run may change "
-                        "train.steps, mesh.*, eval.* and logging only: undo these, or use another "
-                        "--workdir")
+        shown = "; ".join(f"{key.replace('/', '.')}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed)
+        raise UserError(
+            f"{path} is of another run ({shown}); a resumed run may change "
+            "train.steps, mesh.*, eval.* and logging only: undo these, or use another "
+            "--workdir"
+        )
 
 
 def _newest_of_all(root: epath.Path) -> int | None:
     """Number of the newest complete step; UserError where the processes see different ones."""
     found = distributed.gather(newest_step(root, training=True))
     if len(set(found)) > 1:
-        raise UserError(f"{root}: the newest checkpoints that the processes see are {found}; "
-                        "--workdir must be one folder for all hosts")
+        raise UserError(
+            f"{root}: the newest checkpoints that the processes see are {found}; "
+            "--workdir must be one folder for all hosts"
+        )
     if found[0] is None:
         _check_unused(root)
     return found[0]
@@ -329,22 +381,30 @@ def _check_room(root: epath.Path, runners: Sequence[_PhaseRunner]) -> None:
     """UserError where the disk has not even half the room of a checkpoint (compression may save some)."""
     if files.is_remote(root) or not distributed.is_first():
         return
-    sizes = [sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(runner.program.shapes))
-             for runner in runners]
+    sizes = [
+        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(runner.program.shapes))
+        for runner in runners
+    ]
     if (free := shutil.disk_usage(root).free) < max(sizes) / 2:
-        raise UserError(f"{root}: a checkpoint takes about {max(sizes) / 1e6:,.1f} MB, and the disk has "
-                        f"{free / 1e6:,.1f} MB left; make room, or use another --workdir")
+        raise UserError(
+            f"{root}: a checkpoint takes about {max(sizes) / 1e6:,.1f} MB, and the disk has "
+            f"{free / 1e6:,.1f} MB left; make room, or use another --workdir"
+        )
 
 
 def _check_unused(root: epath.Path) -> None:
     """UserError where a workdir has no step to resume from, but work that a new run would overwrite."""
     if weights := steps.complete_steps(root):
-        raise UserError(f"{root}: step {weights[-1]} holds weights alone, from which no run can resume; train "
-                        f"in another --workdir, with init_from={root}")
+        raise UserError(
+            f"{root}: step {weights[-1]} holds weights alone, from which no run can resume; train "
+            f"in another --workdir, with init_from={root}"
+        )
     lines = metrics_log.read_lines(root / metrics_log.METRICS)
     if lines and steps.has_damaged(root):
-        raise UserError(f"{root} has metrics up to step {lines[-1]['step']}, but no step in {steps.DIRECTORY}/ is "
-                        "whole: copy one again, or name another --workdir")
+        raise UserError(
+            f"{root} has metrics up to step {lines[-1]['step']}, but no step in {steps.DIRECTORY}/ is "
+            "whole: copy one again, or name another --workdir"
+        )
 
 
 @contextlib.contextmanager
@@ -359,7 +419,8 @@ def _lost_host(root: epath.Path) -> Iterator[None]:
             f"process {jax.process_index()} of {jax.process_count()} stops, most likely because "
             f"another one ended, whose log says why ({' '.join(str(error).split())[:200]}); the newest "
             f"checkpoint is of step {newest_step(root)}: the same command on all hosts goes on "
-            "from there") from error
+            "from there"
+        ) from error
 
 
 def _index(names: Sequence[str], name: str, workdir: epath.PathLike) -> int:

@@ -2,6 +2,7 @@
 
 Axes: B rows, T places, M masks a row, N codes a mask, V padded vocabulary.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -119,8 +120,9 @@ def targets(model: ARGenSeg, labels: Array, codes: Array | None) -> tuple[Array,
     return ids, is_code, index
 
 
-def token_nll(model: ARGenSeg, params: Params, hidden: Array, ids: Array, is_code: Array,
-              weight: Array, opts: LMOptions) -> tuple[Array, Array, Array]:
+def token_nll(
+    model: ARGenSeg, params: Params, hidden: Array, ids: Array, is_code: Array, weight: Array, opts: LMOptions
+) -> tuple[Array, Array, Array]:
     """Negative log likelihoods of the targets, and their weighted sum, which alone has a gradient.
 
     Both softmaxes run over the full vocabulary. With soft targets the likelihood of a code is
@@ -143,8 +145,7 @@ def token_nll(model: ARGenSeg, params: Params, hidden: Array, ids: Array, is_cod
     if t % chunk:
         raise ValueError(f"train.loss.chunk={opts.chunk} does not divide the {t} places of a row")
 
-    def part(hidden: Array, head: Array, at_places: tuple[Array, Array, Array]
-             ) -> tuple[Array, tuple[Array, Array]]:
+    def part(hidden: Array, head: Array, at_places: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         ids, is_code, weight = at_places
         logits = head_product(hidden, head, model.vocab.size)
         logits = sharding.constrain(logits, None, None, "act_vocab")
@@ -155,13 +156,12 @@ def token_nll(model: ARGenSeg, params: Params, hidden: Array, ids: Array, is_cod
         right = picked >= jnp.max(logits, axis=-1)  # an argmax takes CPUs several times as long
         if spread is not None:
             share = spread[jnp.clip(ids - first, 0, size - 1)]
-            soft = jnp.sum(share * logits[..., first:first + size], axis=-1)
+            soft = jnp.sum(share * logits[..., first : first + size], axis=-1)
             picked = jnp.where(is_code, soft, picked)
         nll = log_z - picked
         return jnp.sum(weight * nll), (nll, right)
 
-    def local(hidden: Array, ids: Array, is_code: Array, weight: Array, head: Array
-              ) -> tuple[Array, Array, Array]:
+    def local(hidden: Array, ids: Array, is_code: Array, weight: Array, head: Array) -> tuple[Array, Array, Array]:
         total, (nll, right) = in_chunks(part, chunk)(hidden, head, (ids, is_code, weight))
         return total[None], nll, right  # one sum a device
 
@@ -179,6 +179,7 @@ def in_chunks(part: Callable[..., tuple[Array, Any]], chunk: int) -> Callable[..
     none are computed twice. They are those of the sum. That of the head adds up in f32, whatever the
     head's dtype, and is rounded to it once: 4 bytes for each number of the head while the loss is taken.
     """
+
     def split(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
@@ -195,11 +196,13 @@ def in_chunks(part: Callable[..., tuple[Array, Any]], chunk: int) -> Callable[..
         def step(into_head: Array, args: tuple[Array, Any]) -> tuple[Array, tuple[Array, Any, Array]]:
             # A head in f32 has its gradient in f32; `part` casts it back, and XLA drops both casts.
             (total, aux), (into_x, more) = jax.value_and_grad(part, (0, 1), has_aux=True)(
-                args[0], head.astype(jnp.float32), args[1])
+                args[0], head.astype(jnp.float32), args[1]
+            )
             return into_head + more, (total, aux, into_x)
 
         into_head, (totals, aux, into_x) = jax.lax.scan(
-            step, jnp.zeros(head.shape, jnp.float32), jax.tree.map(split, (x, constants)))
+            step, jnp.zeros(head.shape, jnp.float32), jax.tree.map(split, (x, constants))
+        )
         return (jnp.sum(totals), jax.tree.map(joined, aux)), (joined(into_x), into_head.astype(head.dtype))
 
     def backward(kept: tuple[Array, Array], grads: tuple[Array, Any]) -> tuple[Array, Array, None]:
@@ -230,8 +233,16 @@ def code_weights(model: ARGenSeg, opts: LMOptions, ids: Array, index: Array) -> 
     return jnp.where(ids == model.vocab.first_code, 1.0, opts.foreground) * weight
 
 
-def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Mapping[str, Array],
-            opts: LMOptions, *, deterministic: bool = False) -> tuple[Array, Aux]:
+def lm_loss(
+    model: ARGenSeg,
+    params: Params,
+    batch: Batch,
+    rng: Array,
+    norm: Mapping[str, Array],
+    opts: LMOptions,
+    *,
+    deterministic: bool = False,
+) -> tuple[Array, Aux]:
     """CE(text) + CE(codes), each a mean over its own targets in the whole batch (SPEC 3.5)."""
     drop, noise, amount, which = jax.random.split(rng, 4)
 
@@ -243,8 +254,9 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
         if batch["masks"].ndim == 3:  # int32[B, M, N]: `prepare` has tokenised them
             codes = batch["masks"]
         else:  # frozen, and by far the widest part: 40 MiB of activation for each mask of the official one
-            codes = chunked.in_pieces(lambda masks: run("tokenize", masks), batch["masks"],
-                                     batch["masks"].shape[1] * model.vqvae.row_bytes)
+            codes = chunked.in_pieces(
+                lambda masks: run("tokenize", masks), batch["masks"], batch["masks"].shape[1] * model.vqvae.row_bytes
+            )
         codes = jax.lax.stop_gradient(codes)
     if batch["tiles"].shape[1]:
         features = run("encode_images", batch["tiles"], deterministic=deterministic)
@@ -254,18 +266,20 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
         hit = jax.random.uniform(noise, codes.shape) < share
         random_codes = jax.random.randint(which, codes.shape, 0, model.vocab.num_codes)
         inputs = jnp.where(hit, random_codes, codes)
-    hidden = run("hidden", batch["tokens"], batch["positions"], batch["segment_ids"], features, inputs,
-                 packed=opts.packed)
+    hidden = run(
+        "hidden", batch["tokens"], batch["positions"], batch["segment_ids"], features, inputs, packed=opts.packed
+    )
     ids, is_code, index = targets(model, batch["labels"], codes)
     if 0 < opts.max_labels < ids.shape[1]:
         # The places with a target first, in order; the data pipeline has checked that they are enough.
-        places = jnp.argsort(ids == IGNORE, axis=1, stable=True)[:, :opts.max_labels]
+        places = jnp.argsort(ids == IGNORE, axis=1, stable=True)[:, : opts.max_labels]
         ids, is_code, index = (jnp.take_along_axis(x, places, axis=1) for x in (ids, is_code, index))
         hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
     is_text = (ids != IGNORE) & ~is_code
     of_code = jnp.where(is_code, code_weights(model, opts, ids, index) / norm["codes"], 0.0)
-    loss, nll, right = token_nll(model, params, hidden, ids, is_code,
-                                 jnp.where(is_text, opts.text / norm["text"], of_code), opts)
+    loss, nll, right = token_nll(
+        model, params, hidden, ids, is_code, jnp.where(is_text, opts.text / norm["text"], of_code), opts
+    )
     text_loss = jnp.sum(jnp.where(is_text, nll, 0.0)) / norm["text"]
     gen_loss = jnp.sum(of_code * nll)
     accuracy = jnp.sum(is_code & right) / norm["codes"]
@@ -275,8 +289,9 @@ def lm_loss(model: ARGenSeg, params: Params, batch: Batch, rng: Array, norm: Map
         for k, side in enumerate(model.scales.patch_nums):
             count = norm["codes"] * (side * side / model.scales.num_codes)  # each mask has all scales
             by_scale[f"code_accuracy_{k}"] = jnp.sum(is_code & right & (level == k)) / count
-    return loss, Aux({"loss": loss, "text_loss": text_loss, "gen_loss": gen_loss,
-                      "code_accuracy": accuracy, **by_scale})
+    return loss, Aux(
+        {"loss": loss, "text_loss": text_loss, "gen_loss": gen_loss, "code_accuracy": accuracy, **by_scale}
+    )
 
 
 def lm_task(model: ARGenSeg, opts: LMOptions, lora: Lora = Lora()) -> Task:
@@ -286,14 +301,18 @@ def lm_task(model: ARGenSeg, opts: LMOptions, lora: Lora = Lora()) -> Task:
     def normalizer(batch: Batch) -> dict[str, Array]:
         ids, is_code, _ = targets(model, batch["labels"], None)
         text = jnp.sum((ids != IGNORE) & ~is_code)
-        return {"text": jnp.maximum(text, 1).astype(jnp.float32),
-                "codes": jnp.maximum(jnp.sum(is_code), 1).astype(jnp.float32)}
+        return {
+            "text": jnp.maximum(text, 1).astype(jnp.float32),
+            "codes": jnp.maximum(jnp.sum(is_code), 1).astype(jnp.float32),
+        }
 
     def loss(params: Params, extra: Any, batch: Batch, rng: Array, norm: Any) -> tuple[Array, Aux]:
         params = lora.adapted(params)
         if summed:
-            params = trees.map_named(lambda path, x: GradIn(x, summed) if isinstance(x, jax.Array)
-                                     and re.fullmatch(DENSE, path) else x, params)
+            params = trees.map_named(
+                lambda path, x: GradIn(x, summed) if isinstance(x, jax.Array) and re.fullmatch(DENSE, path) else x,
+                params,
+            )
         return lm_loss(model, params, batch, rng, norm, opts)
 
     return Task("lm", ("vqvae/.*", *lora.held()), lambda params: None, normalizer, loss)
@@ -301,15 +320,22 @@ def lm_task(model: ARGenSeg, opts: LMOptions, lora: Lora = Lora()) -> Task:
 
 def vqvae_task(model: ARGenSeg) -> Task:
     """Trains the VQ-VAE alone, on masks u8[B, R, R, 3]."""
+
     def loss(params: Params, extra: Any, batch: Batch, rng: Array, norm: Any) -> tuple[Array, Aux]:
         masks = batch["masks"].astype(jnp.float32) / 255 * 2 - 1
-        value, metrics, overrides, state = vqvae_loss.vqvae_loss(
-            model.vqvae, params["vqvae"], masks, rng, extra)
+        value, metrics, overrides, state = vqvae_loss.vqvae_loss(model.vqvae, params["vqvae"], masks, rng, extra)
         share = len(masks) / norm["rows"]
-        return value * share, Aux({k: v * share for k, v in {"loss": value, **metrics}.items()},
-                                  {f"vqvae/{k}": v for k, v in overrides.items()}, state)
+        return value * share, Aux(
+            {k: v * share for k, v in {"loss": value, **metrics}.items()},
+            {f"vqvae/{k}": v for k, v in overrides.items()},
+            state,
+        )
 
-    return Task("vqvae", ("(vision|connector|llm|visual)/.*", f"vqvae/{vqvae_loss.CODEBOOK}"),
-                lambda params: vqvae_loss.init_state(model.vqvae),
-                lambda batch: {"rows": jnp.float32(batch["masks"].shape[0])}, loss,
-                overridden=(f"vqvae/{vqvae_loss.CODEBOOK}",))
+    return Task(
+        "vqvae",
+        ("(vision|connector|llm|visual)/.*", f"vqvae/{vqvae_loss.CODEBOOK}"),
+        lambda params: vqvae_loss.init_state(model.vqvae),
+        lambda batch: {"rows": jnp.float32(batch["masks"].shape[0])},
+        loss,
+        overridden=(f"vqvae/{vqvae_loss.CODEBOOK}",),
+    )

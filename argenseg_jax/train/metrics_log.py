@@ -1,4 +1,5 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, a bar on stderr, sample pictures."""
+
 from __future__ import annotations
 
 import json
@@ -41,8 +42,14 @@ class MetricsLog:
                     self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=step + 1)
         self._bar: tqdm | None = None  # comes with the first step, so that an early error is alone
         self._new_bar = lambda: tqdm(
-            total=total, initial=step, file=sys.stderr, dynamic_ncols=True, unit="step",
-            mininterval=0.5 if sys.stderr.isatty() else 30, disable=not active)
+            total=total,
+            initial=step,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            disable=not active,
+        )
 
     def write(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Adds a line; numbers that are not finite become null."""
@@ -108,18 +115,25 @@ class Interval:
     def get_state(self, get: Callable[[Any], Any]) -> dict[str, Any]:
         """What is not logged yet, JSON-able and exact; `get` brings arrays to the host."""
         steps = [{k: _finite(float(v)) for k, v in step.items()} for step in get(self._steps)]
-        return {"steps": steps, "seconds": self._before + time.perf_counter() - self._begin,
-                "waited": self._waited, "tokens": float(self._tokens), "samples": float(self._samples),
-                "places": float(self._places)}
+        return {
+            "steps": steps,
+            "seconds": self._before + time.perf_counter() - self._begin,
+            "waited": self._waited,
+            "tokens": float(self._tokens),
+            "samples": float(self._samples),
+            "places": float(self._places),
+        }
 
     def set_state(self, state: Mapping[str, Any] | None) -> None:
         """Continues what `get_state` gave; None, of an older version, is the beginning of an interval."""
         if state is None:
             return
-        self._steps = [{str(k): math.nan if v is None else float(v) for k, v in step.items()}
-                       for step in state["steps"]]
+        self._steps = [
+            {str(k): math.nan if v is None else float(v) for k, v in step.items()} for step in state["steps"]
+        ]
         self._before, self._waited, self._tokens, self._samples, self._places = (
-            float(state[key]) for key in ("seconds", "waited", "tokens", "samples", "places"))
+            float(state[key]) for key in ("seconds", "waited", "tokens", "samples", "places")
+        )
 
     def next(self, data: Iterator[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
         """The next batch; counts how long it took, its samples, and its tokens that are no padding."""
@@ -152,8 +166,7 @@ class Interval:
         self._before = self._waited = self._tokens = self._samples = self._places = 0.0
         seconds, self._begin = taken / len(steps), now
         values = {k: np.asarray([s[k] for s in steps], np.float64) for k in steps[-1]}
-        means = {k: float(v[np.isfinite(v)].mean()) if np.isfinite(v).any() else math.nan
-                 for k, v in values.items()}
+        means = {k: float(v[np.isfinite(v)].mean()) if np.isfinite(v).any() else math.nan for k, v in values.items()}
         return {**means, "seconds_per_step": seconds, **speeds}
 
 

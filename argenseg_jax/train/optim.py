@@ -4,6 +4,7 @@ Everything is decided by the parameter's path ('llm/layers/attn/q/kernel'); the 
 section are those of configs/common.py `optimizer`. Frozen parameters never reach this module's
 transformations: the step splits them off first, so they have no state and no gradient.
 """
+
 from __future__ import annotations
 
 import math
@@ -46,8 +47,7 @@ def schedule(cfg: Mapping[str, Any], steps: int) -> Schedule:
     return optax.join_schedules([rise, body], [warmup])
 
 
-def trainable(shapes: Mapping[str, Any], freeze: Sequence[str], held: Sequence[str] = ()
-              ) -> Callable[[str], bool]:
+def trainable(shapes: Mapping[str, Any], freeze: Sequence[str], held: Sequence[str] = ()) -> Callable[[str], bool]:
     """Predicate on paths: neither frozen by the config nor `held` by the task.
 
     Raises UserError for a `freeze` pattern that matches no parameter, or if nothing is left.
@@ -55,8 +55,7 @@ def trainable(shapes: Mapping[str, Any], freeze: Sequence[str], held: Sequence[s
     paths = list(trees.flatten(shapes))
     idle = [p for p in freeze if not any(re.fullmatch(p, path) for path in paths)]
     if idle:
-        raise UserError(f"optim.freeze: '{idle[0]}' matches no parameter (paths look like "
-                        f"'{paths[0]}')")
+        raise UserError(f"optim.freeze: '{idle[0]}' matches no parameter (paths look like '{paths[0]}')")
     patterns = (*freeze, *held)
     if all(trees.match(patterns, path) for path in paths):
         raise UserError("optim.freeze leaves no parameter to train")
@@ -65,17 +64,17 @@ def trainable(shapes: Mapping[str, Any], freeze: Sequence[str], held: Sequence[s
 
 def multipliers(params: Mapping[str, Any], groups: Sequence[tuple[str, float]]) -> dict[str, float]:
     """{path: learning-rate multiplier} by the first matching group; UserError if one has none."""
-    found = {path: next((m for p, m in groups if re.fullmatch(p, path)), None)
-             for path in trees.flatten(params)}
+    found = {path: next((m for p, m in groups if re.fullmatch(p, path)), None) for path in trees.flatten(params)}
     bare = [path for path, m in found.items() if m is None]
     if bare:
-        raise UserError(f"optim.groups covers not {', '.join(bare[:_MAX_REPORTED])}"
-                        f"{' ...' if len(bare) > _MAX_REPORTED else ''}; end with ('.*', 1.0)")
+        raise UserError(
+            f"optim.groups covers not {', '.join(bare[:_MAX_REPORTED])}"
+            f"{' ...' if len(bare) > _MAX_REPORTED else ''}; end with ('.*', 1.0)"
+        )
     return found
 
 
-def build(cfg: Mapping[str, Any], steps: int, params: Mapping[str, Any]
-          ) -> optax.GradientTransformation:
+def build(cfg: Mapping[str, Any], steps: int, params: Mapping[str, Any]) -> optax.GradientTransformation:
     """The optimizer of one phase.
 
     Args:
@@ -92,7 +91,8 @@ def build(cfg: Mapping[str, Any], steps: int, params: Mapping[str, Any]
         is_matrix = lambda path: trees.match(cfg["matrices"], path)
         precondition = optax.partition(
             {"muon": scale_by_muon(cfg["momentum"]), "adam": adam},
-            trees.map_named(lambda path, _: "muon" if is_matrix(path) else "adam", params))
+            trees.map_named(lambda path, _: "muon" if is_matrix(path) else "adam", params),
+        )
         ratio = cfg["adam_lr"] / cfg["lr"] if cfg["adam_lr"] else 1.0
         factors = {path: m if is_matrix(path) else m * ratio for path, m in factors.items()}
     elif cfg["name"] == "adamw":
@@ -107,8 +107,7 @@ def build(cfg: Mapping[str, Any], steps: int, params: Mapping[str, Any]
         optax.clip_by_global_norm(cfg["clip"]) if cfg["clip"] else optax.identity(),
         precondition,
         optax.add_decayed_weights(cfg["weight_decay"], decayed),
-        optax.stateless(lambda updates, _: trees.map_named(
-            lambda path, u: u * factors[path], updates)),
+        optax.stateless(lambda updates, _: trees.map_named(lambda path, u: u * factors[path], updates)),
         optax.scale_by_learning_rate(schedule(cfg, steps)),
     )
 
@@ -130,10 +129,12 @@ def matrix_axes(path: str, rank: int) -> MuonDimensionNumbers:
 
 def scale_by_muon(momentum: float) -> optax.GradientTransformation:
     """Muon per layer matrix, times sqrt(max(1, outputs / inputs)) (Jordan et al., 2024)."""
+
     def axes(tree: Any) -> Any:
         # optax.partition has put empty nodes in the places of the other group: keep them.
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: matrix_axes("/".join(str(k.key) for k in path), x.ndim), tree)
+            lambda path, x: matrix_axes("/".join(str(k.key) for k in path), x.ndim), tree
+        )
 
     def by_shape(update: jax.Array, dims: MuonDimensionNumbers) -> jax.Array:
         inputs, outputs = (math.prod(update.shape[a] for a in np.atleast_1d(d)) for d in dims)
@@ -141,4 +142,5 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=axes),
-        optax.stateless(lambda updates, _: jax.tree.map(by_shape, updates, axes(updates))))
+        optax.stateless(lambda updates, _: jax.tree.map(by_shape, updates, axes(updates))),
+    )

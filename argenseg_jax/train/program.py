@@ -2,6 +2,7 @@
 
 train/loop.py runs it; `compile` lowers the same object for machines that are not here.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -52,8 +53,14 @@ class Program:
         return sharding.placed(self.shapes, self.layout)
 
 
-def build(cfg: Mapping[str, Any], phase: Phase, shapes: Params, mesh: Mesh,
-          rules: Sequence[sharding.Rule] = sharding.PARAM_RULES, begin: int = 0) -> Program:
+def build(
+    cfg: Mapping[str, Any],
+    phase: Phase,
+    shapes: Params,
+    mesh: Mesh,
+    rules: Sequence[sharding.Rule] = sharding.PARAM_RULES,
+    begin: int = 0,
+) -> Program:
     """The program of a phase that starts at step `begin`; nothing runs or compiles yet.
 
     Args:
@@ -65,8 +72,9 @@ def build(cfg: Mapping[str, Any], phase: Phase, shapes: Params, mesh: Mesh,
     """
     micro = phase.microbatch or phase.global_batch
     if phase.global_batch % micro:
-        raise UserError(f"{phase.task.name}: the microbatch {micro} does not divide the global "
-                        f"batch {phase.global_batch}")
+        raise UserError(
+            f"{phase.task.name}: the microbatch {micro} does not divide the global batch {phase.global_batch}"
+        )
     sharding.check_rows(micro, mesh, f"{phase.task.name}: rows per forward pass")
     task, ema = phase.task, phase.optim["ema"]
     trainable = optim.trainable(shapes, phase.optim["freeze"], task.frozen)
@@ -75,7 +83,8 @@ def build(cfg: Mapping[str, Any], phase: Phase, shapes: Params, mesh: Mesh,
     count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) / 1e6
     whole = check_replicated(shapes, trainable, mesh, rules)
     sizes = f"{count(trained):.2f} M of {count(shapes):.2f} M parameters" + (
-        f", {whole / 2**20:,.1f} MiB whole on each of {mesh.size} devices" if mesh.size > 1 else "")
+        f", {whole / 2**20:,.1f} MiB whole on each of {mesh.size} devices" if mesh.size > 1 else ""
+    )
     tx = optim.build(phase.optim, phase.steps, trained)
 
     def new_state(params: Params) -> TrainState:
@@ -83,25 +92,31 @@ def build(cfg: Mapping[str, Any], phase: Phase, shapes: Params, mesh: Mesh,
 
     state = jax.eval_shape(new_state, shapes)
     layout = step_lib.state_shardings(state, mesh, rules)
-    step = step_lib.make_train_step(task, tx, trainable, seed=cfg["seed"], ema=ema, begin=begin,
-                                    microbatches=phase.global_batch // micro)
+    step = step_lib.make_train_step(
+        task, tx, trainable, seed=cfg["seed"], ema=ema, begin=begin, microbatches=phase.global_batch // micro
+    )
     return Program(
         new_state=jax.jit(new_state, out_shardings=layout, donate_argnums=0),
         step=jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),
-        shapes=state, layout=layout, schedule=schedule, trainable=trainable,
+        shapes=state,
+        layout=layout,
+        schedule=schedule,
+        trainable=trainable,
         changes=lambda path: trainable(path) or trees.match(task.overridden, path),
-        flops=phase.flops(shapes, trainable) if phase.flops else None, sizes=sizes)
+        flops=phase.flops(shapes, trainable) if phase.flops else None,
+        sizes=sizes,
+    )
 
 
-def check_replicated(shapes: Params, trainable: Callable[[str], bool], mesh: Mesh,
-                     rules: Sequence[sharding.Rule]) -> int:
+def check_replicated(
+    shapes: Params, trainable: Callable[[str], bool], mesh: Mesh, rules: Sequence[sharding.Rule]
+) -> int:
     """Bytes of the parameters, trained or not, that every device of the mesh holds whole.
 
     UserError where these are more than 2 % of the trained bytes although weights are sharded.
     """
     layout = trees.flatten(sharding.shardings(shapes, mesh, rules))
-    size = {path: math.prod(leaf.shape) * leaf.dtype.itemsize
-            for path, leaf in trees.flatten(shapes).items()}
+    size = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in trees.flatten(shapes).items()}
     whole = {path: size[path] for path, place in layout.items() if place.is_fully_replicated}
     trained = {path: n for path, n in whole.items() if trainable(path)}
     limit = _MAX_REPLICATED * sum(n for path, n in size.items() if trainable(path))
@@ -110,5 +125,6 @@ def check_replicated(shapes: Params, trainable: Callable[[str], bool], mesh: Mes
         raise UserError(
             f"{sum(trained.values()) / 2**20:,.0f} MiB of trained parameters would be whole on every "
             f"device, more than {_MAX_REPLICATED:.0%} of them: {', '.join(largest)}, ...; give them a "
-            "rule in sharding.PARAM_RULES")
+            "rule in sharding.PARAM_RULES"
+        )
     return sum(whole.values())

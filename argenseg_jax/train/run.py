@@ -1,4 +1,5 @@
 """From a config to a run: builds model, tokenizer, tasks and data, and hands them to the loop."""
+
 from __future__ import annotations
 
 import sys
@@ -29,8 +30,9 @@ from argenseg_jax.train.state import Params, Phase
 SAMPLES = 4  # rows drawn every train.sample_every steps
 
 
-def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | None = None,
-          checksums: bool = True) -> dict[str, Any]:
+def train(
+    cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | None = None, checksums: bool = True
+) -> dict[str, Any]:
     """Trains the config's phases in the workdir, or goes on with them; returns the loop's result.
 
     `profile`: the first and last step of a trace in WORKDIR/profile. `checksums`: of checkpoints, written
@@ -45,8 +47,10 @@ def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | No
     model = build_model(cfg)
     source, tokenizer = begin(cfg, model, workdir, checksums)
     if cfg["data"].get("codes") and (not cfg["init_from"] or cfg["vqvae"]["steps"]):
-        raise UserError("data.codes=true: kept codes belong to a fixed VQ-VAE: set init_from to the "
-                        "checkpoint that wrote them, and vqvae.steps=0")
+        raise UserError(
+            "data.codes=true: kept codes belong to a fixed VQ-VAE: set init_from to the "
+            "checkpoint that wrote them, and vqvae.steps=0"
+        )
     listed = phases(cfg, model, tokenizer, parts)
 
     def load(shapes: Params) -> Params:
@@ -55,8 +59,16 @@ def train(cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | No
         check_codes(cfg, model, known.get("vqvae"))
         return known
 
-    return loop.run(cfg, workdir, listed, init_fn(model, adapters(cfg)), load=load,
-                    beside={checkpoint.TOKENIZER: tokenizer.save}, profile=profile, checksums=checksums)
+    return loop.run(
+        cfg,
+        workdir,
+        listed,
+        init_fn(model, adapters(cfg)),
+        load=load,
+        beside={checkpoint.TOKENIZER: tokenizer.save},
+        profile=profile,
+        checksums=checksums,
+    )
 
 
 def open_data(cfg: Mapping[str, Any]) -> list[mixture.Part]:
@@ -65,8 +77,9 @@ def open_data(cfg: Mapping[str, Any]) -> list[mixture.Part]:
     return mixture.open_mixture(data.sources, data.root, reading=data.reading())
 
 
-def begin(cfg: Mapping[str, Any], model: ARGenSeg, workdir: str, checksums: bool = True
-          ) -> tuple[checkpoint.Checkpoint | None, Tokenizer]:
+def begin(
+    cfg: Mapping[str, Any], model: ARGenSeg, workdir: str, checksums: bool = True
+) -> tuple[checkpoint.Checkpoint | None, Tokenizer]:
     """(the checkpoint of the first weights, if any, the tokenizer).
 
     A workdir with a complete step has both itself: `init_from` may be gone by then.
@@ -82,8 +95,7 @@ def begin(cfg: Mapping[str, Any], model: ARGenSeg, workdir: str, checksums: bool
 
 def build_model(cfg: Mapping[str, Any]) -> ARGenSeg:
     """The module as it is trained."""
-    return variants.build({**cfg["model"], "dtype": cfg["train"]["dtype"],
-                           "remat": cfg["train"]["remat"]})
+    return variants.build({**cfg["model"], "dtype": cfg["train"]["dtype"], "remat": cfg["train"]["remat"]})
 
 
 def adapters(cfg: Mapping[str, Any]) -> Lora:
@@ -104,13 +116,19 @@ def known_weights(source: checkpoint.Checkpoint, shapes: Params) -> Params:
     """
     have = source.load_params(optional=("vqvae/.*", "visual/.*"))
     flat, want = trees.flatten(have), trees.flatten(shapes)
-    known = {n: np.asarray(x, want[n].dtype) for n, x in flat.items()  # a converted one may be bfloat16
-             if n in want and x.shape == want[n].shape}
+    known = {
+        n: np.asarray(x, want[n].dtype)
+        for n, x in flat.items()  # a converted one may be bfloat16
+        if n in want and x.shape == want[n].shape
+    }
     if not known:
         raise UserError(f"init_from={source.path}: none of its parameters fits this model")
     if fresh := {name for name in want if name not in known and not is_adapter(name)}:
-        print(f"init_from={source.path}: {len(known)} of {len(known) + len(fresh)} arrays fit; these start fresh: "
-              + summary(fresh, known), file=sys.stderr)
+        print(
+            f"init_from={source.path}: {len(known)} of {len(known) + len(fresh)} arrays fit; these start fresh: "
+            + summary(fresh, known),
+            file=sys.stderr,
+        )
     return trees.unflatten(known)
 
 
@@ -122,15 +140,21 @@ def check_fresh(cfg: Mapping[str, Any], listed: Sequence[Phase], shapes: Params,
     changed = [optim.trainable(shapes, phase.optim["freeze"], phase.task.frozen) for phase in listed]
     overridden = [pattern for phase in listed for pattern in phase.task.overridden]
     loaded, names = trees.flatten(known), list(trees.flatten(shapes))
-    left = [name for name in names if name not in loaded and not any(is_changed(name) for is_changed in changed)
-            and not trees.match((*overridden, *cfg["train"]["allow_fresh"]), name)]
+    left = [
+        name
+        for name in names
+        if name not in loaded
+        and not any(is_changed(name) for is_changed in changed)
+        and not trees.match((*overridden, *cfg["train"]["allow_fresh"]), name)
+    ]
     if left:
         raise UserError(
             f"nothing loads or trains {summary(left, set(names) - set(left))}: of random numbers, nothing is learned. "
             + (f"init_from={cfg['init_from']} lacks it" if cfg["init_from"] else "There is no init_from")
             + "; set init_from to a checkpoint that has it (an InternVL folder as released: `convert --vqvae` "
             "completes it), or train it (vqvae.steps for vqvae/*, optim.freeze for the rest); "
-            "train.allow_fresh lists what may stay as it is drawn")
+            "train.allow_fresh lists what may stay as it is drawn"
+        )
 
 
 def summary(names: Iterable[str], others: Iterable[str]) -> str:
@@ -146,19 +170,27 @@ def check_codes(cfg: Mapping[str, Any], model: ARGenSeg, vqvae: Params | None) -
         return
     if vqvae is None:
         raise UserError(f"init_from={cfg['init_from']} has no VQ-VAE, whose codes data.codes asks for")
-    mine = mask_tokenizer.identity(mask_tokenizer.fingerprint(vqvae), cfg["train"]["dtype"], data["pad_to_square"],
-                          model.mask_size, model.scales.num_codes)
+    mine = mask_tokenizer.identity(
+        mask_tokenizer.fingerprint(vqvae),
+        cfg["train"]["dtype"],
+        data["pad_to_square"],
+        model.mask_size,
+        model.scales.num_codes,
+    )
     for part in open_data(cfg):
         kept = getattr(part.source, "codes", None)
         if differs := sorted(k for k in mine if kept and kept.get(k) != mine[k]):
             shown = "; ".join(f"{k}: {kept.get(k)!r}, here {mine[k]!r}" for k in differs)
-            raise UserError(f"data.codes=true: {part.source.path} holds codes of another mask tokenizer "
-                            f"({shown}); prepare it again with --codes of this run's init_from, or set "
-                            "data.codes=false")
+            raise UserError(
+                f"data.codes=true: {part.source.path} holds codes of another mask tokenizer "
+                f"({shown}); prepare it again with --codes of this run's init_from, or set "
+                "data.codes=false"
+            )
 
 
-def sampler(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer, part: mixture.Part
-            ) -> Callable[[Params], dict[str, np.ndarray]]:
+def sampler(
+    cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer, part: mixture.Part
+) -> Callable[[Params], dict[str, np.ndarray]]:
     """params -> pictures of a few training samples: image | truth | prediction."""
     predictor, lora = Predictor(model, {}, tokenizer, cfg), adapters(cfg)
     samples = [part.source[i] for i in range(min(SAMPLES, part.length))]
@@ -180,31 +212,48 @@ def sampler(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer, part:
 
 def geometry(model: ARGenSeg) -> pipeline.Geometry:
     """What the data pipeline has to know of the model."""
-    return pipeline.Geometry(model.image_size, model.image_tokens, model.mask_size,
-                             model.scales.num_codes)
+    return pipeline.Geometry(model.image_size, model.image_tokens, model.mask_size, model.scales.num_codes)
 
 
-def lm_flops(cfg: Mapping[str, Any], model: ARGenSeg, shapes: Params,
-             trainable: Callable[[str], bool], *, again: bool = False) -> dict[str, float]:
+def lm_flops(
+    cfg: Mapping[str, Any], model: ARGenSeg, shapes: Params, trainable: Callable[[str], bool], *, again: bool = False
+) -> dict[str, float]:
     """{part: operations} of one step of the lm phase, over all devices; see flops.lm_step."""
     data = cfg["data"]
-    parts = flops.lm_step(model, shapes, trainable, rows=cfg["train"]["global_batch"],
-                          width=data["max_tokens"], tiles=data["max_tiles"], masks=data["max_masks"],
-                          again=again)
+    parts = flops.lm_step(
+        model,
+        shapes,
+        trainable,
+        rows=cfg["train"]["global_batch"],
+        width=data["max_tokens"],
+        tiles=data["max_tiles"],
+        masks=data["max_masks"],
+        again=again,
+    )
     return {**parts, "vqvae": 0.0} if data.get("codes") else parts
 
 
-def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer | None,
-           parts: Sequence[mixture.Part] = ()) -> list[Phase]:
+def phases(
+    cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer | None, parts: Sequence[mixture.Part] = ()
+) -> list[Phase]:
     """First the VQ-VAE (vqvae.steps > 0), then the language model (train.steps > 0).
 
     Without a tokenizer no data is read: such phases can be compiled, not run. `parts`: of `open_data`;
     the first is shown during training.
     """
+
     def batches(task: str, rows: int, seed: int) -> Callable[[Mesh], BatchIterator] | None:
-        return tokenizer and (lambda mesh: pipeline.train_iterator(
-            cfg["data"], tokenizer, geometry(model), seed=seed, batch_size=rows,
-            places=sharding.local_rows(mesh, rows), task=task))
+        return tokenizer and (
+            lambda mesh: pipeline.train_iterator(
+                cfg["data"],
+                tokenizer,
+                geometry(model),
+                seed=seed,
+                batch_size=rows,
+                places=sharding.local_rows(mesh, rows),
+                task=task,
+            )
+        )
 
     vq, lm, data = cfg["vqvae"], cfg["train"], cfg["data"]
     key = "max_labels" if data["max_labels"] else "max_tokens"
@@ -212,22 +261,42 @@ def phases(cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer | None,
         raise UserError(f"train.loss.chunk={lm['loss']['chunk']} does not divide data.{key}={data[key]}")
     llm = model.llm
     if data["pack"] and llm.ntk_factor > 1 and data["max_tokens"] > llm.max_positions:
-        raise UserError(f"data.pack: beyond {llm.max_positions} tokens this model turns positions by the "
-                        "length of the row, so samples may not share one; lower data.max_tokens")
+        raise UserError(
+            f"data.pack: beyond {llm.max_positions} tokens this model turns positions by the "
+            "length of the row, so samples may not share one; lower data.max_tokens"
+        )
     listed = []
     if vq["steps"]:
-        listed.append(Phase(losses.vqvae_task(model), vq["steps"], vq["batch"], 0, vq,
-                            batches("vqvae", vq["batch"], cfg["seed"] + 1)))
+        listed.append(
+            Phase(
+                losses.vqvae_task(model),
+                vq["steps"],
+                vq["batch"],
+                0,
+                vq,
+                batches("vqvae", vq["batch"], cfg["seed"] + 1),
+            )
+        )
     if lm["steps"]:
         if lm["grad_dtype"] not in ("", "float32", "bfloat16"):
             raise UserError(f"train.grad_dtype='{lm['grad_dtype']}'; there are float32, bfloat16, ''")
-        options = losses.LMOptions(**lm["loss"], max_labels=data["max_labels"], grad_dtype=lm["grad_dtype"],
-                                   packed=bool(data["pack"]))
+        options = losses.LMOptions(
+            **lm["loss"], max_labels=data["max_labels"], grad_dtype=lm["grad_dtype"], packed=bool(data["pack"])
+        )
         task = losses.lm_task(model, options, adapters(cfg))
         draws = sampler(cfg, model, tokenizer, parts[0]) if parts and lm["sample_every"] else None
-        listed.append(Phase(task, lm["steps"], lm["global_batch"], lm["microbatch"], cfg["optim"],
-                            batches("lm", lm["global_batch"], cfg["seed"]), draws,
-                            lambda shapes, select: sum(lm_flops(cfg, model, shapes, select).values())))
+        listed.append(
+            Phase(
+                task,
+                lm["steps"],
+                lm["global_batch"],
+                lm["microbatch"],
+                cfg["optim"],
+                batches("lm", lm["global_batch"], cfg["seed"]),
+                draws,
+                lambda shapes, select: sum(lm_flops(cfg, model, shapes, select).values()),
+            )
+        )
     if not listed:
         raise UserError("nothing to train: both vqvae.steps and train.steps are 0")
     return listed

@@ -1,4 +1,5 @@
 """What the loop and the step pass to each other: TrainState, and Phase, one stretch of a run."""
+
 from __future__ import annotations
 
 import dataclasses

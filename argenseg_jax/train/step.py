@@ -2,6 +2,7 @@
 
 Axes: A microbatches, b rows of a microbatch, B = A * b rows of the batch.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -18,17 +19,28 @@ from argenseg_jax.train.state import Batch, Params, TrainState
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def init_state(params: Params, tx: optax.GradientTransformation, trainable: Callable[[str], bool],
-               step: jax.Array | int = 0, *, ema: float = 0.0, extra: Any = None) -> TrainState:
+def init_state(
+    params: Params,
+    tx: optax.GradientTransformation,
+    trainable: Callable[[str], bool],
+    step: jax.Array | int = 0,
+    *,
+    ema: float = 0.0,
+    extra: Any = None,
+) -> TrainState:
     """State at the start of a phase; also under `jax.eval_shape`."""
     trained, _ = trees.split(params, trainable)
-    return TrainState(step=jnp.asarray(step, jnp.int32), skipped=jnp.zeros((), jnp.int32),
-                      params=params, opt_state=tx.init(trained),
-                      ema=jax.tree.map(jnp.copy, trained) if ema else {}, extra=extra)
+    return TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(trained),
+        ema=jax.tree.map(jnp.copy, trained) if ema else {},
+        extra=extra,
+    )
 
 
-def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh,
-                    rules: tuple = sharding.PARAM_RULES) -> TrainState:
+def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh, rules: tuple = sharding.PARAM_RULES) -> TrainState:
     """Tree of NamedSharding for a whole TrainState: moments lie where their parameters lie."""
     params = sharding.shardings(shapes.params, mesh, rules)
     flat = trees.flatten(params)
@@ -46,9 +58,16 @@ def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh,
     return others.replace(params=params)
 
 
-def make_train_step(task: Task, tx: optax.GradientTransformation, trainable: Callable[[str], bool],
-                    *, seed: int, microbatches: int = 1, ema: float = 0.0, begin: int = 0
-                    ) -> StepFn:
+def make_train_step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    trainable: Callable[[str], bool],
+    *,
+    seed: int,
+    microbatches: int = 1,
+    ema: float = 0.0,
+    begin: int = 0,
+) -> StepFn:
     """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     Gradients are those of the whole batch, whatever the number of microbatches: the loss parts are
@@ -58,6 +77,7 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, trainable: Cal
     `begin` is the phase's first step: the decay of `ema` grows from there, (1 + t) / (10 + t), so
     that the initial weights are soon forgotten.
     """
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         trained, rest = trees.split(state.params, trainable)
         norm = task.normalizer(batch)
@@ -71,7 +91,8 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, trainable: Cal
         def part(carry: tuple, rows: Batch, index: jax.Array):
             """One microbatch: ({loss, metrics, grads} to be summed, carry for the next one)."""
             (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                trained, carry, rows, jax.random.fold_in(key, index))
+                trained, carry, rows, jax.random.fold_in(key, index)
+            )
             sums = {"loss": loss, "metrics": aux.metrics, "grads": grads}
             return sums, (aux.overrides, aux.extra)
 
@@ -82,16 +103,17 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, trainable: Cal
             total, (overrides, extra) = _accumulate(part, carry, rest, batch, microbatches)
 
         if strange := [name for name in overrides if not trees.match(task.overridden, name)]:
-            raise ValueError(f"the loss of task '{task.name}' sets {strange}, which its `overridden` "
-                             "does not name: checkpoints would miss the change")
+            raise ValueError(
+                f"the loss of task '{task.name}' sets {strange}, which its `overridden` "
+                "does not name: checkpoints would miss the change"
+            )
         grads, grad_norm = total["grads"], optax.tree.norm(total["grads"])
         ok = jnp.isfinite(total["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, trained)
         after = (optax.apply_updates(trained, updates), opt_state, overrides, extra)
         held = {name: trees.flatten(rest)[name] for name in overrides}
         before = (trained, state.opt_state, held, state.extra)
-        new, opt_state, overrides, extra = jax.tree.map(
-            lambda a, b: jnp.where(ok, a, b), after, before)
+        new, opt_state, overrides, extra = jax.tree.map(lambda a, b: jnp.where(ok, a, b), after, before)
         t = state.step - begin
         share = 1 - jnp.minimum(ema, (1 + t) / (10 + t))
         state = TrainState(
@@ -100,15 +122,16 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, trainable: Cal
             params=trees.merge(new, trees.replace(rest, overrides)),
             opt_state=opt_state,
             ema=jax.tree.map(lambda m, p: m + share * (p - m), state.ema, new) if ema else {},
-            extra=extra)
+            extra=extra,
+        )
         return state, {**total["metrics"], "loss": total["loss"], "grad_norm": grad_norm}
 
     return step
 
 
-def _accumulate(part: Callable, carry: tuple, rest: Params, batch: Batch, count: int
-                ) -> tuple[Any, tuple]:
+def _accumulate(part: Callable, carry: tuple, rest: Params, batch: Batch, count: int) -> tuple[Any, tuple]:
     """Sum of `part` over `count` microbatches; overrides and extra pass from each to the next."""
+
     def rows(x: jax.Array) -> jax.Array:
         # Strided, so that every device keeps its own rows: [B, ...] -> [b, A, ...] -> [A, b, ...].
         x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)

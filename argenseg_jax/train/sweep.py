@@ -3,6 +3,7 @@
 A config file's `sweep(add)` calls `add(**{"optim.lr": 1e-3, "seed": 1})` once for each point. A
 point is a run of its own in ROOT/NAME, where NAME spells its settings.
 """
+
 from __future__ import annotations
 
 import copy
@@ -84,16 +85,21 @@ def listed_metrics(module: ModuleType) -> tuple[str, ...]:
     """What the config file's metrics() names; loss where there is none."""
     listed = config_files.call(module, "metrics") if hasattr(module, "metrics") else ("loss",)
     if not isinstance(listed, (tuple, list)) or not listed or not all(isinstance(name, str) for name in listed):
-        raise UserError(f"{module.__file__}: metrics() returns {config_keys.shown(listed)}; a tuple of names "
-                        "is expected")
+        raise UserError(
+            f"{module.__file__}: metrics() returns {config_keys.shown(listed)}; a tuple of names is expected"
+        )
     return tuple(listed)
 
 
 def train_args(point: Point, config: str, overrides: Mapping[str, Any], root: str) -> list[str]:
     """Arguments of the command that trains a point: ['train', '--config=...', ...]."""
     keys = {**overrides, **point.settings}
-    return ["train", f"--config={config}", *(f"--config.{k}={config_keys.spell(v)}" for k, v in keys.items()),
-            f"--workdir={root.rstrip('/')}/{point.name}"]
+    return [
+        "train",
+        f"--config={config}",
+        *(f"--config.{k}={config_keys.spell(v)}" for k, v in keys.items()),
+        f"--workdir={root.rstrip('/')}/{point.name}",
+    ]
 
 
 # ------------------------------------------------------------------------------ to run elsewhere
@@ -110,8 +116,7 @@ def slurm_array(commands: Sequence[Sequence[str]]) -> str:
     if not strict:
         raise UserError("launch/slurm.sh has no line 'set -euo pipefail'")
     cases = "".join(f"  {i}) set -- {shlex.join(args)} ;;\n" for i, args in enumerate(commands))
-    return (f"{header}#SBATCH --array=0-{len(commands) - 1}\n{strict}"
-            f'case "$SLURM_ARRAY_TASK_ID" in\n{cases}esac\n{body}')
+    return f'{header}#SBATCH --array=0-{len(commands) - 1}\n{strict}case "$SLURM_ARRAY_TASK_ID" in\n{cases}esac\n{body}'
 
 
 def job_sets(commands: Sequence[Sequence[str]]) -> str:
@@ -185,8 +190,9 @@ def table(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], metrics: S
 
     def line(i: int) -> list[str]:
         values = [f"{v:.4g}" if isinstance(v, (int, float)) else "-" for v in map(rows[i].get, metrics)]
-        return ([config_keys.spell(points[i].settings.get(key, "-")) for key in keys]
-                + [f"**{v}**" if i == first else v for v in values])
+        return [config_keys.spell(points[i].settings.get(key, "-")) for key in keys] + [
+            f"**{v}**" if i == first else v for v in values
+        ]
 
     head = [*keys, *metrics]
     body = [head, ["---"] * len(head), *map(line, range(len(points)))]
@@ -196,8 +202,7 @@ def table(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], metrics: S
 def plot(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], metric: str) -> str:
     """SVG: the metric over the values of each swept key, a panel a key; the line joins the means."""
     width, height, left, right, top, bottom = 320, 240, 56, 16, 28, 40
-    shown = [(p.settings, row[metric]) for p, row in zip(points, rows)
-             if isinstance(row.get(metric), (int, float))]
+    shown = [(p.settings, row[metric]) for p, row in zip(points, rows) if isinstance(row.get(metric), (int, float))]
     low, high = min((y for _, y in shown), default=0), max((y for _, y in shown), default=1)
     y_of = lambda y: top + (high - y) / ((high - low) or 1) * (height - top - bottom)
     panels = []
@@ -209,10 +214,11 @@ def plot(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], metric: str
         values, place = _axis(list(groups))
         x_of = {v: left + at * (width - left - right) for v, at in zip(values, place)}
         means = [(x_of[v], y_of(sum(groups[v]) / len(groups[v]))) for v in values]
-        marks = "".join(f"<circle cx='{x_of[v]:.1f}' cy='{y_of(y):.1f}' r='4'/>"
-                        for v in values for y in groups[v])
-        ticks = "".join(f"<text x='{x_of[v]:.1f}' y='{height - 22}' text-anchor='middle'>"
-                        f"{html.escape(config_keys.spell(v))}</text>" for v in values)
+        marks = "".join(f"<circle cx='{x_of[v]:.1f}' cy='{y_of(y):.1f}' r='4'/>" for v in values for y in groups[v])
+        ticks = "".join(
+            f"<text x='{x_of[v]:.1f}' y='{height - 22}' text-anchor='middle'>{html.escape(config_keys.spell(v))}</text>"
+            for v in values
+        )
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in means)
         panels.append(
             f"<g transform='translate({len(panels) * width})'>"
@@ -222,12 +228,15 @@ def plot(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], metric: str
             f"<text x='{left - 12}' y='{height - bottom + 4}' text-anchor='end'>{low:.4g}</text>"
             f"<polyline points='{line}'/>{marks}{ticks}"
             f"<text x='{(left + width) // 2}' y='{height - 6}' text-anchor='middle'>"
-            f"{html.escape(key)}</text></g>")
+            f"{html.escape(key)}</text></g>"
+        )
     size = max(len(panels), 1) * width
-    return (f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {size} {height}' width='{size}' "
-            f"height='{height}' font-family='sans-serif' font-size='11'><style>polyline,.axis"
-            "{fill:none;stroke:#999}polyline{stroke:#d60;stroke-width:1.5}circle{fill:#d60;"
-            f"fill-opacity:.7}}</style><rect width='100%' height='100%' fill='#fff'/>{''.join(panels)}</svg>\n")
+    return (
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {size} {height}' width='{size}' "
+        f"height='{height}' font-family='sans-serif' font-size='11'><style>polyline,.axis"
+        "{fill:none;stroke:#999}polyline{stroke:#d60;stroke-width:1.5}circle{fill:#d60;"
+        f"fill-opacity:.7}}</style><rect width='100%' height='100%' fill='#fff'/>{''.join(panels)}</svg>\n"
+    )
 
 
 def _axis(values: list[Any]) -> tuple[list[Any], list[float]]:

@@ -4,6 +4,7 @@ The codebook takes no gradient: each code moves to the running mean of the vecto
 and a code that stands for nothing restarts at a badly coded vector. Axes: B batch, R image side, N
 codes of an image, V codebook size, C latent channels.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -23,14 +24,23 @@ def init_state(model: VQVAE) -> Arrays:
 
     All zero: the first step moves the codes in use to the means of its batch and restarts the rest.
     """
-    return {"hits": jnp.zeros(model.codebook_size),
-            "sums": jnp.zeros((model.codebook_size, model.z_channels))}
+    return {"hits": jnp.zeros(model.codebook_size), "sums": jnp.zeros((model.codebook_size, model.z_channels))}
 
 
-def vqvae_loss(model: VQVAE, params: Any, masks: jax.Array, rng: jax.Array,
-               state: Arrays, *, decay: float = 0.97, min_hits: float = 0.1,
-               sharpness: float = 4.0, l2: float = 0.1, vq: float = 0.25, mix: float = 0.7
-               ) -> tuple[jax.Array, Arrays, Arrays, Arrays]:
+def vqvae_loss(
+    model: VQVAE,
+    params: Any,
+    masks: jax.Array,
+    rng: jax.Array,
+    state: Arrays,
+    *,
+    decay: float = 0.97,
+    min_hits: float = 0.1,
+    sharpness: float = 4.0,
+    l2: float = 0.1,
+    vq: float = 0.25,
+    mix: float = 0.7,
+) -> tuple[jax.Array, Arrays, Arrays, Arrays]:
     """Loss of one batch, and what the codebook becomes after it.
 
     Args:
@@ -50,14 +60,15 @@ def vqvae_loss(model: VQVAE, params: Any, masks: jax.Array, rng: jax.Array,
     grey = model.patch_size > 1  # such a model knows no colours: one channel says all
     masks = mix_masks(mix_rng, masks[..., :1] if grey else masks, mix)
     recon, vq_loss, quantized = model.apply(
-        {"params": params}, jnp.repeat(masks, 3, axis=-1) if grey else masks,
-        method=VQVAE.forward_train)
+        {"params": params}, jnp.repeat(masks, 3, axis=-1) if grey else masks, method=VQVAE.forward_train
+    )
     recon = recon[..., :1] if grey else recon
     logits, target = sharpness * recon, (masks + 1) / 2
     bce = jnp.mean(jax.nn.softplus(logits) - target * logits)
     mse = jnp.mean((jnp.clip(recon, -1, 1) - masks) ** 2)
     new_codebook, new_state, usage = jax.lax.stop_gradient(
-        update_codebook(params["quantizer"]["codebook"], quantized, rng, state, decay, min_hits))
+        update_codebook(params["quantizer"]["codebook"], quantized, rng, state, decay, min_hits)
+    )
     if model.dead_zone:
         new_codebook = new_codebook.at[0].set(0.0)
     metrics = {"bce": bce, "mse": mse, "vq": vq_loss, "iou": batch_iou(recon, masks), **usage}
@@ -81,9 +92,9 @@ def mix_masks(rng: jax.Array, masks: jax.Array, share: float) -> jax.Array:
     return masks
 
 
-def update_codebook(codebook: jax.Array, quantized: Quantized, rng: jax.Array,
-                    state: Arrays, decay: float, min_hits: float
-                    ) -> tuple[jax.Array, Arrays, Arrays]:
+def update_codebook(
+    codebook: jax.Array, quantized: Quantized, rng: jax.Array, state: Arrays, decay: float, min_hits: float
+) -> tuple[jax.Array, Arrays, Arrays]:
     """One step of the moving averages: (codebook f32[V,C], state, usage metrics)."""
     size, channels = codebook.shape
     codes, vectors = quantized.codes.reshape(-1), quantized.targets.reshape(-1, channels)
@@ -102,11 +113,13 @@ def update_codebook(codebook: jax.Array, quantized: Quantized, rng: jax.Array,
     dead = mean_hits < min_hits
     # A restarted code gets twice the threshold, time enough to find its own vectors.
     start = 2 * min_hits
-    new_state = {"hits": jnp.where(dead, start, mean_hits),
-                 "sums": jnp.where(dead[:, None], start * fresh, mean_sums)}
+    new_state = {"hits": jnp.where(dead, start, mean_hits), "sums": jnp.where(dead[:, None], start * fresh, mean_sums)}
     share = hits / hits.sum()
-    usage = {"codes_used": jnp.mean(hits > 0), "codes_restarted": jnp.mean(dead),
-             "code_entropy": -jnp.sum(share * jnp.log(share + 1e-12))}
+    usage = {
+        "codes_used": jnp.mean(hits > 0),
+        "codes_restarted": jnp.mean(dead),
+        "code_entropy": -jnp.sum(share * jnp.log(share + 1e-12)),
+    }
     return jnp.where(dead[:, None], fresh, moved), new_state, usage
 
 

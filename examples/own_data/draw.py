@@ -4,6 +4,7 @@
 
 Writes mine/train and mine/val in one of the three forms that `own:FOLDER` reads (see README.md).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -47,8 +48,10 @@ def draw(shapes: list[tuple[str, Outline]], rng: np.random.Generator) -> tuple[n
 
 def write(folder: pathlib.Path, form: str, count: int, seed: int) -> None:
     """One split: images/ and the annotations of the form."""
-    rng, coco = np.random.default_rng(seed), {"images": [], "annotations": [], "categories": [
-        {"id": k, "name": name} for k, name in enumerate(CLASSES, 1)]}
+    rng, coco = (
+        np.random.default_rng(seed),
+        {"images": [], "annotations": [], "categories": [{"id": k, "name": name} for k, name in enumerate(CLASSES, 1)]},
+    )
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for i in range(count):
         shapes = scene(rng)
@@ -62,10 +65,15 @@ def write(folder: pathlib.Path, form: str, count: int, seed: int) -> None:
                 if (labels == k).any():
                     save(folder / "masks" / name / f"{i:03d}.png", (labels == k) * np.uint8(255))
         coco["images"].append({"id": i, "file_name": f"{i:03d}.png", "height": SIDE, "width": SIDE})
-        coco["annotations"] += [{
-            "id": 100 * i + n, "image_id": i, "category_id": 1 + list(CLASSES).index(name),
-            "segmentation": [[float(v) for point in outline for v in point]]}
-            for n, (name, outline) in enumerate(shapes)]
+        coco["annotations"] += [
+            {
+                "id": 100 * i + n,
+                "image_id": i,
+                "category_id": 1 + list(CLASSES).index(name),
+                "segmentation": [[float(v) for point in outline for v in point]],
+            }
+            for n, (name, outline) in enumerate(shapes)
+        ]
     if form == "polygons":
         (folder / "annotations.json").write_text(json.dumps(coco))
 

@@ -1,4 +1,5 @@
 """The fingerprint of weights: other weights, another one; the same weights elsewhere, the same."""
+
 import os
 import shutil
 

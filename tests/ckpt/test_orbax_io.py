@@ -1,4 +1,5 @@
 """Orbax: what is saved comes back bit for bit, into shardings, and strangers are refused."""
+
 import json
 
 import jax
@@ -13,14 +14,17 @@ from argenseg_jax.errors import UserError
 
 
 def params(seed=0):
-    return {"llm": {"norm": {"scale": jax.random.normal(jax.random.key(seed), (4,))},
-                    "embed": {"embedding": jnp.arange(12.0).reshape(6, 2)}}}
+    return {
+        "llm": {
+            "norm": {"scale": jax.random.normal(jax.random.key(seed), (4,))},
+            "embed": {"embedding": jnp.arange(12.0).reshape(6, 2)},
+        }
+    }
 
 
 def save(workdir, step=3, ema=None, data={"index": 5}, seed=0, keep=None, best="", numbers=None):
     with orbax_io.Checkpointer(str(workdir), keep, best) as checkpoints:
-        checkpoints.save(step, params(seed), ema or {}, {"step": jnp.int32(step)}, {"phase": "lm"},
-                         data, numbers)
+        checkpoints.save(step, params(seed), ema or {}, {"step": jnp.int32(step)}, {"phase": "lm"}, data, numbers)
 
 
 def abstract(tree):
@@ -55,8 +59,7 @@ def test_params_for_use(tmp_path):
 def test_restores_into_shardings(tmp_path):
     save(tmp_path)
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
-                                           sharding=NamedSharding(mesh, PartitionSpec("x")))
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec("x")))
     got = orbax_io.restore_params(str(tmp_path), jax.tree.map(place, params()))
     same(got, params())
     assert got["llm"]["embed"]["embedding"].addressable_shards[1].data.shape == (3, 2)
@@ -96,9 +99,17 @@ def frozen(value):
 
 def test_what_is_frozen_is_written_once_a_phase(tmp_path):
     """Three phases: the steps of the first two refer to their own; later ones vanish with their steps."""
+
     def saved(checkpoints, step, value, index):
-        checkpoints.save(step, params(step), {}, {"step": jnp.int32(step)}, {"phase": "lm"},
-                         {"index": index}, frozen=value and frozen(value))
+        checkpoints.save(
+            step,
+            params(step),
+            {},
+            {"step": jnp.int32(step)},
+            {"phase": "lm"},
+            {"index": index},
+            frozen=value and frozen(value),
+        )
 
     folder = tmp_path / "checkpoints" / "frozen"
     with orbax_io.Checkpointer(str(tmp_path), keep=2) as checkpoints:
@@ -177,8 +188,10 @@ def test_layers_are_read_one_by_one(tmp_path, ema):
 
 def test_slices_are_written_one_by_one(tmp_path):
     tree = {"layers": {"w": np.arange(24.0, dtype=np.float32).reshape(3, 4, 2)}, "zero": np.zeros((2, 2), np.int32)}
-    shapes = {"layers/w": jax.ShapeDtypeStruct((3, 4, 2), jnp.bfloat16),
-              "zero": jax.ShapeDtypeStruct((2, 2), jnp.int32)}
+    shapes = {
+        "layers/w": jax.ShapeDtypeStruct((3, 4, 2), jnp.bfloat16),
+        "zero": jax.ShapeDtypeStruct((2, 2), jnp.int32),
+    }
     with orbax_io.ParamsWriter(tmp_path / "0", shapes) as writer:
         for i in (2, 0, 1):
             writer.write("layers/w", (i,), tree["layers"]["w"][i])
@@ -187,9 +200,12 @@ def test_slices_are_written_one_by_one(tmp_path):
     assert got["layers"]["w"].dtype == jnp.bfloat16 and got["zero"].dtype == np.int32
     same({**got, "layers": {"w": got["layers"]["w"].astype(np.float32)}}, tree)
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
-    want = {"layers": {"w": jax.ShapeDtypeStruct((3, 4, 2), jnp.float32, sharding=NamedSharding(
-                mesh, PartitionSpec(None, "x")))},
-            "zero": jax.ShapeDtypeStruct((2, 2), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))}
+    want = {
+        "layers": {
+            "w": jax.ShapeDtypeStruct((3, 4, 2), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "x")))
+        },
+        "zero": jax.ShapeDtypeStruct((2, 2), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec())),
+    }
     same(orbax_io.restore_params(tmp_path, want), tree)
 
 

@@ -1,4 +1,5 @@
 """Whole steps count, the others are named and skipped; every stored file has a checksum that readers check."""
+
 import json
 import os
 import pathlib
@@ -49,8 +50,15 @@ def cut(step, *names):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-CUTS = {"params": "params", "params/_METADATA": "params", "train": "train", "train/_METADATA": "train",
-        "ema": "ema", "meta": "a readable|a training run|meta", "meta/metadata": "meta"}
+CUTS = {
+    "params": "params",
+    "params/_METADATA": "params",
+    "train": "train",
+    "train/_METADATA": "train",
+    "ema": "ema",
+    "meta": "a readable|a training run|meta",
+    "meta/metadata": "meta",
+}
 
 
 @pytest.mark.parametrize("name, lacks", CUTS.items())
@@ -71,8 +79,19 @@ def test_a_run_goes_round_a_step_that_is_not_whole(work):
     assert (work / "checkpoints" / "4.incomplete-0").is_dir()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"phase": 1, "data": {}}',
-                                     '{"phase": "lm", "data": [1]}', '{"phase": "lm", "data": {}, "frozen": "2"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        "null",
+        '{"phase": 1, "data": {}}',
+        '{"phase": "lm", "data": [1]}',
+        '{"phase": "lm", "data": {}, "frozen": "2"}',
+    ],
+)
 def test_damaged_facts_make_no_whole_step(work, content):
     (work / "checkpoints" / "4" / "meta" / "metadata").write_text(content)
     assert steps.complete_steps(work) == [2]
@@ -125,8 +144,13 @@ def test_a_bucket_keeps_what_is_frozen(tmp_path):
     """Orbax's own cleaning removes every folder there that it has not marked."""
     with bucket.in_memory():
         root = epath.Path("gs://bucket/w/checkpoints")
-        for name in ("2/commit_success.txt", "2/params/_METADATA", "4/params/d/half", "frozen/2/params/_METADATA",
-                     "notes/a"):
+        for name in (
+            "2/commit_success.txt",
+            "2/params/_METADATA",
+            "4/params/d/half",
+            "frozen/2/params/_METADATA",
+            "notes/a",
+        ):
             (root / name).write_text("{}")
         orbax_io._clean_bucket(root)
         assert sorted(p.name for p in root.iterdir()) == ["2", "frozen", "notes"]
@@ -155,12 +179,14 @@ def flip(path):
 READERS = {
     "resume": lambda work, **options: run(work, **options),
     "restore": lambda work, **options: orbax_io.restore_params(work, **options),
-    "lazily": lambda work, **options: orbax_io.open_params(work, **options)}
+    "lazily": lambda work, **options: orbax_io.open_params(work, **options),
+}
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("where", ["checkpoints/4/params", "checkpoints/4/ema", "checkpoints/4/meta",
-                                   "checkpoints/frozen/2/params"])
+@pytest.mark.parametrize(
+    "where", ["checkpoints/4/params", "checkpoints/4/ema", "checkpoints/4/meta", "checkpoints/frozen/2/params"]
+)
 def test_a_flipped_byte_is_one_line_that_names_the_file(work, reader, where):
     """The largest file of each part: the one that holds the arrays."""
     largest = max((p for p in (work / where).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -232,8 +258,14 @@ def test_checksums_can_be_left_out_and_older_steps_have_none(work, tmp_path):
 
 def test_of_several_processes_each_lists_its_own(tmp_path):
     step = epath.Path(tmp_path)
-    names = ["params/_METADATA", "params/d/a", "params/ocdbt.process_0/d/b", "params/ocdbt.process_1/d/c",
-             "params/array_metadatas/process_1", "meta/metadata"]
+    names = [
+        "params/_METADATA",
+        "params/d/a",
+        "params/ocdbt.process_0/d/b",
+        "params/ocdbt.process_1/d/c",
+        "params/array_metadatas/process_1",
+        "meta/metadata",
+    ]
     for name in names:
         (step / name).parent.mkdir(parents=True, exist_ok=True)
         (step / name).write_text(name)

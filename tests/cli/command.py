@@ -1,4 +1,5 @@
 """Runs a command inside the test's process: what it printed, and its exit code."""
+
 from __future__ import annotations
 
 import contextlib

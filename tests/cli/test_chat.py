@@ -1,4 +1,5 @@
 """chat: turns from flags and from the terminal, one file a mask, the last line counts the turns."""
+
 import io
 import json
 import types
@@ -19,8 +20,7 @@ SURE, EOS = WORDS.encode_text("It is")[0], WORDS.vocab.eos
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A workdir whose every answer holds one mask."""
-    return tiny.workdir(tmp_path_factory.mktemp("run"),
-                        tiny.answers([SURE, WORDS.vocab.ge_start], [EOS])[1])
+    return tiny.workdir(tmp_path_factory.mktemp("run"), tiny.answers([SURE, WORDS.vocab.ge_start], [EOS])[1])
 
 
 @pytest.fixture
@@ -30,8 +30,22 @@ def image(tmp_path):
 
 
 def test_turns_from_flags(run, image, tmp_path, capfd):
-    code, out, err = call(capfd, "chat", "--workdir", run, "--image", image, "--prompt", "Segment it.",
-                          "--prompt", "Again.", "--out", tmp_path / "masks", "--max_masks", 1)
+    code, out, err = call(
+        capfd,
+        "chat",
+        "--workdir",
+        run,
+        "--image",
+        image,
+        "--prompt",
+        "Segment it.",
+        "--prompt",
+        "Again.",
+        "--out",
+        tmp_path / "masks",
+        "--max_masks",
+        1,
+    )
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and result["turns"] == 2 and all("<mask>" in a for a in result["answers"])
     assert result["files"] == [str(tmp_path / "masks" / f"turn_{t}.png") for t in range(2)]

@@ -1,4 +1,5 @@
 """The command line: exit codes, one line per mistake, one JSON line per result, configs that lock."""
+
 import json
 import os
 import pathlib
@@ -15,9 +16,14 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 def argenseg(*args, env=None):
     """The process of one command."""
-    return subprocess.run([sys.executable, "-m", "argenseg_jax", *map(str, args)], cwd=ROOT, text=True,
-                          capture_output=True, check=False,
-                          env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | (env or {}))
+    return subprocess.run(
+        [sys.executable, "-m", "argenseg_jax", *map(str, args)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | (env or {}),
+    )
 
 
 def error_of(done):
@@ -28,18 +34,24 @@ def error_of(done):
     return lines[0]
 
 
-@pytest.mark.parametrize("args, text", [
-    (["trian"], "unknown command 'trian'; there are train, evaluate"),
-    (["train", "--workdir=w"], "--config is missing"),
-    (["train", "--config=configs/none.py", "--workdir=w"], "no file 'configs/none.py'"),
-    (["train", "--config=configs/nano.py:colour=1", "--workdir=w"], "unknown config argument 'colour'"),
-    (["train", "--config=configs/nano.py", "--config.bad=1", "--workdir=w"], "--config.bad=1: no such config key"),
-    (["train", "--config=configs/nano.py", "--config.train.stepz=1", "--workdir=w"],
-     "--config.train.stepz=1: no such config key: train.stepz; did you mean train.steps?"),
-    (["train", "--config", "configs/nano.py", "--config.train.steps=x", "--workdir=w"], "train.steps=x"),
-    (["train", "--wrokdir=w"], "Unknown command line flag 'wrokdir'"),
-    (["train", "now"], "unexpected argument 'now'"),
-], ids=lambda x: " ".join(x) if isinstance(x, list) else None)
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (["trian"], "unknown command 'trian'; there are train, evaluate"),
+        (["train", "--workdir=w"], "--config is missing"),
+        (["train", "--config=configs/none.py", "--workdir=w"], "no file 'configs/none.py'"),
+        (["train", "--config=configs/nano.py:colour=1", "--workdir=w"], "unknown config argument 'colour'"),
+        (["train", "--config=configs/nano.py", "--config.bad=1", "--workdir=w"], "--config.bad=1: no such config key"),
+        (
+            ["train", "--config=configs/nano.py", "--config.train.stepz=1", "--workdir=w"],
+            "--config.train.stepz=1: no such config key: train.stepz; did you mean train.steps?",
+        ),
+        (["train", "--config", "configs/nano.py", "--config.train.steps=x", "--workdir=w"], "train.steps=x"),
+        (["train", "--wrokdir=w"], "Unknown command line flag 'wrokdir'"),
+        (["train", "now"], "unexpected argument 'now'"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
 def test_a_mistake_is_one_line_and_exit_code_2(args, text):
     assert text in error_of(argenseg(*args))
 
@@ -59,8 +71,11 @@ def test_debug_shows_the_traceback():
 
 def test_a_result_is_one_json_line_and_a_failed_check_exits_1(monkeypatch, capsys):
     for result, code in (({"n": 1}, 0), ({"fits": False}, 0), ({"ok": True}, 0), ({"ok": False}, 1)):
-        monkeypatch.setattr(cli.importlib, "import_module",
-                            lambda _, result=result: type("M", (), {"run": staticmethod(lambda: result)}))
+        monkeypatch.setattr(
+            cli.importlib,
+            "import_module",
+            lambda _, result=result: type("M", (), {"run": staticmethod(lambda: result)}),
+        )
         assert cli.main(["verify"]) == code
         assert json.loads(capsys.readouterr().out) == result
 
@@ -76,10 +91,16 @@ def test_parse_arg():
 
 def test_every_default_has_a_comment():
     source = (ROOT / "configs" / "common.py").read_text()
-    body = source[source.index("def optimizer"):]
-    bare = [line.strip() for line in body.splitlines()
-            if line.strip().startswith('"') and '": ' in line and "#" not in line and "{" not in line
-            and not line.strip().startswith('"""')]
+    body = source[source.index("def optimizer") :]
+    bare = [
+        line.strip()
+        for line in body.splitlines()
+        if line.strip().startswith('"')
+        and '": ' in line
+        and "#" not in line
+        and "{" not in line
+        and not line.strip().startswith('"""')
+    ]
     assert not bare
 
 
@@ -89,8 +110,9 @@ def test_train_and_train_on(tmp_path):
     env = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
 
     def train(workdir, *flags):
-        return argenseg("train", "--config=tests/cli/tiny_config.py", f"--workdir={tmp_path / workdir}",
-                        *flags, env=env)
+        return argenseg(
+            "train", "--config=tests/cli/tiny_config.py", f"--workdir={tmp_path / workdir}", *flags, env=env
+        )
 
     def result(done):
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
 """convert: there and back again without a changed byte, and nothing half-written."""
+
 import functools
 import json
 import pathlib
@@ -30,12 +31,18 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("convert")
     model = variants.build(CFG)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32),
-                          dict(hf_folder.param_shapes(model)))
-    params["llm"]["embed"]["embedding"][model.vocab.size:] = 0
+    params = jax.tree.map(
+        lambda s: rng.standard_normal(s.shape).astype(np.float32), dict(hf_folder.param_shapes(model))
+    )
+    params["llm"]["embed"]["embedding"][model.vocab.size :] = 0
     nano_tokenizer(model.vocab.num_codes, shapes.corpus()).save(root / "words")
-    hf_folder.save_folder(root / "hf", params, CFG, hf_folder.tokenizer_files(root / "words"),
-                          texts={checkpoint.RUN_CONFIG: json.dumps({"data": {"image_last": True}})})
+    hf_folder.save_folder(
+        root / "hf",
+        params,
+        CFG,
+        hf_folder.tokenizer_files(root / "words"),
+        texts={checkpoint.RUN_CONFIG: json.dumps({"data": {"image_last": True}})},
+    )
     return root / "hf"
 
 
@@ -67,15 +74,19 @@ def test_memory_holds_a_tensor_and_not_the_model(tmp_path, monkeypatch):
     cfg["llm"].update(depth=16, mlp=4096)
     model = variants.build(cfg)
     params = trees.map_named(
-        lambda name, s: np.random.default_rng(0).standard_normal(s.shape).astype(
-            "float16" if name.startswith("vision/") else "bfloat16"), hf_folder.param_shapes(model))
+        lambda name, s: (
+            np.random.default_rng(0)
+            .standard_normal(s.shape)
+            .astype("float16" if name.startswith("vision/") else "bfloat16")
+        ),
+        hf_folder.param_shapes(model),
+    )
     hf_folder.save_folder(tmp_path / "a", params, cfg)
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     del params
     for source, target in (("a", "b"), ("b", "c")):
         tracemalloc.start()
-        move = transfer.to_hf if source == "b" else functools.partial(transfer.to_orbax,
-                                                                      weights=tmp_path / "a")
+        move = transfer.to_hf if source == "b" else functools.partial(transfer.to_orbax, weights=tmp_path / "a")
         sizes = move(checkpoint.open_checkpoint(str(tmp_path / source)), target=tmp_path / target)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -176,11 +187,10 @@ def test_the_released_parts_make_a_model_to_start_from(tmp_path):
     assert head.dtype == embed.dtype == "bfloat16"  # kept
     for rows in (head.T, embed):
         mean = np.tile(rows[:old].astype(np.float64).mean(0).astype("bfloat16"), (words.size - old, 1))
-        np.testing.assert_array_equal(rows[old:words.size], mean)
-        assert not rows[words.size:].any()
+        np.testing.assert_array_equal(rows[old : words.size], mean)
+        assert not rows[words.size :].any()
     np.testing.assert_array_equal(head.T[:old], rest["language_model.output.weight"])
-    np.testing.assert_array_equal(got["vqvae"]["quantizer"]["codebook"],
-                                  tensors[f"{prefix}quantize.embedding.weight"])
+    np.testing.assert_array_equal(got["vqvae"]["quantizer"]["codebook"], tensors[f"{prefix}quantize.embedding.weight"])
 
     # Back to PyTorch: the whole key set, and the tokenizer's files with the added words.
     transfer.to_hf(made, tmp_path / "hf")

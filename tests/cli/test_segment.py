@@ -1,4 +1,5 @@
 """segment: the files it writes, pictures of extreme sizes, and each mistake as one clear line."""
+
 import json
 
 import numpy as np
@@ -20,8 +21,7 @@ def runs(tmp_path_factory):
     """Workdirs of models whose answers hold one mask, two masks and none."""
     root = tmp_path_factory.mktemp("runs")
     texts = {"one": ([SURE, GE], [AND, EOS]), "two": ([GE], [GE]), "none": ([SURE, EOS], [])}
-    return {name: tiny.workdir(root / name, tiny.answers(*text)[1], **SECTIONS)
-            for name, text in texts.items()}
+    return {name: tiny.workdir(root / name, tiny.answers(*text)[1], **SECTIONS) for name, text in texts.items()}
 
 
 @pytest.fixture
@@ -35,9 +35,22 @@ def files(folder):
 
 
 def test_one_mask_with_its_pictures(runs, image, tmp_path, capfd):
-    code, out, err = call(capfd, "segment", "--workdir", runs["one"], "--image", image, "--prompt",
-                          "Segment it.", "--out", tmp_path / "new" / "m.png", "--overlay",
-                          tmp_path / "o.png", "--scales", tmp_path / "s.png")
+    code, out, err = call(
+        capfd,
+        "segment",
+        "--workdir",
+        runs["one"],
+        "--image",
+        image,
+        "--prompt",
+        "Segment it.",
+        "--out",
+        tmp_path / "new" / "m.png",
+        "--overlay",
+        tmp_path / "o.png",
+        "--scales",
+        tmp_path / "s.png",
+    )
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and result["masks"] == 1 and "<mask>" in result["text"] and result["seconds"] > 0
     assert result["files"] == [str(tmp_path / n) for n in ("new/m.png", "o.png", "s.png")]
@@ -48,20 +61,53 @@ def test_one_mask_with_its_pictures(runs, image, tmp_path, capfd):
 
 
 def test_several_masks_are_numbered_and_none_is_no_file(runs, image, tmp_path, capfd):
-    code, out, _ = call(capfd, "segment", "--workdir", runs["two"], "--image", image, "--prompt",
-                        "Segment it.", "--out", tmp_path / "m.png", "--max_masks", 2)
+    code, out, _ = call(
+        capfd,
+        "segment",
+        "--workdir",
+        runs["two"],
+        "--image",
+        image,
+        "--prompt",
+        "Segment it.",
+        "--out",
+        tmp_path / "m.png",
+        "--max_masks",
+        2,
+    )
     assert code == 0 and json.loads(out)["masks"] == 2
     assert files(tmp_path) == ["m.png", "m_1.png"]
-    code, out, _ = call(capfd, "segment", "--workdir", runs["none"], "--image", image, "--prompt",
-                        "Segment it.", "--out", tmp_path / "none.png", "--max_masks", 2)
+    code, out, _ = call(
+        capfd,
+        "segment",
+        "--workdir",
+        runs["none"],
+        "--image",
+        image,
+        "--prompt",
+        "Segment it.",
+        "--out",
+        tmp_path / "none.png",
+        "--max_masks",
+        2,
+    )
     assert code == 0 and json.loads(out)["masks"] == 0 and json.loads(out)["files"] == []
     assert files(tmp_path) == ["m.png", "m_1.png"]
 
 
 def test_a_prompt_alone_becomes_a_picture(runs, tmp_path, capfd):
     """--raw writes what the model draws, at its own size; without it a picture is asked for."""
-    args = ("segment", "--workdir", runs["one"], "--prompt", "Draw it.", "--out", tmp_path / "m.png",
-            "--scales", tmp_path / "s.png")
+    args = (
+        "segment",
+        "--workdir",
+        runs["one"],
+        "--prompt",
+        "Draw it.",
+        "--out",
+        tmp_path / "m.png",
+        "--scales",
+        tmp_path / "s.png",
+    )
     assert "--image is missing" in refused(capfd, *args)
     code, out, _ = call(capfd, *args, "--raw", "--temperature", 1.0, "--top_k", 5)
     assert code == 0 and json.loads(out)["masks"] == 1
@@ -73,40 +119,60 @@ def test_a_prompt_alone_becomes_a_picture(runs, tmp_path, capfd):
 @pytest.mark.parametrize("size", [(1, 1), (20000, 10), (10, 20000)])
 def test_extreme_pictures(runs, size, tmp_path, capfd):
     Image.new("RGB", size, (200, 30, 30)).save(tmp_path / "image.png")
-    code, out, _ = call(capfd, "segment", "--workdir", runs["one"], "--image", tmp_path / "image.png",
-                        "--prompt", "Segment it.", "--out", tmp_path / "m.png", "--overlay",
-                        tmp_path / "o.png", "--scales", tmp_path / "s.png")
+    code, out, _ = call(
+        capfd,
+        "segment",
+        "--workdir",
+        runs["one"],
+        "--image",
+        tmp_path / "image.png",
+        "--prompt",
+        "Segment it.",
+        "--out",
+        tmp_path / "m.png",
+        "--overlay",
+        tmp_path / "o.png",
+        "--scales",
+        tmp_path / "s.png",
+    )
     assert code == 0 and json.loads(out)["masks"] == 1
     assert Image.open(tmp_path / "m.png").size == Image.open(tmp_path / "o.png").size == size
     width, height = Image.open(tmp_path / "s.png").size
     assert height == 192 and width < 10_000  # a strip stays a picture that can be looked at
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"--image": "text.png"}, "text.png: not a readable picture"),
-    ({"--image": "absent.png"}, "absent.png: cannot be read (No such file"),
-    ({"--image": "."}, "cannot be read (Is a directory)"),
-    ({"--image": "cut.png"}, "cut.png: not a readable picture"),
-    ({"--prompt": " "}, "--prompt is empty"),
-    ({"--prompt": "red " * 3000}, "shorten the prompt"),
-    ({"--prompt": "<image> and <image>"}, "2 <image> places"),
-    ({"--workdir": "absent"}, "absent: no such checkpoint"),
-    ({"--workdir": "."}, "no checkpoint there"),
-    ({"--checkpoint": "nano"}, "give one of --workdir and --checkpoint"),
-    ({"--dtype": "int4"}, "dtype"),
-    ({"--top_p": "2"}, "top_p"),
-    ({"--max_masks": "0"}, "max_masks"),
-    ({"--out": "file/mask.png"}, "file"),
-    ({"--out": "."}, "--out"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"--image": "text.png"}, "text.png: not a readable picture"),
+        ({"--image": "absent.png"}, "absent.png: cannot be read (No such file"),
+        ({"--image": "."}, "cannot be read (Is a directory)"),
+        ({"--image": "cut.png"}, "cut.png: not a readable picture"),
+        ({"--prompt": " "}, "--prompt is empty"),
+        ({"--prompt": "red " * 3000}, "shorten the prompt"),
+        ({"--prompt": "<image> and <image>"}, "2 <image> places"),
+        ({"--workdir": "absent"}, "absent: no such checkpoint"),
+        ({"--workdir": "."}, "no checkpoint there"),
+        ({"--checkpoint": "nano"}, "give one of --workdir and --checkpoint"),
+        ({"--dtype": "int4"}, "dtype"),
+        ({"--top_p": "2"}, "top_p"),
+        ({"--max_masks": "0"}, "max_masks"),
+        ({"--out": "file/mask.png"}, "file"),
+        ({"--out": "."}, "--out"),
+    ],
+)
 def test_mistakes_are_one_line(runs, image, tmp_path, capfd, monkeypatch, change, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "cut.png").write_bytes(image.read_bytes()[:200])
     before = files(tmp_path)
-    args = {"--image": str(image), "--prompt": "Segment it.", "--out": "mask.png",
-            "--workdir": str(runs["one"])} | change
+    args = {
+        "--image": str(image),
+        "--prompt": "Segment it.",
+        "--out": "mask.png",
+        "--workdir": str(runs["one"]),
+    } | change
     assert says in refused(capfd, "segment", *(f"{k}={v}" for k, v in args.items()))
     assert files(tmp_path) == before
 
@@ -152,22 +218,26 @@ def broken(kind, runs, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("kind, says", [
-    ("other sizes", "llm/layers/mlp/gate/kernel has shape (2, 32, 48), not (2, 32, 40)"),
-    ("other layers", "missing llm/lm_head/kernel"),
-    ("config", "config.json is no valid JSON"),
-    ("no tokenizer", "tokenizer"),
-    ("orbax", "checkpoints/1"),
-    ("cut", "model.safetensors is broken or incomplete"),
-    ("garbage", "model.safetensors is broken or incomplete"),
-    ("index", "model.safetensors.index.json is no valid JSON"),
-    ("run config", "run_config.json is no valid JSON"),
-    ("hf config", "does not fit the model"),
-    ("empty config", "config.json has no field 'vision_config'"),
-])
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("other sizes", "llm/layers/mlp/gate/kernel has shape (2, 32, 48), not (2, 32, 40)"),
+        ("other layers", "missing llm/lm_head/kernel"),
+        ("config", "config.json is no valid JSON"),
+        ("no tokenizer", "tokenizer"),
+        ("orbax", "checkpoints/1"),
+        ("cut", "model.safetensors is broken or incomplete"),
+        ("garbage", "model.safetensors is broken or incomplete"),
+        ("index", "model.safetensors.index.json is no valid JSON"),
+        ("run config", "run_config.json is no valid JSON"),
+        ("hf config", "does not fit the model"),
+        ("empty config", "config.json has no field 'vision_config'"),
+    ],
+)
 def test_broken_checkpoints_are_one_line(runs, image, tmp_path, capfd, kind, says):
     folder = broken(kind, runs, tmp_path)
     out = tmp_path / "mask.png"
-    assert says in refused(capfd, "segment", "--checkpoint", folder, "--image", image, "--prompt",
-                           "Segment it.", "--out", out)
+    assert says in refused(
+        capfd, "segment", "--checkpoint", folder, "--image", image, "--prompt", "Segment it.", "--out", out
+    )
     assert not out.exists()

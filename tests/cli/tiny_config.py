@@ -1,4 +1,5 @@
 """A model that compiles in seconds, on two CPU devices: `train --config tests/cli/tiny_config.py`."""
+
 from configs import nano
 
 

@@ -1,4 +1,5 @@
 """`compile`: the very step that the loop runs, decoding's phases, topologies, what does not fit, search."""
+
 import json
 import sys
 
@@ -16,8 +17,10 @@ from tests.cli.command import refused
 from tests.cli.test_cli import argenseg
 
 ONE = dict(dcn_data=1, data=1, fsdp=1, tensor=1)
-OOM = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
-       "HLO temporaries (27.16G) exceeds available HBM (15.75G). HLO module: jit_step.\nSee https://openxla.org")
+OOM = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
+    "HLO temporaries (27.16G) exceeds available HBM (15.75G). HLO module: jit_step.\nSee https://openxla.org"
+)
 
 
 def tiny(**mesh):
@@ -31,6 +34,7 @@ def made(cfg):
 
 def test_what_is_compiled_is_what_the_loop_runs(monkeypatch, tmp_path):
     """The loop on its way to the first step, stopped there: both lower to the same program."""
+
     class Here(Exception):
         pass
 
@@ -76,8 +80,13 @@ def test_phases_of_decoding_lower_on_a_tensor_axis():
 
 def test_topologies():
     assert hardware.topology("v5e:16x16") == ("v5e", "16x16")
-    for cloud, shape in (("v5p-128", "4x4x4"), ("v5p-8", "1x2x2"), ("v4-512", "4x8x8"), ("v6e-256", "16x16"),
-                         ("v5e-8", "2x4")):
+    for cloud, shape in (
+        ("v5p-128", "4x4x4"),
+        ("v5p-8", "1x2x2"),
+        ("v4-512", "4x8x8"),
+        ("v6e-256", "16x16"),
+        ("v5e-8", "2x4"),
+    ):
         assert hardware.topology(cloud) == (cloud.split("-")[0], shape)
     for wrong in ("v5e", "v5e:", "v9:2x2", "v5e:16", "v5e:axb", "v5p-100", "16x16"):
         with pytest.raises(UserError, match="v5e:16x16"):
@@ -97,7 +106,10 @@ def test_a_step_that_does_not_fit():
 
     lowered = aot.Lowered(Stage(), 1.0, 1.0, 1.0, arguments=0.5 * hardware.GIB)
     assert aot.compile_for("v5e", lowered, made(tiny(fsdp=2))) == {
-        "fits": False, "hbm_gib": 27.66, "hbm_limit_gib": 15.75}
+        "fits": False,
+        "hbm_gib": 27.66,
+        "hbm_limit_gib": 15.75,
+    }
 
 
 def test_advice_names_what_is_enough_first():
@@ -145,11 +157,14 @@ def test_bounds():
     assert (told["bound"], told["step_seconds"], told["mfu"]) == ("interconnect", 5.0, 0.2)
 
 
-@pytest.mark.parametrize("args, says", [
-    ([], "--topology is missing"),
-    (["--topology=v5e:4by4"], "--topology v5e:4by4 is unknown"),
-    (["--topology=v5e:2x2", "--xla=fast"], "--xla fast: NAME=VALUE is expected"),
-])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        ([], "--topology is missing"),
+        (["--topology=v5e:4by4"], "--topology v5e:4by4 is unknown"),
+        (["--topology=v5e:2x2", "--xla=fast"], "--xla fast: NAME=VALUE is expected"),
+    ],
+)
 def test_mistakes(capfd, monkeypatch, args, says):
     monkeypatch.setattr("os.environ", {})  # the command sets where jax looks for TPUs
     assert says in refused(capfd, "compile", "--config=tests/cli/tiny_config.py", *args)

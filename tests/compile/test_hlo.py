@@ -1,4 +1,5 @@
 """Counts out of compiled HLO text: a stored program, and small ones compiled here against XLA's own."""
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -95,11 +96,13 @@ ENTRY %main (x: f32[2,4], z: f32[8,4]) -> (f32[2,4], f32[8,4]) {
 
 def test_a_window_over_heads():
     """A product with [D, heads, H] is a convolution on TPUs; its window counts axes by their number."""
-    line = ("ENTRY %main (x: bf16[2,64,16,1], w: bf16[8,32,16,1]) -> bf16[2,64,8,32] {\n"
-            "  %x = bf16[2,64,16,1]{3,2,1,0} parameter(0)\n"
-            "  %w = bf16[8,32,16,1]{3,2,1,0} parameter(1)\n"
-            "  ROOT %y = bf16[2,64,8,32]{3,2,1,0} convolution(%x, %w), "
-            "window={size=1x8 pad=0_0x7_7 rhs_reversal=0x1}, dim_labels=0bf1_1oi0->0b1f\n}\n")
+    line = (
+        "ENTRY %main (x: bf16[2,64,16,1], w: bf16[8,32,16,1]) -> bf16[2,64,8,32] {\n"
+        "  %x = bf16[2,64,16,1]{3,2,1,0} parameter(0)\n"
+        "  %w = bf16[8,32,16,1]{3,2,1,0} parameter(1)\n"
+        "  ROOT %y = bf16[2,64,8,32]{3,2,1,0} convolution(%x, %w), "
+        "window={size=1x8 pad=0_0x7_7 rhs_reversal=0x1}, dim_labels=0bf1_1oi0->0b1f\n}\n"
+    )
     assert hlo.count(line).flops == 2 * 2 * 64 * 16 * 8 * 32
 
 
@@ -116,23 +119,36 @@ def test_groups():
 
 def test_a_collective_in_several_fusions_is_one():
     """Started, carried on and ended beside other work, as TPUs do; twice where a loop runs twice."""
-    gather = ("%{0} (p: f32[2,4]) -> f32[8,4] {{\n  %p = f32[2,4] parameter(0)\n  ROOT %g.{0} = f32[8,4] "
-              "all-gather(%p), channel_id=7, replica_groups=mesh['x'=4] {{'x'}}, dimensions={{0}}\n}}\n\n")
-    text = gather.format("one") + gather.format("two") + """ENTRY %main (x: f32[2,4]) -> f32[8,4] {
+    gather = (
+        "%{0} (p: f32[2,4]) -> f32[8,4] {{\n  %p = f32[2,4] parameter(0)\n  ROOT %g.{0} = f32[8,4] "
+        "all-gather(%p), channel_id=7, replica_groups=mesh['x'=4] {{'x'}}, dimensions={{0}}\n}}\n\n"
+    )
+    text = (
+        gather.format("one")
+        + gather.format("two")
+        + """ENTRY %main (x: f32[2,4]) -> f32[8,4] {
   %x = f32[2,4] parameter(0)
   %start = f32[8,4] fusion(%x), kind=kCustom, calls=%one
   ROOT %done = f32[8,4] fusion(%x), kind=kCustom, calls=%two
 }
 """
+    )
     assert hlo.count(text).collectives == {"all-gather": 3 * 4 * 2 * 4}
 
 
 @pytest.mark.parametrize("stride, padding, dilation", [(1, 1, 1), (2, 0, 1), (1, 1, 2)])
 def test_convolutions_against_xla(stride, padding, dilation):
     """What meets the padding, or the holes of a dilated input, is left out on both sides."""
+
     def conv(x, k):
-        return jax.lax.conv_general_dilated(x, k, (stride, stride), [(padding, padding)] * 2, lhs_dilation=(dilation, 1),
-                                            dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            x,
+            k,
+            (stride, stride),
+            [(padding, padding)] * 2,
+            lhs_dilation=(dilation, 1),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
     compiled = jax.jit(conv).lower(jnp.zeros((2, 9, 8, 3)), jnp.zeros((3, 3, 3, 5))).compile()
     text = compiled.as_text()
@@ -148,10 +164,13 @@ def test_a_scan_is_counted_as_often_as_it_runs():
         def layer(x, w):
             w = jax.lax.with_sharding_constraint(w, place())
             return jnp.tanh(x @ w), None
+
         return jax.lax.scan(layer, x, stack)[0]
 
-    args = (jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=place("fsdp")),
-            jax.ShapeDtypeStruct((6, 64, 64), jnp.float32, sharding=place(None, "fsdp")))
+    args = (
+        jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=place("fsdp")),
+        jax.ShapeDtypeStruct((6, 64, 64), jnp.float32, sharding=place(None, "fsdp")),
+    )
     counts = hlo.count(jax.jit(layers, out_shardings=place("fsdp")).lower(*args).compile().as_text())
     assert counts.flops == pytest.approx(6 * 2 * 8 * 64 * 64)
     assert counts.collectives["all-gather"] == 6 * 4 * 64 * 64 * 3 / 4

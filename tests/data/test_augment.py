@@ -1,4 +1,5 @@
 """Augmentation: image and mask move together, left and right keep their meaning."""
+
 import dataclasses
 import io
 import re
@@ -20,8 +21,7 @@ def sample(text="Segment the car.", images=1):
     mask = np.zeros((60, 90), np.uint8)
     mask[10:40, 5:40] = 255
     image = np.repeat(mask[..., None], 3, -1) // 255 * 160 + 40
-    return Sample(conversations=[{"from": "human", "value": text}], images=(image,) * images,
-                  masks=(mask,))
+    return Sample(conversations=[{"from": "human", "value": text}], images=(image,) * images, masks=(mask,))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -53,15 +53,35 @@ def test_same_rng_same_sample_and_several_images_stay():
     assert Augment()(pair, np.random.default_rng(0)) is pair
 
 
-@pytest.mark.parametrize("text", [
-    "the left car", "the rightmost car", "Left-hand side", "the TOP shelf", "the lower half", "in the middle",
-    "at the centre", "in the corner", "the eastern wing", "请分割左边的圆形。", "右上角的车", "中间的人",
-    "What is in <box>[[1,2,3,4]]</box>?", "the object at [[500, 20]]", "the object at (120, 80)",
-    "within [0.1, 0.2, 0.5, 0.6]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the left car",
+        "the rightmost car",
+        "Left-hand side",
+        "the TOP shelf",
+        "the lower half",
+        "in the middle",
+        "at the centre",
+        "in the corner",
+        "the eastern wing",
+        "请分割左边的圆形。",
+        "右上角的车",
+        "中间的人",
+        "What is in <box>[[1,2,3,4]]</box>?",
+        "the object at [[500, 20]]",
+        "the object at (120, 80)",
+        "within [0.1, 0.2, 0.5, 0.6]",
+    ],
+)
 def test_nothing_moves_where_a_text_speaks_of_places(text):
     moved = Augment(jitter=0)
-    asked, answered = sample(text), dataclasses.replace(sample(), conversations=[
-        {"from": "user", "value": "Where is it?"}, {"from": "gpt", "value": text}])
+    asked, answered = (
+        sample(text),
+        dataclasses.replace(
+            sample(), conversations=[{"from": "user", "value": "Where is it?"}, {"from": "gpt", "value": text}]
+        ),
+    )
     for each in (asked, answered):
         for seed in range(5):
             out = moved(each, np.random.default_rng(seed))
@@ -134,8 +154,7 @@ def test_a_crop_that_loses_the_object_is_not_taken():
 
 
 def test_tiny_pictures():
-    dot = Sample(conversations=[], images=(np.zeros((1, 1, 3), np.uint8),),
-                 masks=(np.zeros((1, 1), np.uint8),))
+    dot = Sample(conversations=[], images=(np.zeros((1, 1, 3), np.uint8),), masks=(np.zeros((1, 1), np.uint8),))
     assert Augment()(dot, np.random.default_rng(0)).images[0].shape == (1, 1, 3)
 
 
@@ -149,12 +168,17 @@ def test_recolour_spares_texts_about_colours():
 
     for text in ("Segment the Red circle.", "分割红色的圆形", "the violet one", "Which colour is it?"):
         assert (painted(text) == image).all()
-    answer = Sample([{"from": "user", "value": "Describe it."}, {"from": "gpt", "value": "It is blue."}],
-                    images=(image,))
+    answer = Sample(
+        [{"from": "user", "value": "Describe it."}, {"from": "gpt", "value": "It is blue."}], images=(image,)
+    )
     assert recolour(answer, np.random.default_rng(1)).images[0] is image
-    red = [np.corrcoef(image[..., 0].ravel() - image.mean(-1).ravel(),
-                       (x := painted("Segment all circles.", seed))[..., 0].ravel() - x.mean(-1).ravel()
-                       )[0, 1] for seed in range(20)]
+    red = [
+        np.corrcoef(
+            image[..., 0].ravel() - image.mean(-1).ravel(),
+            (x := painted("Segment all circles.", seed))[..., 0].ravel() - x.mean(-1).ravel(),
+        )[0, 1]
+        for seed in range(20)
+    ]
     assert painted("Segment all circles.").dtype == np.uint8
     assert min(red) < -0.9 and max(red) > 0.9  # some keep their colours, some get the complements
 

@@ -1,4 +1,5 @@
 """Public bug reports about reading data, and their siblings: the right value of each."""
+
 import json
 
 import numpy as np
@@ -38,19 +39,34 @@ def encoded(text, encoding):
 @pytest.mark.parametrize("end", ("\n", "\r\n"))
 def test_texts_of_any_editor(root, encoding, end):
     """Notepad writes a byte order mark and CRLF: class 1 was called "\\ufeffsky"."""
-    for content in (f"left bank{end}{end}Füße, rot{end}", f"1: left bank{end}2: Füße, rot",
-                    f"0: none{end}2: Füße, rot{end}1: left bank"):
+    for content in (
+        f"left bank{end}{end}Füße, rot{end}",
+        f"1: left bank{end}2: Füße, rot",
+        f"0: none{end}2: Füße, rot{end}1: left bank",
+    ):
         put(root / "maps/classes.txt", encoded(content, encoding))
         assert asked(open_source(f"own:{root}/maps")) == [
-            "Please segment left bank in this image.", "Please segment Füße, rot in this image."]
+            "Please segment left bank in this image.",
+            "Please segment Füße, rot in this image.",
+        ]
     put(root / "ade/objectInfo150.txt", encoded(f"Idx\tName{end}1\tleft, links{end}2\tright;rechts{end}", encoding))
     assert asked(open_source(f"ade20k:{root}/ade:validation:every")) == [
-        "Please segment left in this image.", "Please segment right in this image."]
+        "Please segment left in this image.",
+        "Please segment right in this image.",
+    ]
     put(root / "t2i/a.txt", encoded(f"a grey{end}field.{end}", encoding))
-    assert open_source(f"t2i:{root}/t2i")[0].conversations[0]["value"] == "Please generate a picture about a grey field."
-    for name in ("meta.json", "flat/p.json", "own/annotations.json", "coco/annotations/instances_val2017.json",
-                 "reason/val/a.json", "refer/instances.json",
-                 "panoptic/annotations/panoptic_val2017.json"):
+    assert (
+        open_source(f"t2i:{root}/t2i")[0].conversations[0]["value"] == "Please generate a picture about a grey field."
+    )
+    for name in (
+        "meta.json",
+        "flat/p.json",
+        "own/annotations.json",
+        "coco/annotations/instances_val2017.json",
+        "reason/val/a.json",
+        "refer/instances.json",
+        "panoptic/annotations/panoptic_val2017.json",
+    ):
         text = json.dumps(json.loads((root / name).read_bytes()), indent=2).replace("\n", end)
         put(root / name, encoded(text, encoding))
     for name, samples in fill_names(root).items():
@@ -58,15 +74,23 @@ def test_texts_of_any_editor(root, encoding, end):
 
 
 def fill_names(root):
-    return {f"{root}/meta.json": 2, f"{root}/flat/p.json": 1, f"own:{root}/own": 1, f"coco:{root}/coco": 1,
-            f"reasonseg:{root}/reason": 1, f"refer:{root}/refer": 1, f"panoptic:{root}/panoptic": 1}
+    return {
+        f"{root}/meta.json": 2,
+        f"{root}/flat/p.json": 1,
+        f"own:{root}/own": 1,
+        f"coco:{root}/coco": 1,
+        f"reasonseg:{root}/reason": 1,
+        f"refer:{root}/refer": 1,
+        f"panoptic:{root}/panoptic": 1,
+    }
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_jsonl_of_any_editor(root, encoding):
     """Blank lines are skipped, and count as lines; Ċ is a line break's byte in UTF-16."""
-    line = json.dumps({"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nĊ ਊ é"}]},
-                      ensure_ascii=False)
+    line = json.dumps(
+        {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nĊ ਊ é"}]}, ensure_ascii=False
+    )
     text = f"{line}\r\n   \t \r\n\n\t\n{line}\r\n{' ' * 5000}\r\n  {line}\n \n"
     put(root / "flat/d.jsonl", encoded(text, encoding))
     source = open_source(f"{root}/flat/d.jsonl")
@@ -75,8 +99,12 @@ def test_jsonl_of_any_editor(root, encoding):
 
 
 def test_texts_that_are_no_unicode_are_one_line(root):
-    for name, source in (("maps/classes.txt", "own:{}/maps"), ("ade/objectInfo150.txt", "ade20k:{}/ade"),
-                         ("meta.json", "{}/meta.json"), ("own/annotations.json", "own:{}/own")):
+    for name, source in (
+        ("maps/classes.txt", "own:{}/maps"),
+        ("ade/objectInfo150.txt", "ade20k:{}/ade"),
+        ("meta.json", "{}/meta.json"),
+        ("own/annotations.json", "own:{}/own"),
+    ):
         put(root / name, "Idx\tName\n1\tStraße".encode("latin-1"))
         with pytest.raises(UserError, match=r"byte 15 is no UTF-8 text; save the file as UTF-8"):
             open_source(source.format(root))
@@ -88,9 +116,15 @@ def test_texts_that_are_no_unicode_are_one_line(root):
         open_source(f"{root}/flat/d.jsonl")[0]
 
 
-@pytest.mark.parametrize("content, why", (
-    ("1: a\n1: b", "class 1 has two names"), ("a\n_\n", "class 2 has no name"), ("\n \n", "no class names"),
-    ("1: a\n" + "9" * 5000 + ": b", "")))
+@pytest.mark.parametrize(
+    "content, why",
+    (
+        ("1: a\n1: b", "class 1 has two names"),
+        ("a\n_\n", "class 2 has no name"),
+        ("\n \n", "no class names"),
+        ("1: a\n" + "9" * 5000 + ": b", ""),
+    ),
+)
 def test_odd_lists_of_classes(root, content, why):
     put(root / "maps/classes.txt", content.encode())
     if why:
@@ -119,8 +153,13 @@ def test_one_sample_a_line(root):
 
 def test_ids_of_the_data_reach_the_samples(root):
     """COCO.loadRes compares (image_id, category_id) with the annotations."""
-    for name in ("coco:{}/coco", "own:{}/own", "refer:{}/refer", "panoptic:{}/panoptic",
-                 "panoptic:{}/panoptic:val2017:every"):
+    for name in (
+        "coco:{}/coco",
+        "own:{}/own",
+        "refer:{}/refer",
+        "panoptic:{}/panoptic",
+        "panoptic:{}/panoptic:val2017:every",
+    ):
         meta = open_source(name.format(root))[0].meta
         assert (meta["image_id"], meta["category_id"]) == (7, 3), name
     assert open_source(f"{root}/flat/p.json")[0].meta["image_id"] == 9
@@ -140,14 +179,19 @@ def test_ids_of_several_types(root):
     source = open_source(f"own:{root}/own")
     assert [source[k].meta["image_id"] for k in range(3)] == [7, "a", "b"]
     for change, why in (
-            ({"annotations": [{**COCO["annotations"][0], "category_id": None}]}, r"annotations\[0\].*None is no id"),
-            ({"annotations": [COCO["annotations"][0], {**COCO["annotations"][0], "image_id": [7]}]},
-             r"annotations\[1\].*\[7\] is no id"),
-            ({"categories": [{"id": 3}]}, r"categories\[0\].*KeyError: 'name'"),
-            ({"categories": [{"id": 3, "name": 5}]}, r"categories\[0\].*the name 5 is no text"),
-            ({"images": [*COCO["images"], {**COCO["images"][0], "file_name": "b.png"}]},
-             r"images\[0\]: the id 7 is that of another entry"),
-            ({"images": [*COCO["images"], 5]}, "key `images` must be a list of objects; entry 1 is 5")):
+        ({"annotations": [{**COCO["annotations"][0], "category_id": None}]}, r"annotations\[0\].*None is no id"),
+        (
+            {"annotations": [COCO["annotations"][0], {**COCO["annotations"][0], "image_id": [7]}]},
+            r"annotations\[1\].*\[7\] is no id",
+        ),
+        ({"categories": [{"id": 3}]}, r"categories\[0\].*KeyError: 'name'"),
+        ({"categories": [{"id": 3, "name": 5}]}, r"categories\[0\].*the name 5 is no text"),
+        (
+            {"images": [*COCO["images"], {**COCO["images"][0], "file_name": "b.png"}]},
+            r"images\[0\]: the id 7 is that of another entry",
+        ),
+        ({"images": [*COCO["images"], 5]}, "key `images` must be a list of objects; entry 1 is 5"),
+    ):
         put(root / "own/annotations.json", coco(**change))
         with pytest.raises(UserError, match=f"annotations.json: .*{why}"):
             open_source(f"own:{root}/own")
@@ -176,13 +220,29 @@ def test_two_categories_of_one_name_are_one_question(root):
 
 def test_hidden_files_are_no_data(root):
     """Jupyter's and macOS's droppings became a class, and stopped evaluations."""
-    before = {name.format(root): [open_source(name.format(root))[k].conversations
-                                  for k in range(n)] for name, n in fill(root).items()}
-    for folder in ("masks/masks/.ipynb_checkpoints", "mvtec/bolt/test/.ipynb_checkpoints", "mvtec/.hidden/test/good",
-                   "t2i/.cache"):
+    before = {
+        name.format(root): [open_source(name.format(root))[k].conversations for k in range(n)]
+        for name, n in fill(root).items()
+    }
+    for folder in (
+        "masks/masks/.ipynb_checkpoints",
+        "mvtec/bolt/test/.ipynb_checkpoints",
+        "mvtec/.hidden/test/good",
+        "t2i/.cache",
+    ):
         put(root / folder / "a.png", MASK)
-    for folder in ("masks/masks/left", "masks/images", "maps/images", "maps/labels", "own/images", "reason/val", "t2i",
-                   "ade/images/validation", "mvtec/bolt/test/cut", "flat/clip"):
+    for folder in (
+        "masks/masks/left",
+        "masks/images",
+        "maps/images",
+        "maps/labels",
+        "own/images",
+        "reason/val",
+        "t2i",
+        "ade/images/validation",
+        "mvtec/bolt/test/cut",
+        "flat/clip",
+    ):
         put(root / folder / "._a.png", b"Mac OS X")
         put(root / folder / ".DS_Store", b"Mac OS X")
     for folder in ("reason/val", "t2i", "refer"):
@@ -196,8 +256,12 @@ def test_hidden_files_are_no_data(root):
 
 
 def test_tiff_pictures_masks_and_maps(root):
-    for folder, content in (("maps/images", PICTURE), ("maps/labels", LABELS), ("masks/images", PICTURE),
-                            ("masks/masks/left", MASK)):
+    for folder, content in (
+        ("maps/images", PICTURE),
+        ("maps/labels", LABELS),
+        ("masks/images", PICTURE),
+        ("masks/masks/left", MASK),
+    ):
         Image.open(root / folder / "a.png").save(root / folder / "a.tif")
         (root / folder / "a.png").unlink()
         assert content
@@ -229,9 +293,11 @@ def test_the_prompt_reaches_every_source_that_words_its_questions(root):
         if not holds:
             with pytest.raises(UserError, match="eval.prompt"):
                 open_source(name, prompt="nonsense")
-    for name, text in (("own:{}/masks", "Please segment left in this image."),
-                       ("mvtec:{}/mvtec", "Please segment the defect of the bolt in this image."),
-                       ("coco:{}/coco", "Please segment every box in this image, one by one.")):
+    for name, text in (
+        ("own:{}/masks", "Please segment left in this image."),
+        ("mvtec:{}/mvtec", "Please segment the defect of the bolt in this image."),
+        ("coco:{}/coco", "Please segment every box in this image, one by one."),
+    ):
         assert asked(open_source(name.format(root))) == [text]
     with pytest.raises(UserError, match="changes nothing: these sources hold their own questions"):
         prepare.prepare(prepare.Job((f"{root}/flat/d.jsonl",), str(root / "out"), prompt="semantic"))
@@ -239,10 +305,19 @@ def test_the_prompt_reaches_every_source_that_words_its_questions(root):
 
 def test_the_first_part_of_a_meta_json(root):
     """`*0.5` scaled the weight only; of a JSONL it takes the first part."""
-    put(root / "flat/d.jsonl", "\n".join(
-        json.dumps({"id": k, "conversations": [{"from": "human", "value": "?"}]}) for k in range(11)).encode())
-    put(root / "meta.json", {"x": {"root": "flat", "annotation": "flat/d.jsonl"},
-                             "y": {"root": "flat", "annotation": "flat/d.jsonl", "repeat_time": 0.5, "length": 100}})
+    put(
+        root / "flat/d.jsonl",
+        "\n".join(
+            json.dumps({"id": k, "conversations": [{"from": "human", "value": "?"}]}) for k in range(11)
+        ).encode(),
+    )
+    put(
+        root / "meta.json",
+        {
+            "x": {"root": "flat", "annotation": "flat/d.jsonl"},
+            "y": {"root": "flat", "annotation": "flat/d.jsonl", "repeat_time": 0.5, "length": 100},
+        },
+    )
     assert [p[1:] for p in open_mixture([f"{root}/meta.json*0.5"])] == [(5, 5.5), (2, 25)]
     assert [p[1:] for p in open_mixture([f"{root}/flat/d.jsonl*0.5"])] == [(5, 5.5)]
     assert [p[1:] for p in open_mixture([f"{root}/meta.json*3"])] == [(11, 33), (5, 150)]
@@ -250,14 +325,23 @@ def test_the_first_part_of_a_meta_json(root):
     assert [open_source(str(root / "out"))[k].meta["id"] for k in range(7)] == [0, 1, 2, 3, 4, 0, 1]
 
 
-@pytest.mark.parametrize("change, why", (
-    ({"repeat_time": "2"}, "repeat_time '2' is no number"), ({"repeat_time": True}, "is no number"),
-    ({"repeat_time": -1}, "above 0"), ({"length": -1}, "length -1 is no number of samples"),
-    ({"length": 1.5}, "length 1.5"), ({"length": "9"}, "length '9'"),
-    ({"max_dynamic_patch": "x"}, "max_dynamic_patch 'x' is no number of tiles"),
-    ({"max_dynamic_patch": -1}, "max_dynamic_patch"), ({"annotation": "flat"}, "flat is a folder"),
-    ({"annotation": 5}, "5 is no path of a file"), ({"root": None}, "is no path of a folder"),
-    ({"annotation": "none.jsonl"}, "none.jsonl does not exist")))
+@pytest.mark.parametrize(
+    "change, why",
+    (
+        ({"repeat_time": "2"}, "repeat_time '2' is no number"),
+        ({"repeat_time": True}, "is no number"),
+        ({"repeat_time": -1}, "above 0"),
+        ({"length": -1}, "length -1 is no number of samples"),
+        ({"length": 1.5}, "length 1.5"),
+        ({"length": "9"}, "length '9'"),
+        ({"max_dynamic_patch": "x"}, "max_dynamic_patch 'x' is no number of tiles"),
+        ({"max_dynamic_patch": -1}, "max_dynamic_patch"),
+        ({"annotation": "flat"}, "flat is a folder"),
+        ({"annotation": 5}, "5 is no path of a file"),
+        ({"root": None}, "is no path of a folder"),
+        ({"annotation": "none.jsonl"}, "none.jsonl does not exist"),
+    ),
+)
 def test_odd_entries_of_a_meta_json(root, change, why):
     put(root / "meta.json", {"x": {"root": "flat", "annotation": "flat/d.jsonl", **change}})
     with pytest.raises(UserError, match=f"meta.json: data set 'x': .*{why}"):
@@ -265,9 +349,13 @@ def test_odd_entries_of_a_meta_json(root, change, why):
 
 
 def test_infinity_is_no_number_of_json(root):
-    for name, source in (("meta.json", "{}/meta.json"), ("flat/p.json", "{}/flat/p.json"),
-                         ("own/annotations.json", "own:{}/own"), ("reason/val/a.json", "reasonseg:{}/reason"),
-                         ("flat/d.jsonl", "{}/flat/d.jsonl")):
+    for name, source in (
+        ("meta.json", "{}/meta.json"),
+        ("flat/p.json", "{}/flat/p.json"),
+        ("own/annotations.json", "own:{}/own"),
+        ("reason/val/a.json", "reasonseg:{}/reason"),
+        ("flat/d.jsonl", "{}/flat/d.jsonl"),
+    ):
         for bad in ("Infinity", "NaN", "1e999", "1" + "0" * 400, "[" * 10**5):
             put(root / name, f'{{"x": [{bad}]}}'.encode())
             with pytest.raises(UserError, match=f"{name.split('/')[-1]}.*JSON"):
@@ -278,8 +366,15 @@ def test_masks_of_several_segments(root):
     """The official meaning of category ids, and of ids of segments."""
     put(root / "flat/p.png", LABELS)
     turns = [{"from": "human", "value": "<image>\nPlease segment {}."}, TURNS[1]]
-    put(root / "flat/d.jsonl", {"image": "a.png", "mask": "p.png", "conversations": turns,
-                                "seg_info": [{"id": 1, "category_id": 45}, {"id": 2, "category_id": 45}]})
+    put(
+        root / "flat/d.jsonl",
+        {
+            "image": "a.png",
+            "mask": "p.png",
+            "conversations": turns,
+            "seg_info": [{"id": 1, "category_id": 45}, {"id": 2, "category_id": 45}],
+        },
+    )
     sample = open_source(f"{root}/flat/d.jsonl")[0]
     assert sample.conversations[0]["value"] == "<image>\nPlease segment bowl." and sample.masks[0].all()
     assert np.unique(sample.masks[0]).tolist() == [255] and sample.meta["kind"] == "bowl"

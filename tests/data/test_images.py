@@ -1,4 +1,5 @@
 """The gate for image files: the right pixels of every mode, limits before decoding, one line for the rest."""
+
 import io
 import os
 import struct
@@ -32,8 +33,10 @@ def palette(indices, colours):
 
 def deep_png(array):
     """A PNG of 16 bits a channel, u16[H, W, 1..4]: Pillow writes none in colour."""
+
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
     height, width, channels = array.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
     header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
@@ -49,11 +52,26 @@ def deep_tiff(array, planar=1):
     if strips > 1:
         size = len(data) // 3
         lists += struct.pack("<6I", *(start + k * size for k in range(3)), *[size] * 3)
-    fields = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, at), (259, 3, 1, 1), (262, 3, 1, 2),
-              (273, 4, strips, at + 6 if strips > 1 else start), (277, 3, 1, 3), (278, 4, 1, height),
-              (279, 4, strips, at + 18 if strips > 1 else len(data)), (284, 3, 1, planar)]
-    return (b"II*\0" + struct.pack("<IH", 8, len(fields))
-            + b"".join(struct.pack("<HHII", *field) for field in fields) + bytes(4) + lists + data)
+    fields = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 3, at),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, strips, at + 6 if strips > 1 else start),
+        (277, 3, 1, 3),
+        (278, 4, 1, height),
+        (279, 4, strips, at + 18 if strips > 1 else len(data)),
+        (284, 3, 1, planar),
+    ]
+    return (
+        b"II*\0"
+        + struct.pack("<IH", 8, len(fields))
+        + b"".join(struct.pack("<HHII", *field) for field in fields)
+        + bytes(4)
+        + lists
+        + data
+    )
 
 
 PALETTE = RNG.integers(0, 256, (16, 3), dtype=np.uint8)
@@ -115,12 +133,19 @@ def test_of_animated_files_the_first_frame_counts(tmp_path, form, more):
 VOC = [0, 0, 0, 128, 0, 0, 0, 128, 0]
 HALF = np.where(SHAPE > 0, 1, 0).astype(np.uint8)
 MASKS = {
-    "palette": palette(HALF, VOC), "palette of white": palette(HALF, [255, 255, 255, 255, 255, 255]),
-    "0 and 1": Image.fromarray(HALF), "0 and 127": Image.fromarray(HALF * 127), "0 and 255": Image.fromarray(SHAPE),
-    "class 3": Image.fromarray(HALF * 3), "100 and 200": Image.fromarray(HALF * 100 + 100),
-    "one bit": Image.fromarray(SHAPE > 0), "16 bits": Image.fromarray(SHAPE.astype(np.uint16) * 257),
-    "16 bits, 0 and 1": Image.fromarray(HALF.astype(np.uint16)), "integers": Image.fromarray(HALF.astype(np.int32)),
-    "floats": Image.fromarray(HALF.astype(np.float32)), "colour": Image.fromarray(grey(SHAPE)),
+    "palette": palette(HALF, VOC),
+    "palette of white": palette(HALF, [255, 255, 255, 255, 255, 255]),
+    "0 and 1": Image.fromarray(HALF),
+    "0 and 127": Image.fromarray(HALF * 127),
+    "0 and 255": Image.fromarray(SHAPE),
+    "class 3": Image.fromarray(HALF * 3),
+    "100 and 200": Image.fromarray(HALF * 100 + 100),
+    "one bit": Image.fromarray(SHAPE > 0),
+    "16 bits": Image.fromarray(SHAPE.astype(np.uint16) * 257),
+    "16 bits, 0 and 1": Image.fromarray(HALF.astype(np.uint16)),
+    "integers": Image.fromarray(HALF.astype(np.int32)),
+    "floats": Image.fromarray(HALF.astype(np.float32)),
+    "colour": Image.fromarray(grey(SHAPE)),
     "red on black": Image.fromarray(grey(SHAPE) * np.array([1, 0, 0], np.uint8)),
     "alpha": Image.fromarray(np.dstack([grey(np.full((6, 9), 255, np.uint8)), ALPHA])),
     "alpha of black": Image.fromarray(np.dstack([np.zeros((6, 9, 3), np.uint8), ALPHA])),
@@ -162,10 +187,14 @@ def test_masks_keep_soft_edges_and_dark_ones_are_stretched():
 
 def test_ids_are_the_values_of_the_file(tmp_path):
     ids = np.arange(54, dtype=np.uint16).reshape(6, 9) * 300
-    cases = {"16": (Image.fromarray(ids), ids), "palette": (palette(INDICES, PALETTE.ravel().tolist()), INDICES),
-             "grey": (Image.fromarray(INDICES), INDICES), "bit": (Image.fromarray(HALF > 0), HALF),
-             "panoptic": (Image.fromarray(COLOUR), COLOUR),
-             "opaque": (Image.fromarray(np.dstack([COLOUR, ALPHA])), COLOUR)}
+    cases = {
+        "16": (Image.fromarray(ids), ids),
+        "palette": (palette(INDICES, PALETTE.ravel().tolist()), INDICES),
+        "grey": (Image.fromarray(INDICES), INDICES),
+        "bit": (Image.fromarray(HALF > 0), HALF),
+        "panoptic": (Image.fromarray(COLOUR), COLOUR),
+        "opaque": (Image.fromarray(np.dstack([COLOUR, ALPHA])), COLOUR),
+    }
     for name, (image, want) in cases.items():
         image.save(tmp_path / "m", "PNG")
         np.testing.assert_array_equal(read_ids(tmp_path / "m"), want, err_msg=name)
@@ -173,15 +202,29 @@ def test_ids_are_the_values_of_the_file(tmp_path):
     rows = b"".join(b"\0" + bytes([a << 4 | b for a, b in zip(row[::2], [*row[1::2], 0])]) for row in INDICES.tolist())
     whole = deep_png(np.zeros((6, 9, 1), np.uint16))
     data, header = zlib.compress(rows), whole[12:24] + bytes([4, 0, 0, 0, 0])
-    nibbles = (whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + struct.pack(">I", len(data)) + b"IDAT"
-               + data + struct.pack(">I", zlib.crc32(b"IDAT" + data)) + whole[-12:])
+    nibbles = (
+        whole[:12]
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+        + struct.pack(">I", len(data))
+        + b"IDAT"
+        + data
+        + struct.pack(">I", zlib.crc32(b"IDAT" + data))
+        + whole[-12:]
+    )
     (tmp_path / "m").write_bytes(nibbles)
     np.testing.assert_array_equal(read_ids(tmp_path / "m"), INDICES)
 
 
-@pytest.mark.parametrize("values, says", [
-    (np.array([[0, np.nan]], np.float32), "NaN"), (np.array([[0, np.inf]], np.float32), "infinite"),
-    (np.array([[0, 2.5]], np.float32), "0..2.5"), (np.array([[-1, 5]], np.int32), "-1..5")])
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        (np.array([[0, np.nan]], np.float32), "NaN"),
+        (np.array([[0, np.inf]], np.float32), "infinite"),
+        (np.array([[0, 2.5]], np.float32), "0..2.5"),
+        (np.array([[-1, 5]], np.int32), "-1..5"),
+    ],
+)
 def test_masks_of_senseless_values(tmp_path, values, says):
     Image.fromarray(values).save(tmp_path / "m.tif")
     with pytest.raises(SampleError, match=rf"m\.tif: .*{says}"):
@@ -202,8 +245,9 @@ def test_image_and_mask_are_turned_upright(tmp_path, turned, form):
     want = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "i.png")))
     np.testing.assert_array_equal(read_image(tmp_path / "i.png"), want)
     np.testing.assert_array_equal(Reader().image(Image.open(tmp_path / "i.png")), want)
-    np.testing.assert_array_equal(read_mask(tmp_path / "m.png"),
-                                  np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "m.png")).convert("L")))
+    np.testing.assert_array_equal(
+        read_mask(tmp_path / "m.png"), np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "m.png")).convert("L"))
+    )
     said = images.orientations(tmp_path / "i.png", tmp_path / "absent.png")
     assert said == "" if turned == 1 else said.startswith(f"i.png has EXIF orientation {turned} and was")
 
@@ -281,8 +325,14 @@ def test_what_is_no_image_is_one_line(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "eps.png").write_bytes(EPS)
     (tmp_path / "ppm.png").write_bytes(b"P6 2 2 255\n" + bytes(12))
-    cases = {"eps.png": "not a readable picture", "ppm.png": "known formats: PNG, JPEG", "absent.png": "No such file",
-             "fifo.png": "a device, pipe or socket", "": "Is a directory", "a\0b.png": "null byte"}
+    cases = {
+        "eps.png": "not a readable picture",
+        "ppm.png": "known formats: PNG, JPEG",
+        "absent.png": "No such file",
+        "fifo.png": "a device, pipe or socket",
+        "": "Is a directory",
+        "a\0b.png": "null byte",
+    }
     for name, says in cases.items():
         for read in (read_image, read_mask, read_ids):
             with pytest.raises(SampleError, match=says):

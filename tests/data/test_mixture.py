@@ -1,4 +1,5 @@
 """Sources: every form of annotation, the shares of a mixture, and faults named by file and line."""
+
 import json
 
 import numpy as np
@@ -36,12 +37,15 @@ def folder(tmp_path):
 
 
 def test_jsonl(folder):
-    path = lines(folder / "d.jsonl", [
-        {"id": 7, "image": "a.png", "mask": "m.png", "conversations": TURNS},
-        "",
-        {"image": ["a.png", "b.png"], "mask": ["m.png", "m.png"], "conversations": TURNS},
-        {"conversations": TURNS[:1]},
-    ])
+    path = lines(
+        folder / "d.jsonl",
+        [
+            {"id": 7, "image": "a.png", "mask": "m.png", "conversations": TURNS},
+            "",
+            {"image": ["a.png", "b.png"], "mask": ["m.png", "m.png"], "conversations": TURNS},
+            {"conversations": TURNS[:1]},
+        ],
+    )
     source = open_source(str(path))
     assert len(source) == 3 and len(open_source("jsonl:d.jsonl", root=str(folder))) == 3
     one, two, chat = (source[i] for i in range(3))
@@ -64,20 +68,22 @@ def test_jsonl_with_another_image_root(folder):
     assert open_source(str(path), image_root=str(folder))[0].images
 
 
-@pytest.mark.parametrize("record,fault", [
-    ("{not json}", "malformed JSON"),
-    ("[1, 2]", "not a sample"),
-    ('"text"', "not a sample"),
-    ("[" * 100_000, "malformed JSON"),
-    ({"image": "a.png"}, "conversations"),
-    ({"image": "a.png", "conversations": "hi"}, "not a sample"),
-    ({"image": 5, "conversations": TURNS}, "not a sample"),
-    ({"image": "none.png", "conversations": TURNS}, "none.png: cannot be read"),
-    ({"image": "d.jsonl", "conversations": TURNS}, "d.jsonl: not a readable picture"),
-    ({"image": "a.png", "mask": "small.png", "conversations": TURNS},
-     "mask small.png is 3x3, its image 12x8"),
-    ({"image": "a.png", "seg_info": [{"id": 1}], "conversations": TURNS}, "not a sample"),
-])
+@pytest.mark.parametrize(
+    "record,fault",
+    [
+        ("{not json}", "malformed JSON"),
+        ("[1, 2]", "not a sample"),
+        ('"text"', "not a sample"),
+        ("[" * 100_000, "malformed JSON"),
+        ({"image": "a.png"}, "conversations"),
+        ({"image": "a.png", "conversations": "hi"}, "not a sample"),
+        ({"image": 5, "conversations": TURNS}, "not a sample"),
+        ({"image": "none.png", "conversations": TURNS}, "none.png: cannot be read"),
+        ({"image": "d.jsonl", "conversations": TURNS}, "d.jsonl: not a readable picture"),
+        ({"image": "a.png", "mask": "small.png", "conversations": TURNS}, "mask small.png is 3x3, its image 12x8"),
+        ({"image": "a.png", "seg_info": [{"id": 1}], "conversations": TURNS}, "not a sample"),
+    ],
+)
 def test_faulty_lines_are_named(folder, record, fault):
     Image.new("L", (3, 3)).save(folder / "small.png")
     path = lines(folder / "d.jsonl", ["", {"image": "a.png", "conversations": TURNS}, record])
@@ -106,10 +112,15 @@ def test_meta_mixture(folder):
         lines(folder / f"{name}.jsonl", records)
     meta = folder / "meta.json"
     entry = {"root": "."}
-    meta.write_text(json.dumps({
-        "half": entry | {"annotation": "half.jsonl", "repeat_time": 0.5, "length": 10},
-        "whole": entry | {"annotation": "whole.jsonl", "length": 0, "data_augment": True},
-        "twice": entry | {"annotation": "twice.jsonl", "repeat_time": 2, "max_dynamic_patch": 6}}))
+    meta.write_text(
+        json.dumps(
+            {
+                "half": entry | {"annotation": "half.jsonl", "repeat_time": 0.5, "length": 10},
+                "whole": entry | {"annotation": "whole.jsonl", "length": 0, "data_augment": True},
+                "twice": entry | {"annotation": "twice.jsonl", "repeat_time": 2, "max_dynamic_patch": 6},
+            }
+        )
+    )
     parts = open_mixture((f"{meta}*3", "shapes:simple:train:7*0.5"))
     assert [(p.length, p.weight) for p in parts] == [(5, 15), (10, 30), (10, 60), (3, 3.5)]
     in_order = open_source(str(meta))
@@ -132,16 +143,18 @@ def test_sources_that_cannot_be_opened(folder):
         with pytest.raises(UserError, match=fault):
             open_source(str(bad))
     (folder / "empty.jsonl").write_text("\n")
-    for names, fault in (((), "data.sources is empty"),
-                         (("none.jsonl",), "none.jsonl: no such source"),
-                         (("empty.jsonl",), "empty.jsonl: no samples"),
-                         (("jsonl:",), "no such source"),
-                         (("shapes:huge:train",), "no level 'huge'"),
-                         (("shapes:simple",), "write shapes"),
-                         (("shapes:simple:train:alls=x",), "are numbers"),
-                         (("shapes:simple:train:rel=1",), "kind_weights"),
-                         (("shapes:simple:train", "shapes:simple:test"), "needs a size"),
-                         (("shapes:simple:test*0",), "above 0")):
+    for names, fault in (
+        ((), "data.sources is empty"),
+        (("none.jsonl",), "none.jsonl: no such source"),
+        (("empty.jsonl",), "empty.jsonl: no samples"),
+        (("jsonl:",), "no such source"),
+        (("shapes:huge:train",), "no level 'huge'"),
+        (("shapes:simple",), "write shapes"),
+        (("shapes:simple:train:alls=x",), "are numbers"),
+        (("shapes:simple:train:rel=1",), "kind_weights"),
+        (("shapes:simple:train", "shapes:simple:test"), "needs a size"),
+        (("shapes:simple:test*0",), "above 0"),
+    ):
         with pytest.raises(UserError, match=fault):
             open_mixture(names, str(folder))
 
@@ -159,10 +172,13 @@ def test_panoptic(folder):
     ids = np.zeros((8, 12, 3), np.uint8)
     ids[:4, :, 0], ids[4:, :6, 1], ids[4:, 6:, 2] = 7, 1, 1  # ids 7, 256, 65536
     Image.fromarray(ids).save(folder / "p.png")
-    info = [{"id": 7, "category_id": 0}, {"id": 256, "category_id": 0},
-            {"id": 65536, "category_id": 119}, {"id": 9, "category_id": 3}]
-    path = lines(folder / "d.jsonl", [
-        {"image": "a.png", "mask": "p.png", "seg_info": info, "conversations": TURNS}])
+    info = [
+        {"id": 7, "category_id": 0},
+        {"id": 256, "category_id": 0},
+        {"id": 65536, "category_id": 119},
+        {"id": 9, "category_id": 3},
+    ]
+    path = lines(folder / "d.jsonl", [{"image": "a.png", "mask": "p.png", "seg_info": info, "conversations": TURNS}])
     source = open_source(str(path))
     seen = {}
     for k in range(20):
@@ -175,8 +191,17 @@ def test_panoptic(folder):
     with pytest.raises(SampleError, match=r"category_id 133 is none of the contiguous ids 0..132"):
         panoptic.draw_official(ids, [{"id": 7, "category_id": 133}], np.random.default_rng(0))
     # Contiguous, as detectron2 numbers them, not COCO's own ids: the released example has 45 for a bowl.
-    names = {0: "person", 1: "bicycle", 16: "dog", 44: "spoon", 45: "bowl", 46: "banana", 79: "toothbrush",
-             80: "banner", 132: "rug"}
+    names = {
+        0: "person",
+        1: "bicycle",
+        16: "dog",
+        44: "spoon",
+        45: "bowl",
+        46: "banana",
+        79: "toothbrush",
+        80: "banner",
+        132: "rug",
+    }
     for category, name in names.items():
         assert panoptic.draw_official(ids, [{"id": 7, "category_id": category}], np.random.default_rng(0))[1] == name
     own = [{"id": 7, "category_id": 500, "name": "teapot"}]
@@ -188,8 +213,11 @@ def test_panoptic(folder):
 
 
 def entry(anns, sents=("the left part",), size=SIZE):
-    return {"image_info": {"file_name": "a.png", "height": size[1], "width": size[0]},
-            "instruction": [{"sent": s} for s in sents], "anns": anns}
+    return {
+        "image_info": {"file_name": "a.png", "height": size[1], "width": size[0]},
+        "instruction": [{"sent": s} for s in sents],
+        "anns": anns,
+    }
 
 
 def test_psalm(folder):
@@ -197,8 +225,12 @@ def test_psalm(folder):
     half[:, :6] = 1
     packed = coco.encode(np.asfortranarray(half))
     packed["counts"] = packed["counts"].decode()
-    forms = {"polygon": [[0, 0, 6, 0, 6, 8, 0, 8]], "packed": packed,
-             "plain": {"size": [8, 12], "counts": [0, 48, 48]}, "several": [packed, packed]}
+    forms = {
+        "polygon": [[0, 0, 6, 0, 6, 8, 0, 8]],
+        "packed": packed,
+        "plain": {"size": [8, 12], "counts": [0, 48, 48]},
+        "several": [packed, packed],
+    }
     path = folder / "p.json"
     entries = [entry([{"segmentation": s}]) for s in forms.values()]
     path.write_text(json.dumps([*entries, entry([])]))
@@ -213,8 +245,8 @@ def test_psalm(folder):
     half[:, 9:] = 1
     np.testing.assert_array_equal(sample.masks[0], half * 255)
     assert sample.conversations[0]["value"] == (
-        "<image>\n Given the following instructions:  a. b c.; please perform referring "
-        "segmentation on this image.")
+        "<image>\n Given the following instructions:  a. b c.; please perform referring segmentation on this image."
+    )
     other = open_source(f"psalm:{path}", prompt="Segment the {sent} in the image.")
     assert other[0].conversations[0]["value"] == "Segment the a. b c in the image."
     assert psalm.question(["sky"], "semantic") == "<image>\n Please segment sky in this image."
@@ -222,17 +254,21 @@ def test_psalm(folder):
         open_source(str(path), prompt="nonsense")
 
 
-@pytest.mark.parametrize("bad,fault", [
-    ({}, "not a PSALM entry"), (3, "not a PSALM entry"),
-    (entry([{}]), "not a PSALM entry"),
-    (entry([], size=(5, 5)), "is 5x5, its image 12x8"),
-    (entry([], size=(10**6, 10**6)), "is 1000000x1000000, its image 12x8"),
-    (entry([{"segmentation": [[1, 2]]}]), "a polygon of 2 numbers"),
-    (entry([{"segmentation": [[0, 0, 1e30, 0, 1, 1]]}]), "each below"),
-    (entry([{"segmentation": {"size": [8, 12], "counts": [5]}}]), "RLE of 5 pixels"),
-    (entry([{"segmentation": {"size": [9, 9], "counts": [81]}}]), r"RLE of \[9, 9\]"),
-    (entry([{"segmentation": {"size": [8, 12], "counts": "ZZZ"}}]), "end within a number"),
-])
+@pytest.mark.parametrize(
+    "bad,fault",
+    [
+        ({}, "not a PSALM entry"),
+        (3, "not a PSALM entry"),
+        (entry([{}]), "not a PSALM entry"),
+        (entry([], size=(5, 5)), "is 5x5, its image 12x8"),
+        (entry([], size=(10**6, 10**6)), "is 1000000x1000000, its image 12x8"),
+        (entry([{"segmentation": [[1, 2]]}]), "a polygon of 2 numbers"),
+        (entry([{"segmentation": [[0, 0, 1e30, 0, 1, 1]]}]), "each below"),
+        (entry([{"segmentation": {"size": [8, 12], "counts": [5]}}]), "RLE of 5 pixels"),
+        (entry([{"segmentation": {"size": [9, 9], "counts": [81]}}]), r"RLE of \[9, 9\]"),
+        (entry([{"segmentation": {"size": [8, 12], "counts": "ZZZ"}}]), "end within a number"),
+    ],
+)
 def test_faulty_psalm_entries_are_named(folder, bad, fault):
     path = folder / "p.json"
     path.write_text(json.dumps([entry([]), bad]))
@@ -241,9 +277,15 @@ def test_faulty_psalm_entries_are_named(folder, bad, fault):
     assert "p.json: entry 1" in str(caught.value)
 
 
-@pytest.mark.parametrize("key, value, fault", [
-    ("repeat_time", 1e308, "must be above 0"), ("repeat_time", 1e-300, "must be above 0"),
-    ("repeat_time", 0, "must be above 0"), ("data_augment", "false", "'false' is neither true nor false")])
+@pytest.mark.parametrize(
+    "key, value, fault",
+    [
+        ("repeat_time", 1e308, "must be above 0"),
+        ("repeat_time", 1e-300, "must be above 0"),
+        ("repeat_time", 0, "must be above 0"),
+        ("data_augment", "false", "'false' is neither true nor false"),
+    ],
+)
 def test_entries_of_a_meta_json_that_mean_nothing(tmp_path, key, value, fault):
     (tmp_path / "a.jsonl").write_text("{}\n")
     (tmp_path / "meta.json").write_text(json.dumps({"a": {"root": ".", "annotation": "a.jsonl", key: value}}))

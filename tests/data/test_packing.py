@@ -1,4 +1,5 @@
 """Packed rows: what goes into them, each sample once, resumed by any number of processes."""
+
 import collections
 import json
 
@@ -14,9 +15,12 @@ from tests.data.test_pipeline import SHAPES, drain, equal, iterate, numbered, sh
 
 def piece(tokens, masks=0, tiles=0):
     number = np.arange(1, tokens + 1)
-    return {"tokens": number * 10, "labels": number * 10,
-            "tiles": np.full((tiles, 2, 2, 3), tokens, np.uint8),
-            "masks": np.full((masks, 4, 4, 3), tokens, np.uint8)}
+    return {
+        "tokens": number * 10,
+        "labels": number * 10,
+        "tiles": np.full((tiles, 2, 2, 3), tokens, np.uint8),
+        "masks": np.full((masks, 4, 4, 3), tokens, np.uint8),
+    }
 
 
 def test_the_oldest_then_the_longest_that_fits():
@@ -43,8 +47,16 @@ def test_a_row_by_hand():
 def mixed(tmp_path_factory):
     """Chat, some lines broken, and drawn scenes with one or two masks: the section `data`."""
     chat = numbered(tmp_path_factory.mktemp("mixed"), [24], {(0, 3), (0, 9)})
-    return {**SHAPES, "sources": (f"{chat[0]}*10", "shapes:simple:train:60"), "max_tokens": 200,
-            "max_tiles": 2, "max_masks": 2, "sample_tiles": 1, "pack": 4, "max_broken": 1.0}
+    return {
+        **SHAPES,
+        "sources": (f"{chat[0]}*10", "shapes:simple:train:60"),
+        "max_tokens": 200,
+        "max_tiles": 2,
+        "max_masks": 2,
+        "sample_tiles": 1,
+        "pack": 4,
+        "max_broken": 1.0,
+    }
 
 
 def samples(batch):
@@ -55,8 +67,7 @@ def samples(batch):
         for segment in range(1, batch["segment_ids"][row].max() + 1):
             here = batch["segment_ids"][row] == segment
             count = (batch["labels"][row][here] == tiny.tokenizer().vocab.mask_context).sum() // 21
-            found.append((batch["tokens"][row][here].tobytes(),
-                          batch["masks"][row, masks:masks + count].tobytes()))
+            found.append((batch["tokens"][row][here].tobytes(), batch["masks"][row, masks : masks + count].tobytes()))
             masks += count
     return found
 
@@ -83,8 +94,7 @@ def test_resume_with_other_processes_and_workers(mixed, tokenizer):  # noqa: F81
     want = [next(whole) for _ in range(12)]
     rows, state = [], None
     for processes, steps, workers in ((1, 3, 0), (2, 5, 0), (1, 4, 2)):
-        shares = [iterate({**mixed, "workers": workers}, tokenizer, places=places)
-                  for places in shards(processes, 4)]
+        shares = [iterate({**mixed, "workers": workers}, tokenizer, places=places) for places in shards(processes, 4)]
         for iterator in shares:
             if state:
                 iterator.set_state(json.loads(json.dumps(state)))
@@ -98,8 +108,10 @@ def test_resume_with_other_processes_and_workers(mixed, tokenizer):  # noqa: F81
     assert state["waiting"] and all(0 < len(w) <= 4 for w in state["waiting"].values())
     # Exactly once: what was taken came out, waits, or was broken.
     out = sum(int(batch["segment_ids"].max(1).sum()) for batch in rows)
-    waits, broken = (sum(map(len, state["waiting"].values())),
-                     sum(sum(reasons.values()) for reasons in state["broken"].values()))
+    waits, broken = (
+        sum(map(len, state["waiting"].values())),
+        sum(sum(reasons.values()) for reasons in state["broken"].values()),
+    )
     assert sum(state["taken"].values()) == out + waits + broken and broken > 0
     whole.close()
 
@@ -111,17 +123,23 @@ def test_every_sample_once_an_epoch(tokenizer, tmp_path):  # noqa: F811
     while len(texts) < 40:
         batch = next(iterator)
         for row, segments in zip(batch["labels"], batch["segment_ids"]):
-            texts += [tokenizer.decode(row[(segments == k) & (row != IGNORE)]).strip()
-                      for k in range(1, segments.max() + 1)]
+            texts += [
+                tokenizer.decode(row[(segments == k) & (row != IGNORE)]).strip() for k in range(1, segments.max() + 1)
+            ]
     iterator.close()
     counts = collections.Counter(texts)
     assert max(counts.values()) <= 3 and len(counts) == 24
 
 
 def test_what_is_too_long_or_has_too_many_images_is_broken(mixed, tokenizer):  # noqa: F811
-    for change, fault in (({"max_tokens": 40}, "tokens, data.max_tokens is 40"),
-                          ({"max_labels": 20}, "labels, data.max_labels is 20"),
-                          ({"max_masks": 0}, "1 masks, data.max_masks is 0")):
+    for change, fault in (
+        ({"max_tokens": 40}, "tokens, data.max_tokens is 40"),
+        ({"max_labels": 20}, "labels, data.max_labels is 20"),
+        ({"max_masks": 0}, "1 masks, data.max_masks is 0"),
+    ):
         with pytest.raises(UserError, match=fault):
-            drain(iterate({**mixed, "sources": ("shapes:simple:train:60",), "max_broken": 0.01, **change},
-                          tokenizer), tokenizer, 1)
+            drain(
+                iterate({**mixed, "sources": ("shapes:simple:train:60",), "max_broken": 0.01, **change}, tokenizer),
+                tokenizer,
+                1,
+            )

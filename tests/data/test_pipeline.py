@@ -1,4 +1,5 @@
 """The pipeline: batch layout, order, resume, shards, mixtures, broken samples."""
+
 import collections
 import json
 
@@ -17,8 +18,7 @@ from argenseg_jax.errors import SampleError, UserError
 from argenseg_jax.vocab import IGNORE
 
 GEOMETRY = Geometry(image_size=32, image_tokens=16, mask_size=64, code_tokens=21)
-SHAPES = {"sources": ("shapes:simple:train:500",), "max_tokens": 96, "system": "",
-          "image_last": True}
+SHAPES = {"sources": ("shapes:simple:train:500",), "max_tokens": 96, "system": "", "image_last": True}
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,11 @@ def numbered(tmp_path, counts, broken=()):
     """JSONL files of chat samples whose answers are their numbers; lines in `broken` are faulty."""
     names = []
     for k, count in enumerate(counts):
-        records = [{"conversations": [{"from": "human", "value": "?"},
-                                      {"from": "gpt", "value": f"{k} {i}"}]} for i in range(count)]
-        text = [("oops" if (k, i) in broken else json.dumps(r)) + "\n"
-                for i, r in enumerate(records)]
+        records = [
+            {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": f"{k} {i}"}]}
+            for i in range(count)
+        ]
+        text = [("oops" if (k, i) in broken else json.dumps(r)) + "\n" for i, r in enumerate(records)]
         (tmp_path / f"{k}.jsonl").write_text("".join(text))
         names.append(str(tmp_path / f"{k}.jsonl"))
     return names
@@ -67,9 +68,14 @@ def test_lm_batch(tokenizer):
     iterator.close()
     layout = {k: (v.shape, v.dtype) for k, v in batch.items()}
     text = ((4, 96), np.int32)
-    assert layout == {"tokens": text, "labels": text, "positions": text, "segment_ids": text,
-                      "tiles": ((4, 1, 32, 32, 3), np.uint8),
-                      "masks": ((4, 1, 64, 64, 3), np.uint8)}
+    assert layout == {
+        "tokens": text,
+        "labels": text,
+        "positions": text,
+        "segment_ids": text,
+        "tiles": ((4, 1, 32, 32, 3), np.uint8),
+        "masks": ((4, 1, 64, 64, 3), np.uint8),
+    }
     vocab, used = tokenizer.vocab, batch["segment_ids"] == 1
     assert (np.diff(used.astype(int)) <= 0).all() and (batch["segment_ids"][~used] == 0).all()
     assert (batch["tokens"][~used] == vocab.pad).all() and (batch["labels"][~used] == IGNORE).all()
@@ -91,8 +97,12 @@ def test_rows_with_several_images_and_masks(tokenizer):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 255, (40, 80, 3), np.uint8) for _ in range(2)]
     masks = [np.full((40, 80), v, np.uint8) for v in (255, 0)]
-    sample = Sample([{"from": "human", "value": "<image> and <image>: segment."},
-                     {"from": "gpt", "value": "<mask><mask>"}], images, masks, {"line": "f:1"})
+    sample = Sample(
+        [{"from": "human", "value": "<image> and <image>: segment."}, {"from": "gpt", "value": "<mask><mask>"}],
+        images,
+        masks,
+        {"line": "f:1"},
+    )
     room = {"max_tokens": 300, "max_tiles": 6, "max_masks": 3, "system": ""}
     config = DataConfig(**room)
     row = Encoder(config, GEOMETRY, tokenizer).training_row(sample, rng)
@@ -101,27 +111,29 @@ def test_rows_with_several_images_and_masks(tokenizer):
     np.testing.assert_array_equal(row["tiles"][3:], transforms.image_tiles(images[1], 32, 2))
     assert (row["tokens"] == tokenizer.vocab.img_context).sum() == 6 * 16
     assert [m.max() for m in row["masks"]] == [255, 0, 0]
-    for change, fault in (({"max_tokens": 100}, "f:1: 1.. tokens, data.max_tokens is 100"),
-                          ({"max_labels": 40}, "f:1: .. labels, data.max_labels is 40"),
-                          ({"max_masks": 1}, "f:1: 2 masks, data.max_masks is 1"),
-                          ({"max_tiles": 1}, "f:1: 2 images, data.max_tiles is 1")):
+    for change, fault in (
+        ({"max_tokens": 100}, "f:1: 1.. tokens, data.max_tokens is 100"),
+        ({"max_labels": 40}, "f:1: .. labels, data.max_labels is 40"),
+        ({"max_masks": 1}, "f:1: 2 masks, data.max_masks is 1"),
+        ({"max_tiles": 1}, "f:1: 2 images, data.max_tiles is 1"),
+    ):
         config = DataConfig(**{**room, **change})
         with pytest.raises(SampleError, match=fault):
             Encoder(config, GEOMETRY, tokenizer).training_row(sample, rng)
 
 
 def test_unconditional_prompts(tokenizer):
-    sample = Sample([{"from": "human", "value": "A red circle."},
-                     {"from": "gpt", "value": "<mask>"}],
-                    masks=[np.zeros((64, 64), np.uint8)])
+    sample = Sample(
+        [{"from": "human", "value": "A red circle."}, {"from": "gpt", "value": "<mask>"}],
+        masks=[np.zeros((64, 64), np.uint8)],
+    )
     encoder = Encoder(DataConfig(max_tokens=96, system="", prompt_drop=0.2), GEOMETRY, tokenizer)
     rng = np.random.default_rng(0)
     texts = [tokenizer.decode(encoder.training_row(sample, rng)["tokens"]) for _ in range(300)]
     assert 30 < sum("about nothing" in t for t in texts) < 95
     pictured = Sample(sample.conversations, (np.zeros((8, 8, 3), np.uint8),), sample.masks)
     row = DataConfig(max_tokens=96, system="", prompt_drop=1.0)
-    assert "red circle" in tokenizer.decode(
-        Encoder(row, GEOMETRY, tokenizer).training_row(pictured, rng)["tokens"])
+    assert "red circle" in tokenizer.decode(Encoder(row, GEOMETRY, tokenizer).training_row(pictured, rng)["tokens"])
 
 
 def test_config():
@@ -178,25 +190,24 @@ def test_shards_are_disjoint_and_complete(tokenizer, tmp_path, processes):
     config = {"sources": numbered(tmp_path, [24]), "max_tokens": 64, "system": ""}
     whole = drain(iterate(config, tokenizer, batch_size=8), tokenizer, 3)
     assert sorted(whole) == sorted(f"0 {i}" for i in range(24))
-    rows = [drain(iterate(config, tokenizer, batch_size=8, places=places), tokenizer, 3)
-            for places in shards(processes, 8)]
+    rows = [
+        drain(iterate(config, tokenizer, batch_size=8, places=places), tokenizer, 3) for places in shards(processes, 8)
+    ]
     share = 8 // processes
     for step in range(3):  # every global batch is the same for any number of processes
-        mine = [row for shard in rows for row in shard[step * share:(step + 1) * share]]
-        assert mine == whole[step * 8:(step + 1) * 8]
+        mine = [row for shard in rows for row in shard[step * share : (step + 1) * share]]
+        assert mine == whole[step * 8 : (step + 1) * 8]
 
 
 def test_another_number_of_processes_goes_on(tokenizer, tmp_path):
     """1, 4 and 2 processes in turn read what one reads, also where samples are broken."""
     bad = {(0, 3), (0, 4), (0, 17)}
-    config = {"sources": numbered(tmp_path, [40], bad), "max_tokens": 64, "system": "",
-              "max_broken": 1.0}
+    config = {"sources": numbered(tmp_path, [40], bad), "max_tokens": 64, "system": "", "max_broken": 1.0}
     whole = iterate(config, tokenizer, batch_size=4)
     want = [answers(next(whole), tokenizer) for _ in range(30)]
     rows, state = [], None
     for processes, steps in ((1, 5), (4, 13), (2, 12)):
-        shares = [iterate(config, tokenizer, batch_size=4, places=places)
-                  for places in shards(processes, 4)]
+        shares = [iterate(config, tokenizer, batch_size=4, places=places) for places in shards(processes, 4)]
         for iterator in shares:
             if state:
                 iterator.set_state(json.loads(json.dumps(state)))
@@ -207,20 +218,24 @@ def test_another_number_of_processes_goes_on(tokenizer, tmp_path):
     assert rows == want and state == whole.get_state()
     whole.close()
     # Exactly once: what was taken of the order is what came out and what was broken.
-    taken, broken = sum(state["taken"].values()), sum(
-        sum(reasons.values()) for reasons in state["broken"].values())
+    taken, broken = sum(state["taken"].values()), sum(sum(reasons.values()) for reasons in state["broken"].values())
     assert taken - broken == 120 and broken >= 6
     epochs = collections.Counter(row for batch in rows for row in batch)
     assert len(epochs) == 37 and min(epochs.values()) >= 2 and max(epochs.values()) <= 4
 
 
-@pytest.mark.parametrize("change, line", [
-    ({"taken": {str(p): 1 for p in range(4)}}, "of 4 rows a batch, not of the 6 of this run"),
-    ({"taken": {str(p): 1 for p in range(12)}}, "of 12 rows a batch, not of the 6 of this run"),
-    ({"taken": None}, "not a state of the data"), ({"waiting": []}, "not a state of the data"),
-    ({"taken": {str(p): "1" for p in range(6)}}, "row 0 has a number of samples that is none"),
-    ({"waiting": {"1": [7]}}, "row 1 waits with samples that it has not taken"),
-    ({"broken": {"0": {"a.jsonl:1": -1}}}, "row 0 has a number of samples that is none")])
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"taken": {str(p): 1 for p in range(4)}}, "of 4 rows a batch, not of the 6 of this run"),
+        ({"taken": {str(p): 1 for p in range(12)}}, "of 12 rows a batch, not of the 6 of this run"),
+        ({"taken": None}, "not a state of the data"),
+        ({"waiting": []}, "not a state of the data"),
+        ({"taken": {str(p): "1" for p in range(6)}}, "row 0 has a number of samples that is none"),
+        ({"waiting": {"1": [7]}}, "row 1 waits with samples that it has not taken"),
+        ({"broken": {"0": {"a.jsonl:1": -1}}}, "row 0 has a number of samples that is none"),
+    ],
+)
 def test_a_state_of_another_batch_or_damaged_is_refused(change, line, tokenizer, tmp_path):
     config = {"sources": numbered(tmp_path, [24]), "max_tokens": 64, "system": ""}
     iterator = iterate(config, tokenizer, batch_size=6)
@@ -241,8 +256,7 @@ def test_mixture_proportions(tokenizer, tmp_path):
 
 
 def test_worker_processes_change_nothing(tokenizer, tmp_path):
-    config = {"sources": numbered(tmp_path, [24], {(0, 3)}), "max_tokens": 64, "system": "",
-              "max_broken": 1.0}
+    config = {"sources": numbered(tmp_path, [24], {(0, 3)}), "max_tokens": 64, "system": "", "max_broken": 1.0}
     here = iterate(config, tokenizer)
     there = iterate({**config, "workers": 2}, tokenizer)
     for _ in range(8):
@@ -261,14 +275,12 @@ def test_worker_processes_change_nothing(tokenizer, tmp_path):
 
 def test_broken_samples_are_skipped_and_counted(tokenizer, tmp_path):
     bad = {(0, 3), (0, 11)}
-    config = {"sources": numbered(tmp_path, [24], bad), "max_tokens": 64, "system": "",
-              "max_broken": 0.1}
+    config = {"sources": numbered(tmp_path, [24], bad), "max_tokens": 64, "system": "", "max_broken": 0.1}
     iterator = iterate(config, tokenizer, batch_size=12)
     rows = [row for _ in range(4) for row in answers(next(iterator), tokenizer)]
     assert "0 3" not in rows and "0 11" not in rows
     assert {f"0 {i}" for i in range(24) if (0, i) not in bad} == set(rows)
-    assert [name.split(": ")[0].rsplit("/")[-1] for name in sorted(iterator.broken)] == [
-        "0.jsonl:12", "0.jsonl:4"]
+    assert [name.split(": ")[0].rsplit("/")[-1] for name in sorted(iterator.broken)] == ["0.jsonl:12", "0.jsonl:4"]
     assert sum(iterator.broken.values()) == sum(iterator.get_state()["taken"].values()) - 48 >= 4
     state, want = iterator.get_state(), next(iterator)
     resumed = iterate(config, tokenizer, batch_size=12)
@@ -278,8 +290,7 @@ def test_broken_samples_are_skipped_and_counted(tokenizer, tmp_path):
 
 
 def test_nothing_but_broken_samples_ends_the_run(tokenizer, tmp_path):
-    config = {"sources": numbered(tmp_path, [5], {(0, i) for i in range(5)}), "max_tokens": 64,
-              "system": ""}
+    config = {"sources": numbered(tmp_path, [5], {(0, i) for i in range(5)}), "max_tokens": 64, "system": ""}
     iterator = iterate(config, tokenizer)
     with pytest.raises(UserError, match=r"next \d+ samples are broken, one after another; the last: .*0.jsonl:"):
         next(iterator)
@@ -317,12 +328,23 @@ def test_photographs_end_to_end(tokenizer, tmp_path):
     mask[5:20, 10:40] = 255
     Image.fromarray(rng.integers(0, 255, (30, 50, 3), np.uint8)).save(tmp_path / "i.jpg")
     Image.fromarray(mask).convert("1").save(tmp_path / "m.png")
-    record = {"image": "i.jpg", "mask": "m.png", "conversations": [
-        {"from": "human", "value": "<image>\nSegment the car in the image."},
-        {"from": "gpt", "value": "Sure, the segmentation result: <mask>."}]}
+    record = {
+        "image": "i.jpg",
+        "mask": "m.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nSegment the car in the image."},
+            {"from": "gpt", "value": "Sure, the segmentation result: <mask>."},
+        ],
+    }
     (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n")
-    config = {"sources": ("d.jsonl",), "root": str(tmp_path), "max_tokens": 96, "system": "",
-              "augment": True, "pad_to_square": True}
+    config = {
+        "sources": ("d.jsonl",),
+        "root": str(tmp_path),
+        "max_tokens": 96,
+        "system": "",
+        "augment": True,
+        "pad_to_square": True,
+    }
     iterator = iterate(config, tokenizer, batch_size=6)
     batch = next(iterator)
     iterator.close()
@@ -338,18 +360,29 @@ def test_shapes_of_a_batch_without_its_data(tokenizer):
 
 def test_any_fault_in_one_sample_is_a_broken_sample(tokenizer, tmp_path):
     """Also with what reads the texts before the prompt is checked, and with half an emoji."""
-    turns = [[{"from": "human", "value": 5}], [{"value": "hello"}], "hello", [["human", "hello"]],
-             [{"from": "human", "value": "half \ud83d"}, {"from": "gpt", "value": "an emoji"}],
-             [{"from": ["human"], "value": "hello"}]]
+    turns = [
+        [{"from": "human", "value": 5}],
+        [{"value": "hello"}],
+        "hello",
+        [["human", "hello"]],
+        [{"from": "human", "value": "half \ud83d"}, {"from": "gpt", "value": "an emoji"}],
+        [{"from": ["human"], "value": "hello"}],
+    ]
     good = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "you"}]
     lines = [{"conversations": t} for t in [good, *turns]]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    config = {"sources": (str(tmp_path / "a.jsonl"),), "max_tokens": 64, "system": "", "max_broken": 1.0,
-              "augment": True, "recolour": 1.0, "prompt_drop": 0.5}
+    config = {
+        "sources": (str(tmp_path / "a.jsonl"),),
+        "max_tokens": 64,
+        "system": "",
+        "max_broken": 1.0,
+        "augment": True,
+        "recolour": 1.0,
+        "prompt_drop": 0.5,
+    }
     iterator = iterate(config, tokenizer)
     next(iterator), next(iterator)
-    assert {name.split(": ")[0].rsplit("/")[-1] for name in iterator.broken} == {
-        f"a.jsonl:{k}" for k in range(2, 8)}
+    assert {name.split(": ")[0].rsplit("/")[-1] for name in iterator.broken} == {f"a.jsonl:{k}" for k in range(2, 8)}
     assert any("U+D83D" in name for name in iterator.broken)
     iterator.close()
 
@@ -440,8 +473,14 @@ def test_data_that_shrank(tokenizer, tmp_path, capfd):
 def test_damaged_orders_are_one_line(tokenizer, tmp_path):
     config = {"sources": numbered(tmp_path, [4]), "max_tokens": 64, "system": ""}
     iterator = iterate(config, tokenizer, batch_size=1)
-    for order in ({"0": {"spans": [[0, None]], "weight": 1}}, {"0": {"spans": [["x", None]], "weight": 1}}, {"0": 5},
-                  {"0": {"spans": [], "weight": 1}}, {"0": {"spans": [[4]], "weight": 1}}, 5):
+    for order in (
+        {"0": {"spans": [[0, None]], "weight": 1}},
+        {"0": {"spans": [["x", None]], "weight": 1}},
+        {"0": 5},
+        {"0": {"spans": [], "weight": 1}},
+        {"0": {"spans": [[4]], "weight": 1}},
+        5,
+    ):
         with pytest.raises(UserError, match="the saved iterator state"):
             iterator.set_state({**iterator.get_state(), "order": order})
     iterator.set_state({**iterator.get_state(), "order": {"0": {}, "1": {}}})  # of other sources

@@ -1,4 +1,5 @@
 """`prepare`: the same bytes whoever writes them, what is interrupted goes on, what is broken is named."""
+
 import dataclasses
 import json
 import os
@@ -33,8 +34,10 @@ def job(out, *names, **options):
 
 def chat(path, count, broken=()):
     """A JSONL of chat samples whose answers are their numbers; those in `broken` ask for a mask."""
-    lines = [{"conversations": [TURNS[0], {"from": "gpt", "value": f"{i}" + " <mask>" * (i in broken)}]}
-             for i in range(count)]
+    lines = [
+        {"conversations": [TURNS[0], {"from": "gpt", "value": f"{i}" + " <mask>" * (i in broken)}]}
+        for i in range(count)
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -66,6 +69,7 @@ def test_a_prepared_folder_is_the_source_that_it_was_made_of(folder):
 
 def test_tfds_opens_it_by_itself(folder):
     import tensorflow_datasets as tfds
+
     builder = tfds.builder_from_directory(folder)
     assert builder.info.splits["train"].shard_lengths == [5, 5, 5, 5, 3]
     record = builder.as_data_source(split="train")[7]
@@ -81,15 +85,19 @@ def test_processes_write_the_same_bytes(folder, tmp_path):
 
 @pytest.mark.beam
 def test_beam_writes_the_same_bytes(folder, tmp_path):
-    done = prepare.prepare(job(tmp_path / "beam"), runner="DirectRunner",
-                           beam_options=["direct_num_workers=1"])
+    done = prepare.prepare(job(tmp_path / "beam"), runner="DirectRunner", beam_options=["direct_num_workers=1"])
     assert shards(tmp_path / "beam") == shards(folder) and done["samples"] == 23
 
 
 @pytest.mark.beam
-@pytest.mark.parametrize("runner, option, says", [
-    ("nosuch", "direct_num_workers=1", "Unexpected pipeline runner: nosuch"),
-    ("DirectRunner", "direct_num_workers=x", "invalid int value: 'x'"), ("DirectRunner", "=", "name=value")])
+@pytest.mark.parametrize(
+    "runner, option, says",
+    [
+        ("nosuch", "direct_num_workers=1", "Unexpected pipeline runner: nosuch"),
+        ("DirectRunner", "direct_num_workers=x", "invalid int value: 'x'"),
+        ("DirectRunner", "=", "name=value"),
+    ],
+)
 def test_what_beam_refuses_is_one_line(tmp_path, capsys, runner, option, says):
     with pytest.raises(UserError, match=says):
         prepare.prepare(job(tmp_path / "x"), runner=runner, beam_options=[option])
@@ -135,9 +143,17 @@ def test_a_killed_preparation_goes_on(tmp_path):
     big = {"shard_samples": 40}
     prepare.prepare(job(tmp_path / "whole", "shapes:full:train:400", **big))
     out = tmp_path / "out"
-    child = subprocess.Popen([sys.executable, "-c", (
-        "from argenseg_jax.data import prepare; prepare.prepare(prepare.Job("
-        f"('shapes:full:train:400',), {str(out)!r}, shard_samples=40))")], stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            (
+                "from argenseg_jax.data import prepare; prepare.prepare(prepare.Job("
+                f"('shapes:full:train:400',), {str(out)!r}, shard_samples=40))"
+            ),
+        ],
+        stderr=subprocess.DEVNULL,
+    )
     while len(list((out / "shards").glob("*.json"))) < 2:
         assert child.poll() is None
         time.sleep(0.005)
@@ -154,11 +170,14 @@ def test_a_killed_preparation_goes_on(tmp_path):
 # ------------------------------------------------------------------------------- faults of a folder
 
 
-@pytest.mark.parametrize("fault, says", [
-    (lambda p: p.unlink(), "missing shard"),
-    (lambda p: p.write_bytes(p.read_bytes() + b"x"), "bytes, [0-9]+ were written"),
-    (lambda p: p.write_bytes(p.read_bytes()[:-1] + b"x"), "checksum mismatch"),
-])
+@pytest.mark.parametrize(
+    "fault, says",
+    [
+        (lambda p: p.unlink(), "missing shard"),
+        (lambda p: p.write_bytes(p.read_bytes() + b"x"), "bytes, [0-9]+ were written"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1] + b"x"), "checksum mismatch"),
+    ],
+)
 def test_faulty_shards_are_named(tmp_path, fault, says):
     prepare.prepare(job(tmp_path / "o", chat(tmp_path / "c.jsonl", 7)))
     shard = sorted((tmp_path / "o").glob("*.array_record-*"))[1]
@@ -173,7 +192,7 @@ def test_large_folders_are_not_hashed_when_opened(tmp_path, monkeypatch):
     prepare.prepare(job(out, "shapes:full:train:5"))
     shard = next(out.glob("*.array_record-*"))
     content = bytearray(shard.read_bytes())
-    content[len(content) // 3:len(content) // 2] = b"\0" * (len(content) // 2 - len(content) // 3)
+    content[len(content) // 3 : len(content) // 2] = b"\0" * (len(content) // 2 - len(content) // 3)
     shard.write_bytes(content)
     monkeypatch.setattr(prepared, "_AT_ONCE", 0)
     source = mixture.open_source(str(out))
@@ -203,12 +222,12 @@ def test_broken_samples_are_left_out_and_named(tmp_path):
     done = prepare.prepare(job(tmp_path / "o", source))
     assert (done["samples"], done["broken"], done["shards"]) == (10, 3, 3)
     reasons = [fault["reason"] for fault in done["broken_samples"]]
-    assert [r.partition(": ")[0].rpartition("/")[2] for r in reasons] == [
-        "c.jsonl:3", "c.jsonl:8", "c.jsonl:13"]
+    assert [r.partition(": ")[0].rpartition("/")[2] for r in reasons] == ["c.jsonl:3", "c.jsonl:8", "c.jsonl:13"]
     assert "1 <mask> places in the answers for 0 masks" in reasons[0] and "malformed JSON" in reasons[2]
     read = mixture.open_source(str(tmp_path / "o"))
     assert [read[i].conversations[1]["value"] for i in range(len(read))] == [
-        str(i) for i in range(12) if i not in (2, 7)]
+        str(i) for i in range(12) if i not in (2, 7)
+    ]
     with pytest.raises(UserError, match="all 3 samples are broken; the first: .*c.jsonl:1"):
         prepare.prepare(job(tmp_path / "none", chat(tmp_path / "c.jsonl", 3, broken={0, 1, 2})))
 
@@ -227,24 +246,30 @@ def test_statistics_add_up():
     assert sum(summary["question_words"].values()) == sum(summary["classes"].values()) == 10
     assert summary["classes"]["Hello?"] == 1 and summary["answer_words"]["<= 1"] == 1
     assert summary["width"] == {"min": 64, "mean": 64.0, "max": 64}
-    assert "9 pictures, 9 masks" in table(summary) and "and 7 more" in table(
-        {**summary, "distinct_classes": 14})
+    assert "9 pictures, 9 masks" in table(summary) and "and 7 more" in table({**summary, "distinct_classes": 14})
 
 
 def test_a_mixture_stays_one(tmp_path):
     """Weights, parts and their order: training on the prepared folder sees the same batches."""
     chat(tmp_path / "a.jsonl", 6), chat(tmp_path / "b.jsonl", 9)
-    (tmp_path / "meta.json").write_text(json.dumps({
-        "a": {"root": ".", "annotation": "a.jsonl", "repeat_time": 0.5},
-        "b": {"root": ".", "annotation": "b.jsonl", "repeat_time": 2}}))
+    (tmp_path / "meta.json").write_text(
+        json.dumps(
+            {
+                "a": {"root": ".", "annotation": "a.jsonl", "repeat_time": 0.5},
+                "b": {"root": ".", "annotation": "b.jsonl", "repeat_time": 2},
+            }
+        )
+    )
     names = (f"{tmp_path}/meta.json", "shapes:full:train:8*3")
     prepare.prepare(job(tmp_path / "o", *names))
     want, got = mixture.open_mixture(names), mixture.open_mixture((str(tmp_path / "o"),))
     assert [p[1:] for p in got] == [p[1:] for p in want] == [(3, 3.0), (9, 18.0), (8, 24.0)]
     config = {"max_tokens": 96, "system": ""}
     words, size = nano_tokenizer(16, corpus()), Geometry(32, 16, 64, 21)
-    first, second = (train_iterator({**config, "sources": s, "workers": w}, words, size, seed=0, batch_size=4)
-                     for s, w in ((names, 0), ((str(tmp_path / "o"),), 2)))
+    first, second = (
+        train_iterator({**config, "sources": s, "workers": w}, words, size, seed=0, batch_size=4)
+        for s, w in ((names, 0), ((str(tmp_path / "o"),), 2))
+    )
     for _ in range(6):
         one, two = next(first), next(second)
         assert all(np.array_equal(one[key], two[key]) for key in one)
@@ -272,7 +297,8 @@ def test_resized(tmp_path):
     for index in (0, 5):
         small, whole = read[index], drawn[index]
         np.testing.assert_array_equal(  # what a model with tiles of 32 sees, to the bit
-            transforms.image_tiles(small.images[0], 32), transforms.image_tiles(whole.images[0], 32))
+            transforms.image_tiles(small.images[0], 32), transforms.image_tiles(whole.images[0], 32)
+        )
         share = [np.mean(s.masks[0] > 0) for s in (small, whole)]
         assert small.masks[0].shape == (32, 32) == small.meta["all_objects_mask"].shape
         assert share[0] == pytest.approx(share[1], abs=0.01)
@@ -311,8 +337,10 @@ def test_codes_are_kept_beside_the_masks(tmp_path):
     masks = next(iterator)["masks"]
     iterator.close()
     assert masks.shape == (4, 1, 3) and masks.dtype == np.int32
-    for change, says in (({"augment": True}, "codes that were kept are of masks as they are"),
-                         ({"sources": (SHAPES,)}, "no codes were kept of its masks; prepare it with --codes")):
+    for change, says in (
+        ({"augment": True}, "codes that were kept are of masks as they are"),
+        ({"sources": (SHAPES,)}, "no codes were kept of its masks; prepare it with --codes"),
+    ):
         iterator = train_iterator({**config, **change}, words, size, seed=0, batch_size=4)
         with pytest.raises(UserError, match=says):
             next(iterator)

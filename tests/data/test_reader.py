@@ -1,4 +1,5 @@
 """One window of levels for a data set: found once, saved with the run, the same in every room."""
+
 import json
 import pickle
 
@@ -45,14 +46,18 @@ def scaled(array, low, high):
     return np.repeat(grey[..., None], 3, axis=-1).astype(np.uint8)
 
 
-@pytest.mark.parametrize("arrays, window", [
-    ([levels(65535), levels(4000)], (0, 65535)),
-    ([levels(4095), levels(300)], (0, 4095)),  # 12 bits; a dark image stays dark
-    ([levels(200), levels(255)], (0, 255)),  # 8 bits in a container of 16
-    ([levels(4096)], (0, 65535)),
-    ([levels(60000, np.int32), levels(99, np.int32)], (0, 65535)),
-    ([levels(1, np.float32), levels(0.5, np.float32)], (0, 1)),
-], ids=["16", "12", "8", "above 12", "integers", "floats"])
+@pytest.mark.parametrize(
+    "arrays, window",
+    [
+        ([levels(65535), levels(4000)], (0, 65535)),
+        ([levels(4095), levels(300)], (0, 4095)),  # 12 bits; a dark image stays dark
+        ([levels(200), levels(255)], (0, 255)),  # 8 bits in a container of 16
+        ([levels(4096)], (0, 65535)),
+        ([levels(60000, np.int32), levels(99, np.int32)], (0, 65535)),
+        ([levels(1, np.float32), levels(0.5, np.float32)], (0, 1)),
+    ],
+    ids=["16", "12", "8", "above 12", "integers", "floats"],
+)
 def test_the_window_is_that_of_all_images(tmp_path, capsys, arrays, window):
     name = own(tmp_path / "x", *arrays)
     for got, array in zip(all_images(name), arrays, strict=True):
@@ -105,17 +110,24 @@ def test_floats_that_are_no_numbers():
     assert to_bytes(huge, (-1.0, 1.0))[..., 0].tolist() == [[0, 255]]
 
 
-@pytest.mark.parametrize("array, want", [
-    (levels(255, np.uint8), scaled(levels(255), 0, 255)),
-    (levels(255, np.uint8)[..., None], scaled(levels(255), 0, 255)),
-    (np.eye(4, dtype=bool), scaled(np.eye(4), 0, 1)), (levels(65535), scaled(levels(65535), 0, 65535)),
-    (levels(4095), scaled(levels(4095), 0, 4095)), (levels(1, np.float32), scaled(levels(1, float), 0, 1)),
-    (levels(1, np.float64), scaled(levels(1, float), 0, 1)), (levels(4095, np.int64), scaled(levels(4095), 0, 4095)),
-    (levels(4095, np.uint32), scaled(levels(4095), 0, 4095)),
-    (np.dstack([levels(255, np.uint8)] * 3 + [levels(9, np.uint8)]), scaled(levels(255), 0, 255)),
-    (np.dstack([levels(255, np.uint8), levels(9, np.uint8)]), scaled(levels(255), 0, 255)),
-    (np.dstack([levels(65535)] * 3), scaled(levels(65535), 0, 65535)),
-], ids=lambda x: f"{x.dtype}{x.shape}")
+@pytest.mark.parametrize(
+    "array, want",
+    [
+        (levels(255, np.uint8), scaled(levels(255), 0, 255)),
+        (levels(255, np.uint8)[..., None], scaled(levels(255), 0, 255)),
+        (np.eye(4, dtype=bool), scaled(np.eye(4), 0, 1)),
+        (levels(65535), scaled(levels(65535), 0, 65535)),
+        (levels(4095), scaled(levels(4095), 0, 4095)),
+        (levels(1, np.float32), scaled(levels(1, float), 0, 1)),
+        (levels(1, np.float64), scaled(levels(1, float), 0, 1)),
+        (levels(4095, np.int64), scaled(levels(4095), 0, 4095)),
+        (levels(4095, np.uint32), scaled(levels(4095), 0, 4095)),
+        (np.dstack([levels(255, np.uint8)] * 3 + [levels(9, np.uint8)]), scaled(levels(255), 0, 255)),
+        (np.dstack([levels(255, np.uint8), levels(9, np.uint8)]), scaled(levels(255), 0, 255)),
+        (np.dstack([levels(65535)] * 3), scaled(levels(65535), 0, 65535)),
+    ],
+    ids=lambda x: f"{x.dtype}{x.shape}",
+)
 def test_arrays_are_read_as_files_are(array, want):
     np.testing.assert_array_equal(pixels(array), want)
 
@@ -125,8 +137,20 @@ def test_a_constant_image_of_any_value_is_black():
         assert not pixels(np.full((2, 3), value)).any()
 
 
-@pytest.mark.parametrize("array", [np.zeros((0, 5, 3), np.uint8), np.zeros((4, 4, 3)), np.zeros(5, np.uint8), "x" * 0,
-                                   np.zeros((2, 2, 5), np.uint8), np.zeros((2, 2), complex), [["a"]], [[1], [2, 3]], object()])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((0, 5, 3), np.uint8),
+        np.zeros((4, 4, 3)),
+        np.zeros(5, np.uint8),
+        "x" * 0,
+        np.zeros((2, 2, 5), np.uint8),
+        np.zeros((2, 2), complex),
+        [["a"]],
+        [[1], [2, 3]],
+        object(),
+    ],
+)
 def test_what_is_no_image(array):
     with pytest.raises(UserError):
         pixels(array)
@@ -178,8 +202,11 @@ def test_prepared_images_are_those_that_training_reads(tmp_path, monkeypatch):
 
 def test_flags_of_the_commands(tmp_path, capfd):
     name = own(tmp_path / "x", levels(4000))
-    for flags, window in (((), (0, 4095)), (["--window=0,65535"], (0, 65535)),
-                          (["--window=(1000,2000)"], (1000, 2000))):
+    for flags, window in (
+        ((), (0, 4095)),
+        (["--window=0,65535"], (0, 65535)),
+        (["--window=(1000,2000)"], (1000, 2000)),
+    ):
         out = tmp_path / f"p{window[1]}"
         assert call(capfd, "prepare", "--source", name, "--out", out, *flags)[0] == 0
         got = mixture.open_source(str(out))[0].images[0]
@@ -201,7 +228,8 @@ def test_turned_images_are_said_once(tmp_path, capsys):
     np.testing.assert_array_equal(all_images(name)[1], scaled(levels(255, np.uint8)[::-1, ::-1], 0, 255))
     assert capsys.readouterr().err.splitlines() == [
         "0.tif has EXIF orientation 3 and was turned by 180 degrees, as every such image of this data set: its masks "
-        "belong to the upright image"]
+        "belong to the upright image"
+    ]
 
 
 def test_sizes_that_disagree_name_the_orientation(tmp_path):
@@ -213,8 +241,9 @@ def test_sizes_that_disagree_name_the_orientation(tmp_path):
     for name, shape in (("stored", (6, 9)), ("upright", (9, 6))):
         Image.fromarray(np.eye(*shape, dtype=np.uint8)).save(tmp_path / f"{name}.png")
         turns = [{"from": "human", "value": "It."}, {"from": "gpt", "value": "<mask>"}]
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(
-            {"image": "i.jpg", "mask": f"{name}.png", "conversations": turns}) + "\n")
+        (tmp_path / f"{name}.jsonl").write_text(
+            json.dumps({"image": "i.jpg", "mask": f"{name}.png", "conversations": turns}) + "\n"
+        )
     assert mixture.open_source(str(tmp_path / "upright.jsonl"))[0].masks[0].shape == (9, 6)
     with pytest.raises(SampleError, match="mask stored.png is 9x6, its image 6x9 pixels .i.jpg has EXIF orientation 6"):
         mixture.open_source(str(tmp_path / "stored.jsonl"))[0]
@@ -230,8 +259,11 @@ def test_images_to_be_generated_pass_unchanged(tmp_path):
     for name in ("d.png", "t/cat/0.png"):
         Image.fromarray(dark).save(tmp_path / name)
     turns = [{"from": "human", "value": "A cat."}, {"from": "gpt", "value": "<mask>"}]
-    lines = [{"mask": "d.png"}, {"image": "d.png", "mask": "d.png", "metric": "fidelity"},
-             {"image": "d.png", "mask": "d.png"}]
+    lines = [
+        {"mask": "d.png"},
+        {"image": "d.png", "mask": "d.png", "metric": "fidelity"},
+        {"image": "d.png", "mask": "d.png"},
+    ]
     (tmp_path / "j.jsonl").write_text("".join(json.dumps({**line, "conversations": turns}) + "\n" for line in lines))
     prepare.prepare(prepare.Job((str(tmp_path / "j.jsonl"),), str(tmp_path / "p")))
     encoder = Encoder(DataConfig(max_masks=1, codes=False), Geometry(8, 4, 8, 4))

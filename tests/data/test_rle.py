@@ -1,4 +1,5 @@
 """Run lengths and polygons: what is read equals pycocotools; what pycocotools misreads or dies of is one line."""
+
 import numpy as np
 import pytest
 from pycocotools import mask as coco
@@ -9,8 +10,14 @@ from argenseg_jax.errors import SampleError
 SQUARE = [1, 1, 5, 1, 5, 4, 1, 4]
 HALF = np.arange(12)[None].repeat(8, 0) < 6
 FORMS = {  # all of them the same mask
-    "counts": [0, 48, 48], "floats": [0.0, 48.0, 48.0], "zeros": [0, 20, 0, 28, 24, 0, 24], "text": "0`1`1",
-    "bytes": b"0`1`1", "array": np.array([0, 48, 48]), "trailing": [0, 48, 48, 0]}
+    "counts": [0, 48, 48],
+    "floats": [0.0, 48.0, 48.0],
+    "zeros": [0, 20, 0, 28, 24, 0, 24],
+    "text": "0`1`1",
+    "bytes": b"0`1`1",
+    "array": np.array([0, 48, 48]),
+    "trailing": [0, 48, 48, 0],
+}
 
 
 def theirs(polygons, height=8, width=12):
@@ -76,14 +83,23 @@ BAD = [
     ({"size": [0, 8], "counts": []}, "an image of 8x0 pixels"),
     ({"size": [64, -64], "counts": [0]}, "an image of -64x64 pixels"),
     ({"size": [-64, -64], "counts": [4096]}, "an image of -64x-64 pixels"),
-    ({"size": [2**31, 2], "counts": "1"}, "pixels"), ({"size": [2**40, 1], "counts": "1"}, "pixels"),
-    ({"size": [1, 2**63], "counts": "1"}, "of size"), ({"size": [10**400, 1], "counts": "1"}, "of size"),
-    ({"size": [float("nan"), 1], "counts": "1"}, "of size"), ({"size": [float("inf"), 1], "counts": "1"}, "of size"),
-    ({"size": [8.5, 8], "counts": [68]}, "of size"), ({"size": [True, 64], "counts": [64]}, "of size"),
-    ({"size": ["8", "8"], "counts": [64]}, "of size"), ({"size": "88", "counts": [64]}, "of size"),
-    ({"size": [64], "counts": [64]}, "of size"), ({"size": [8, 8, 1], "counts": [64]}, "of size"),
-    ({"size": None, "counts": [64]}, "of size"), ({"size": [8, 8]}, "not a COCO run length"),
-    ({}, "not a COCO run length"), (None, "not a COCO run length"), ("`1", "not a COCO run length"),
+    ({"size": [2**31, 2], "counts": "1"}, "pixels"),
+    ({"size": [2**40, 1], "counts": "1"}, "pixels"),
+    ({"size": [1, 2**63], "counts": "1"}, "of size"),
+    ({"size": [10**400, 1], "counts": "1"}, "of size"),
+    ({"size": [float("nan"), 1], "counts": "1"}, "of size"),
+    ({"size": [float("inf"), 1], "counts": "1"}, "of size"),
+    ({"size": [8.5, 8], "counts": [68]}, "of size"),
+    ({"size": [True, 64], "counts": [64]}, "of size"),
+    ({"size": ["8", "8"], "counts": [64]}, "of size"),
+    ({"size": "88", "counts": [64]}, "of size"),
+    ({"size": [64], "counts": [64]}, "of size"),
+    ({"size": [8, 8, 1], "counts": [64]}, "of size"),
+    ({"size": None, "counts": [64]}, "of size"),
+    ({"size": [8, 8]}, "not a COCO run length"),
+    ({}, "not a COCO run length"),
+    (None, "not a COCO run length"),
+    ("`1", "not a COCO run length"),
     ([[8, 8], [64]], "not a COCO run length"),
 ]
 
@@ -104,9 +120,18 @@ def test_another_size_is_named():
 # ------------------------------------------------------------------------------------ polygons
 
 
-@pytest.mark.parametrize("polygons", [
-    [SQUARE], [SQUARE, [6.3, 2.7, 11.2, 3, 9, 7.5]], [[1, 1, 9, 7, 9, 1, 1, 7]], [[-5, -5, 30, 2, 3, 20]],
-    [SQUARE, SQUARE, [3, 3, 10, 3, 10, 6, 3, 6]], [[-900, -900, -800, -900, -800, -800]], [[2, 2, 2, 2, 2, 2]]])
+@pytest.mark.parametrize(
+    "polygons",
+    [
+        [SQUARE],
+        [SQUARE, [6.3, 2.7, 11.2, 3, 9, 7.5]],
+        [[1, 1, 9, 7, 9, 1, 1, 7]],
+        [[-5, -5, 30, 2, 3, 20]],
+        [SQUARE, SQUARE, [3, 3, 10, 3, 10, 6, 3, 6]],
+        [[-900, -900, -800, -900, -800, -800]],
+        [[2, 2, 2, 2, 2, 2]],
+    ],
+)
 def test_polygons_are_pycocotools(polygons):
     assert np.array_equal(rle.decode_segmentation(polygons, 8, 12), theirs(polygons))
 
@@ -117,10 +142,19 @@ def test_many_polygons():
     assert np.array_equal(rle.decode_segmentation(polygons, 50, 45), theirs(polygons, 50, 45))
 
 
-@pytest.mark.parametrize("segmentation", [
-    SQUARE, [SQUARE], [[1, 1], [5, 1], [5, 4], [1, 4]], [[[1, 1], [5, 1], [5, 4], [1, 4]]],
-    tuple(SQUARE), [np.array(SQUARE)], np.array([SQUARE])],
-    ids=["flat", "polygons", "pairs", "list of pairs", "tuple", "array", "table"])
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        SQUARE,
+        [SQUARE],
+        [[1, 1], [5, 1], [5, 4], [1, 4]],
+        [[[1, 1], [5, 1], [5, 4], [1, 4]]],
+        tuple(SQUARE),
+        [np.array(SQUARE)],
+        np.array([SQUARE]),
+    ],
+    ids=["flat", "polygons", "pairs", "list of pairs", "tuple", "array", "table"],
+)
 def test_forms_of_polygons(segmentation):
     assert np.array_equal(rle.decode_segmentation(segmentation, 8, 12), theirs([SQUARE]))
 
@@ -137,21 +171,38 @@ def test_stray_points_are_dropped_beside_others():
     assert not rle.union([], 8, 12).mask.any() and not rle.union([[]], 8, 12).mask.any()
 
 
-@pytest.mark.parametrize("segmentation,fault", [
-    ([[3, 3]], "a polygon of 2 numbers: 6 or more"), ([[5, 5, 9, 9]], "a polygon of 4 numbers: 6 or more"),
-    ([[5, 5], [9, 9]], "a polygon of 4 numbers"), ([[]], "a polygon of 0 numbers"), ([3, 3], "a polygon of 2 numbers"),
-    ([[*SQUARE, 7]], "a polygon of 9 numbers: x and y"), ([SQUARE, [1, 2, 3]], "a polygon of 3 numbers: x and y"),
-    ([[-2**63, 5, 9, 5, 9, 9]], "each below 100000"), ([[2**63, 5, 9, 5, 9, 9]], "each below"),
-    ([[1e30, 5, 9, 5, 9, 9]], "each below"), ([[float("nan"), 5, 9, 5, 9, 9]], "each below"),
-    ([[float("-inf"), 5, 9, 5, 9, 9]], "each below"), ([[10**400, 5, 9, 5, 9, 9]], "beyond 64 bits"),
-    ([["5", "5", "9", "5", "9", "9"]], "it holds str"), ([[None] * 6], "it holds NoneType"),
-    ([[True, 5, 9, 5, 9, 9]], "it holds bool"), ([[[1, 1], [5, 1], [5, 4, 4]]], "it holds list"),
-    (None, "a segmentation of None"), (5, "a segmentation of 5"), ("a.png", "a segmentation of 'a.png'"),
-    (["a.png"], "a polygon: a list of numbers expected, not 'a.png'"),
-    ([{"size": [9, 9], "counts": [81]}], r"an RLE of \[9, 9\] for an image of \[8, 12\]"),
-    ([{"size": [8, 12], "counts": "0"}], "an RLE of 0 pixels, not 96"),
-    ([SQUARE] * 50_001, "at most 50000 of"), ([SQUARE * 250_001], "of 1000004 points"),
-    ([[-99_999, 0, 99_999, 0, 5, 5] * 11], "outlines are"), ([[0, 0, 9e4, 0, 9e4, 9e4, 0, 9e4]] * 99, "outlines are")])
+@pytest.mark.parametrize(
+    "segmentation,fault",
+    [
+        ([[3, 3]], "a polygon of 2 numbers: 6 or more"),
+        ([[5, 5, 9, 9]], "a polygon of 4 numbers: 6 or more"),
+        ([[5, 5], [9, 9]], "a polygon of 4 numbers"),
+        ([[]], "a polygon of 0 numbers"),
+        ([3, 3], "a polygon of 2 numbers"),
+        ([[*SQUARE, 7]], "a polygon of 9 numbers: x and y"),
+        ([SQUARE, [1, 2, 3]], "a polygon of 3 numbers: x and y"),
+        ([[-(2**63), 5, 9, 5, 9, 9]], "each below 100000"),
+        ([[2**63, 5, 9, 5, 9, 9]], "each below"),
+        ([[1e30, 5, 9, 5, 9, 9]], "each below"),
+        ([[float("nan"), 5, 9, 5, 9, 9]], "each below"),
+        ([[float("-inf"), 5, 9, 5, 9, 9]], "each below"),
+        ([[10**400, 5, 9, 5, 9, 9]], "beyond 64 bits"),
+        ([["5", "5", "9", "5", "9", "9"]], "it holds str"),
+        ([[None] * 6], "it holds NoneType"),
+        ([[True, 5, 9, 5, 9, 9]], "it holds bool"),
+        ([[[1, 1], [5, 1], [5, 4, 4]]], "it holds list"),
+        (None, "a segmentation of None"),
+        (5, "a segmentation of 5"),
+        ("a.png", "a segmentation of 'a.png'"),
+        (["a.png"], "a polygon: a list of numbers expected, not 'a.png'"),
+        ([{"size": [9, 9], "counts": [81]}], r"an RLE of \[9, 9\] for an image of \[8, 12\]"),
+        ([{"size": [8, 12], "counts": "0"}], "an RLE of 0 pixels, not 96"),
+        ([SQUARE] * 50_001, "at most 50000 of"),
+        ([SQUARE * 250_001], "of 1000004 points"),
+        ([[-99_999, 0, 99_999, 0, 5, 5] * 11], "outlines are"),
+        ([[0, 0, 9e4, 0, 9e4, 9e4, 0, 9e4]] * 99, "outlines are"),
+    ],
+)
 def test_faulty_polygons(segmentation, fault):
     with pytest.raises(SampleError, match=fault) as caught:
         rle.decode_segmentation(segmentation, 8, 12)
@@ -178,8 +229,9 @@ def test_objects():
     assert not rle.objects([], 8, 12).mask.any()  # an expression without a target
 
 
-@pytest.mark.parametrize("anns", [
-    [ann([])], [ann(None)], [ann([[]])], [{"id": 7, "bbox": [1, 1, 5, 5]}], [ann([SQUARE]), ann([])]])
+@pytest.mark.parametrize(
+    "anns", [[ann([])], [ann(None)], [ann([[]])], [{"id": 7, "bbox": [1, 1, 5, 5]}], [ann([SQUARE]), ann([])]]
+)
 def test_objects_without_a_mask(anns):
     """A box alone would teach that the class is absent, or that there is less of it."""
     for function in (rle.objects, rle.each):
@@ -187,9 +239,11 @@ def test_objects_without_a_mask(anns):
             function(anns, 8, 12)
 
 
-@pytest.mark.parametrize("segmentation", [
-    [[-9, -9, -8, -9, -8, -8]], [[3, 3, 3, 3, 3, 3]], {"size": [8, 12], "counts": [96]}],
-    ids=["outside", "of no area", "empty RLE"])
+@pytest.mark.parametrize(
+    "segmentation",
+    [[[-9, -9, -8, -9, -8, -8]], [[3, 3, 3, 3, 3, 3]], {"size": [8, 12], "counts": [96]}],
+    ids=["outside", "of no area", "empty RLE"],
+)
 def test_objects_without_a_pixel(segmentation):
     for function in (rle.objects, rle.each):
         with pytest.raises(SampleError, match="annotation 7 is empty: no pixel"):

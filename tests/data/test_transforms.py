@@ -1,4 +1,5 @@
 """Transforms: pixels equal to the official recordings; strangers' files are refused in one line."""
+
 import io
 import json
 import pathlib
@@ -67,12 +68,12 @@ def test_single_tile_pixels(recorded):
     np.testing.assert_allclose(moments, recorded["tf/out448_mean_std"], rtol=1e-6)
     np.testing.assert_allclose(tile("tf/input_u8", 112), recorded["tf/out112"], atol=1e-6)
     np.testing.assert_allclose(tile("tf/input2_u8", 56), recorded["tf/out2_56"], atol=1e-6)
-    np.testing.assert_allclose(tile("tf/input_u8", 112, pad=True), recorded["tf/out112_pad2square"],
-                               atol=1e-6)
+    np.testing.assert_allclose(tile("tf/input_u8", 112, pad=True), recorded["tf/out112_pad2square"], atol=1e-6)
 
 
-@pytest.mark.parametrize("case", CONFIG["smart_resize_with_padding"],
-                         ids=lambda c: f"{c['size'][0]}x{c['size'][1]}to{c['target']}")
+@pytest.mark.parametrize(
+    "case", CONFIG["smart_resize_with_padding"], ids=lambda c: f"{c['size'][0]}x{c['size'][1]}to{c['target']}"
+)
 def test_pad_box(case):
     x, y, w, h = transforms.pad_box(tuple(case["size"]), case["target"])
     assert ([w, h], [x, y]) == (case["new_wh"], case["pad_xy"])
@@ -86,10 +87,8 @@ def test_mask_pixels(recorded):
         plain = transforms.resize_mask(mask, 256)
         assert plain.shape == (256, 256, 3)
         for channel in range(3):
-            np.testing.assert_array_equal(plain[..., channel],
-                                          recorded["mask/train_path_512_then_256"])
-        np.testing.assert_allclose(plain[128, :, 0] / 255 * 2 - 1,
-                                   recorded["mask/train_path_float_row128"], atol=1e-6)
+            np.testing.assert_array_equal(plain[..., channel], recorded["mask/train_path_512_then_256"])
+        np.testing.assert_allclose(plain[128, :, 0] / 255 * 2 - 1, recorded["mask/train_path_float_row128"], atol=1e-6)
         padded = transforms.resize_mask(mask, 256, pad=True)
         np.testing.assert_array_equal(padded[..., 0], recorded["mask/pad_proc_256"])
 
@@ -98,10 +97,8 @@ def test_mask_pixels(recorded):
 def test_masks_on_the_way_back(recorded, size):
     pred, name = recorded["eval/pred_u8"], f"{size[0]}x{size[1]}"
     np.testing.assert_array_equal(transforms.grey_at(pred, size), recorded[f"eval/plain_L_{name}"])
-    np.testing.assert_array_equal(transforms.binarize(pred, size),
-                                  recorded[f"eval/plain_bin_{name}"].astype(bool))
-    np.testing.assert_array_equal(transforms.grey_at(pred, size, pad=True),
-                                  recorded[f"eval/unpad_L_{name}"])
+    np.testing.assert_array_equal(transforms.binarize(pred, size), recorded[f"eval/plain_bin_{name}"].astype(bool))
+    np.testing.assert_array_equal(transforms.grey_at(pred, size, pad=True), recorded[f"eval/unpad_L_{name}"])
 
 
 def test_mask_of_the_right_size_is_untouched():
@@ -123,10 +120,15 @@ def test_mask_files_of_every_kind(tmp_path):
     want = np.zeros((4, 6), np.uint8)
     want[1:3, 2:5] = 255
     grey = Image.fromarray(want)
-    files = {"one.png": grey.convert("1"), "grey.png": grey, "rgb.png": grey.convert("RGB"),
-             "rgba.png": grey.convert("RGBA"), "palette.png": grey.convert("P"),
-             "ones.png": Image.fromarray(want // 255),
-             "i16.png": Image.fromarray(want.astype(np.uint16))}
+    files = {
+        "one.png": grey.convert("1"),
+        "grey.png": grey,
+        "rgb.png": grey.convert("RGB"),
+        "rgba.png": grey.convert("RGBA"),
+        "palette.png": grey.convert("P"),
+        "ones.png": Image.fromarray(want // 255),
+        "i16.png": Image.fromarray(want.astype(np.uint16)),
+    }
     for name, picture in files.items():
         picture.save(tmp_path / name)
         np.testing.assert_array_equal(transforms.read_mask(tmp_path / name), want, err_msg=name)
@@ -134,8 +136,10 @@ def test_mask_files_of_every_kind(tmp_path):
 
 def png_header(width, height):
     """A PNG that claims a size and holds no pixels."""
+
     def chunk(kind, body):
         return len(body).to_bytes(4) + kind + body + zlib.crc32(kind + body).to_bytes(4)
+
     size = width.to_bytes(4) + height.to_bytes(4)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + b"\x08\x02\0\0\0") + chunk(b"IEND", b"")
 
@@ -144,8 +148,12 @@ def test_bad_files_are_named(tmp_path):
     whole = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(whole, "PNG")
-    bad = {"bomb.png": png_header(60000, 60000), "empty.png": b"", "text.jpg": b"hello",
-           "cut.png": whole.getvalue()[:5000]}
+    bad = {
+        "bomb.png": png_header(60000, 60000),
+        "empty.png": b"",
+        "text.jpg": b"hello",
+        "cut.png": whole.getvalue()[:5000],
+    }
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(SampleError, match=name.replace(".", r"\.")) as caught:
@@ -158,7 +166,8 @@ def test_bad_files_are_named(tmp_path):
 
 def test_the_order_of_grids_is_that_of_the_official_loop():
     for most in (*range(1, 41), 100):
-        grids = {(i, j) for n in range(1, most + 1) for i in range(1, n + 1) for j in range(1, n + 1)
-                 if 1 <= i * j <= most}
+        grids = {
+            (i, j) for n in range(1, most + 1) for i in range(1, n + 1) for j in range(1, n + 1) if 1 <= i * j <= most
+        }
         assert transforms.target_ratios(most) == tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
     assert len(transforms.target_ratios(1024)) == 7262  # of data.max_tiles' limit, without minutes of work

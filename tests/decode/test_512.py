@@ -1,4 +1,5 @@
 """Masks of 512 px: 2240 codes each, several in an answer, text before, between and behind them."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,14 +49,20 @@ def test_codes_and_text_are_those_of_the_uncached_model(answered):
     """Fed the whole answer up to the word behind the first mask, it chooses each code and that word."""
     engine, (words, lengths, tiles), out = answered
     model, params = tiny.scripted(CHAIN, tiny.made_512())
-    line = np.array([[*words[1, :lengths[1]], A, GE, *[VOCAB.mask_context] * 2239, END, A]])
+    line = np.array([[*words[1, : lengths[1]], A, GE, *[VOCAB.mask_context] * 2239, END, A]])
 
     @jax.jit
     def run(params):
         call = lambda method, *args: model.apply({"params": params}, *args, method=method)
-        hidden = call("hidden", line, np.arange(line.size)[None], np.ones_like(line),
-                      call("encode_images", tiles[1:]), jnp.asarray(out.codes[1:, :1]))
-        return call("code_logits", hidden[:, lengths[1] + 1:-2])[0], call("logits", hidden[:, -2:])[0]
+        hidden = call(
+            "hidden",
+            line,
+            np.arange(line.size)[None],
+            np.ones_like(line),
+            call("encode_images", tiles[1:]),
+            jnp.asarray(out.codes[1:, :1]),
+        )
+        return call("code_logits", hidden[:, lengths[1] + 1 : -2])[0], call("logits", hidden[:, -2:])[0]
 
     codes, text = (np.asarray(x).argmax(-1) for x in run(params))
     np.testing.assert_array_equal(codes, out.codes[1, 0])

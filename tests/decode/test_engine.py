@@ -1,4 +1,5 @@
 """Decoding: rows do not depend on their neighbours, masks anywhere in an answer, no recompilation."""
+
 import functools
 
 import jax
@@ -43,7 +44,7 @@ def prompts(*lasts, image=True, seed=0):
     for row, last in enumerate(lasts):
         words = rng.integers(100, 400, 9 + 5 * row)
         line = [*words[:4], *[VOCAB.img_context] * (4 * image), *words[4:], last]
-        tokens[row, :len(line)], lengths[row] = line, len(line)
+        tokens[row, : len(line)], lengths[row] = line, len(line)
     tiles = rng.integers(0, 256, (len(lasts), 1, 32, 32, 3), np.uint8)
     return tokens, lengths, tiles if image else None
 
@@ -71,7 +72,7 @@ def test_a_batch_of_eight_equals_eight_singles():
     masked = [i for i, kind in enumerate(kinds) if kind != TEXT]
     assert len({tuple(c) for c in both.codes[masked, 0]}) == len(masked)  # they depend on the prompt
     for i in range(8):
-        one = generate(ONCE, tokens[i:i + 1], lengths[i:i + 1], tiles[i:i + 1])
+        one = generate(ONCE, tokens[i : i + 1], lengths[i : i + 1], tiles[i : i + 1])
         np.testing.assert_array_equal(one.ids[0], both.ids[i])
         assert one.num_masks[0] == both.num_masks[i]
         np.testing.assert_array_equal(one.codes[0, 0], both.codes[i, 0])
@@ -86,21 +87,26 @@ def test_an_answer_with_a_mask_is_greedy_throughout():
     out = generate(ONCE, tokens, lengths, tiles)
     model, params = tiny.scripted(ONCE)
     answer = [A, GE, *[VOCAB.mask_context] * 20, END, C, EOS]
-    line = [*tokens[0, :lengths[0]], *answer]
+    line = [*tokens[0, : lengths[0]], *answer]
     line = np.array([line + [VOCAB.pad] * (64 - len(line))])  # the padding comes later: unseen
 
     @jax.jit
     def run(params):
         call = lambda method, *args: model.apply({"params": params}, *args, method=method)
-        hidden = call("hidden", line, np.arange(64)[None], np.ones((1, 64), int),
-                      call("encode_images", tiles), jnp.asarray(out.codes))
+        hidden = call(
+            "hidden",
+            line,
+            np.arange(64)[None],
+            np.ones((1, 64), int),
+            call("encode_images", tiles),
+            jnp.asarray(out.codes),
+        )
         return call("logits", hidden)[0], call("code_logits", hidden)[0]
 
     logits, code_logits = map(np.asarray, run(params))
     begin = lengths[0] - 1
-    np.testing.assert_array_equal(logits.argmax(-1)[[begin, begin + 1, begin + 23, begin + 24]],
-                                  [A, GE, C, EOS])
-    np.testing.assert_array_equal(code_logits.argmax(-1)[begin + 2:begin + 23], out.codes[0, 0])
+    np.testing.assert_array_equal(logits.argmax(-1)[[begin, begin + 1, begin + 23, begin + 24]], [A, GE, C, EOS])
+    np.testing.assert_array_equal(code_logits.argmax(-1)[begin + 2 : begin + 23], out.codes[0, 0])
 
 
 def test_several_masks_end_at_either_limit():
@@ -160,20 +166,29 @@ def test_guided_codes_are_those_of_the_two_prompts_weighed():
     assert np.any(out.codes != plain.codes)
     model, params = tiny.scripted(ONCE)
     lines, at = np.full((2, 64), VOCAB.pad), []
-    for line, head in zip(lines, (tokens[0, :lengths[0]], nothing)):
+    for line, head in zip(lines, (tokens[0, : lengths[0]], nothing)):
         whole = [*head, A, GE, *[VOCAB.mask_context] * 20]
-        line[:len(whole)] = whole
+        line[: len(whole)] = whole
         at.append(len(head) + 1)
 
     @jax.jit
     def code_logits(params):
         call = lambda method, *args: model.apply({"params": params}, *args, method=method)
         places = np.tile(np.arange(64), (2, 1))
-        return call("code_logits", call("hidden", lines, places, np.ones((2, 64), int), call(
-            "encode_images", tiles[[0, 0]]), jnp.asarray(out.codes[[0, 0]])))
+        return call(
+            "code_logits",
+            call(
+                "hidden",
+                lines,
+                places,
+                np.ones((2, 64), int),
+                call("encode_images", tiles[[0, 0]]),
+                jnp.asarray(out.codes[[0, 0]]),
+            ),
+        )
 
     logits = code_logits(params)
-    cond, uncond = (np.asarray(logits[i, at[i]:at[i] + 21]) for i in range(2))
+    cond, uncond = (np.asarray(logits[i, at[i] : at[i] + 21]) for i in range(2))
     t = 3.0 * model.scales.levels[:, None] / (len(model.scales) - 1)
     np.testing.assert_array_equal(((1 + t) * cond - t * uncond).argmax(-1), out.codes[0, 0])
 
@@ -199,8 +214,11 @@ def test_devices_together_equal_one(axes):
 
 def test_convolutions_stay_with_the_compiler():
     """Not with a library that runs them on one thread."""
-    conv = jax.jit(lambda x, kernel: jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
-        compiler_options=compiler_options(jax.default_backend()))
+    conv = jax.jit(
+        lambda x, kernel: jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        compiler_options=compiler_options(jax.default_backend()),
+    )
     program = conv.lower(jnp.ones((1, 64, 64, 32)), jnp.ones((3, 3, 32, 32))).compile().as_text()
     assert "convolution" in program and "ynn" not in program

@@ -1,4 +1,5 @@
 """The public API: pictures and texts in, masks at the picture's own size out, from any checkpoint."""
+
 import jax
 import numpy as np
 import pytest
@@ -59,13 +60,20 @@ def test_one_picture(predictor):
 
 def test_a_batch_equals_its_rows(predictor):
     """Pictures of any size, questions of any length, and one without a picture."""
-    requests = [Request(tiny.picture(0, 1, 1), "Segment the red circle."),
-                Request(tiny.picture(1, 9, 200), "Segment the large blue square that is near."),
-                Request(None, "What is a circle?"),
-                Request(tiny.picture(2), [{"from": "human", "value": "<image>\nWhat is it?"},
-                                          {"from": "gpt", "value": "A circle."},
-                                          {"from": "human", "value": "Segment it."}]),
-                Request(tiny.picture(3), "Segment it.")]
+    requests = [
+        Request(tiny.picture(0, 1, 1), "Segment the red circle."),
+        Request(tiny.picture(1, 9, 200), "Segment the large blue square that is near."),
+        Request(None, "What is a circle?"),
+        Request(
+            tiny.picture(2),
+            [
+                {"from": "human", "value": "<image>\nWhat is it?"},
+                {"from": "gpt", "value": "A circle."},
+                {"from": "human", "value": "Segment it."},
+            ],
+        ),
+        Request(tiny.picture(3), "Segment it."),
+    ]
     batch = predictor.segment_batch(requests)
     assert [r.masks[0].shape for r in batch] == [(1, 1), (9, 200), (16, 16), (40, 30), (40, 30)]
     for request, result in zip(requests, batch, strict=True):
@@ -127,7 +135,8 @@ def test_settings_of_the_run_are_used():
     model, params = tiny.made()
     image = tiny.picture(0, 32, 96)
     encode = lambda **data: Predictor(model, params, WORDS, {"data": {"system": "", **data}})._encode(
-        Request(image, "Segment it."))
+        Request(image, "Segment it.")
+    )
     tokens, tiles = encode()
     assert tiles.shape == (1, 32, 32, 3)
     last, _ = encode(image_last=True)
@@ -139,29 +148,47 @@ def test_settings_of_the_run_are_used():
     assert np.any(encode(pad_to_square=True)[1] != encode()[1])
 
 
-@pytest.mark.parametrize("data, own, tiles", [
-    ({}, 0, 1), ({"max_tiles": 2}, 0, 1), ({"max_tiles": 8}, 0, 7), ({"max_tiles": 8, "sample_tiles": 1}, 0, 1),
-    ({"max_tiles": 8, "sample_tiles": 5}, 0, 5), ({"max_tiles": 5, "sample_tiles": 8}, 0, 5),
-    ({"max_tiles": 8}, 1, 1), ({"max_tiles": 8}, 4, 5), ({"max_tiles": 8, "pad_to_square": True}, 0, 5),
-], ids=str)
+@pytest.mark.parametrize(
+    "data, own, tiles",
+    [
+        ({}, 0, 1),
+        ({"max_tiles": 2}, 0, 1),
+        ({"max_tiles": 8}, 0, 7),
+        ({"max_tiles": 8, "sample_tiles": 1}, 0, 1),
+        ({"max_tiles": 8, "sample_tiles": 5}, 0, 5),
+        ({"max_tiles": 5, "sample_tiles": 8}, 0, 5),
+        ({"max_tiles": 8}, 1, 1),
+        ({"max_tiles": 8}, 4, 5),
+        ({"max_tiles": 8, "pad_to_square": True}, 0, 5),
+    ],
+    ids=str,
+)
 def test_tiles_are_those_of_training(data, own, tiles):
     """640x480, as README's packing recipe sets it; `own`: max_dynamic_patch of the data set's meta JSON."""
     model, params = tiny.made()
     config = {"system": "", "max_tokens": 256, **data}
-    sample = Sample([{"from": "human", "value": "<image>\nSegment it."}, {"from": "gpt", "value": "It is."}],
-                    (tiny.picture(0, 480, 640),), (), {"max_tiles": own} if own else {})
+    sample = Sample(
+        [{"from": "human", "value": "<image>\nSegment it."}, {"from": "gpt", "value": "It is."}],
+        (tiny.picture(0, 480, 640),),
+        (),
+        {"max_tiles": own} if own else {},
+    )
     piece = Encoder(DataConfig(**config), run.geometry(model), WORDS).piece(sample, np.random.default_rng(0))
     words, cut = Predictor(model, params, WORDS, {"data": config})._encode(evaluator.request(sample))
     assert len(cut) == tiles
     np.testing.assert_array_equal(cut, piece["tiles"])
-    np.testing.assert_array_equal(words, piece["tokens"][:len(words)])
+    np.testing.assert_array_equal(words, piece["tokens"][: len(words)])
 
 
-@pytest.mark.parametrize("request_, text", [
-    (Request(None, "Segment it. " * 2000), "prompt of .* tokens .* the model has 2048"),
-    (Request(None, "<image>\nSegment it."), "request 0: 1 <image> places in the questions for 0 images"),
-    (Request(None, [{"from": "gpt", "value": "Yes."}]), "request 0: a query ends with a human turn"),
-], ids=["long", "image", "turns"])
+@pytest.mark.parametrize(
+    "request_, text",
+    [
+        (Request(None, "Segment it. " * 2000), "prompt of .* tokens .* the model has 2048"),
+        (Request(None, "<image>\nSegment it."), "request 0: 1 <image> places in the questions for 0 images"),
+        (Request(None, [{"from": "gpt", "value": "Yes."}]), "request 0: a query ends with a human turn"),
+    ],
+    ids=["long", "image", "turns"],
+)
 def test_requests_that_cannot_be_used_are_named(predictor, request_, text):
     with pytest.raises(UserError, match=text):
         predictor.segment_batch([request_])

@@ -1,4 +1,5 @@
 """Choosing words: greedy, top-k, top-p, and samples that depend on seed and place alone."""
+
 import functools
 
 import jax.numpy as jnp
@@ -23,9 +24,17 @@ def test_greedy_takes_the_likeliest():
     assert choose(LOGITS, None, jnp.zeros(1, int)).tolist() == [1]
 
 
-@pytest.mark.parametrize("settings, kept", [
-    (dict(), [0, 1, 2, 3]), (dict(top_k=2), [1, 3]), (dict(top_p=0.8), [1, 2, 3]),
-    (dict(top_p=0.01), [1]), (dict(top_k=3, top_p=0.6), [1, 3])], ids=str)
+@pytest.mark.parametrize(
+    "settings, kept",
+    [
+        (dict(), [0, 1, 2, 3]),
+        (dict(top_k=2), [1, 3]),
+        (dict(top_p=0.8), [1, 2, 3]),
+        (dict(top_p=0.01), [1]),
+        (dict(top_k=3, top_p=0.6), [1, 3]),
+    ],
+    ids=str,
+)
 def test_samples_follow_the_distribution_that_is_left(settings, kept):
     chances = np.exp(LOGITS[0])
     want = np.where(np.isin(np.arange(4), kept), chances, 0)
@@ -39,8 +48,7 @@ def test_temperature_sharpens():
 def test_a_row_draws_the_same_whoever_is_beside_it():
     """Row b has seed + b; other places and other seeds draw other words."""
     logits, places = jnp.zeros((3, 8, 50)), jnp.tile(jnp.arange(8), (3, 1))
-    draw = lambda seed, rows: choose(logits[:rows], Sampling(temperature=1, seed=seed).on_device(rows),
-                                     places[:rows])
+    draw = lambda seed, rows: choose(logits[:rows], Sampling(temperature=1, seed=seed).on_device(rows), places[:rows])
     batch = draw(5, 3)
     for row in range(3):
         np.testing.assert_array_equal(draw(5 + row, 1)[0], batch[row])
@@ -60,6 +68,7 @@ def test_twins_get_the_words_of_the_answer():
 def test_the_words_that_are_left_are_those_of_transformers(monkeypatch):
     """Alone and one after the other, on logits without and with ties, down to a single word."""
     import torch
+
     # Which of equal logits comes first is torch's whim in rows of more than 16 words, unless it is asked.
     monkeypatch.setattr(torch, "sort", functools.partial(torch.sort, stable=True))
     from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
@@ -96,9 +105,19 @@ def test_hardly_any_temperature_is_greedy():
     assert drawn(temperature=1e-20)[1] == 1
 
 
-@pytest.mark.parametrize("wrong", [dict(temperature=-1), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5),
-                                   dict(temperature=float("nan")), dict(temperature=float("inf")),
-                                   dict(top_p=float("nan")), dict(top_k=2**40)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(temperature=-1),
+        dict(top_k=-1),
+        dict(top_p=0),
+        dict(top_p=1.5),
+        dict(temperature=float("nan")),
+        dict(temperature=float("inf")),
+        dict(top_p=float("nan")),
+        dict(top_k=2**40),
+    ],
+)
 def test_settings_that_make_no_sense(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)

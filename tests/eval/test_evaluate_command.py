@@ -1,4 +1,5 @@
 """The evaluate command on random weights: what it prints, what it writes, its exit codes."""
+
 import json
 import subprocess
 import sys
@@ -15,14 +16,30 @@ from argenseg_jax.models import variants
 from argenseg_jax.train.run import init_fn
 from configs import nano
 
-KEYS = {"n", "cIoU", "gIoU", "Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9", "gIoU_target",
-        "N-acc", "T-acc", "baseline_gIoU", "baseline_cIoU", "seconds_per_image", "seconds"}
+KEYS = {
+    "n",
+    "cIoU",
+    "gIoU",
+    "Pr@0.5",
+    "Pr@0.6",
+    "Pr@0.7",
+    "Pr@0.8",
+    "Pr@0.9",
+    "gIoU_target",
+    "N-acc",
+    "T-acc",
+    "baseline_gIoU",
+    "baseline_cIoU",
+    "seconds_per_image",
+    "seconds",
+}
 
 
 def evaluate(*args):
     """(exit code, last line of stdout, stderr)."""
-    done = subprocess.run([sys.executable, "-m", "argenseg_jax", "evaluate", *map(str, args)],
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "argenseg_jax", "evaluate", *map(str, args)], capture_output=True, text=True, timeout=300
+    )
     return done.returncode, done.stdout.strip().split("\n")[-1], done.stderr
 
 
@@ -49,11 +66,32 @@ def test_scores_files_and_report(workdir, tmp_path):
         for i in range(3):
             files.write(tmp_path / "root" / f"{i}.png", encode_png(source[i].images[0]))
             files.write(tmp_path / "root" / f"m{i}.png", encode_png(source[i].masks[0]))
-            file.write(json.dumps({"id": i, "image": f"{i}.png", "mask": f"m{i}.png", "kind": "a",
-                                   "conversations": source[i].conversations}) + "\n")
-    code, line, errors = evaluate("--workdir", workdir, "--data", tmp_path / "val.jsonl",
-                                  "--data", "shapes-chat:simple:test:2", "--image-root", tmp_path / "root",
-                                  "--batch", 2, "--limit", 3)
+            file.write(
+                json.dumps(
+                    {
+                        "id": i,
+                        "image": f"{i}.png",
+                        "mask": f"m{i}.png",
+                        "kind": "a",
+                        "conversations": source[i].conversations,
+                    }
+                )
+                + "\n"
+            )
+    code, line, errors = evaluate(
+        "--workdir",
+        workdir,
+        "--data",
+        tmp_path / "val.jsonl",
+        "--data",
+        "shapes-chat:simple:test:2",
+        "--image-root",
+        tmp_path / "root",
+        "--batch",
+        2,
+        "--limit",
+        3,
+    )
     assert code == 0, errors
     both = json.loads(line)
     assert both["n"] == 5 and both["seconds"] > 0
@@ -77,13 +115,16 @@ def test_scores_files_and_report(workdir, tmp_path):
     assert code == 0 and json.loads(line)["gIoU"] == got["gIoU"], errors
 
 
-@pytest.mark.parametrize("args, says", [
-    ((), "--data"),
-    (("--data", "shapes:simple:test"), "--workdir"),
-    (("--data", "shapes:simple:nowhere", "--workdir", "W"), "nowhere"),
-    (("--data", "no/such.jsonl", "--workdir", "W"), "no/such.jsonl"),
-    (("--rescore", "no/such.jsonl"), "no/such.jsonl"),
-])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        ((), "--data"),
+        (("--data", "shapes:simple:test"), "--workdir"),
+        (("--data", "shapes:simple:nowhere", "--workdir", "W"), "nowhere"),
+        (("--data", "no/such.jsonl", "--workdir", "W"), "no/such.jsonl"),
+        (("--rescore", "no/such.jsonl"), "no/such.jsonl"),
+    ],
+)
 def test_mistakes_exit_with_2_and_one_line(workdir, args, says):
     code, _, errors = evaluate(*(workdir if a == "W" else a for a in args))
     last = errors.strip().split("\n")[-1]

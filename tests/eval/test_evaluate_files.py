@@ -1,4 +1,5 @@
 """evaluate: where results go, when mistakes are found, and which answers of a stopped evaluation count."""
+
 import json
 import os
 import shutil
@@ -38,8 +39,15 @@ def place(tmp_path, monkeypatch):
 
 
 def line(seed, **more):
-    return {"image": f"{seed}.png", "mask": f"m{seed}.png", "conversations": [
-        {"from": "human", "value": "<image>\nSegment it."}, {"from": "gpt", "value": "It is <mask>."}], **more}
+    return {
+        "image": f"{seed}.png",
+        "mask": f"m{seed}.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nSegment it."},
+            {"from": "gpt", "value": "It is <mask>."},
+        ],
+        **more,
+    }
 
 
 def write(path, lines):
@@ -56,8 +64,12 @@ def model(monkeypatch):
         if len(noted.asked) >= noted.most:
             raise UserError("stopped")
         noted.asked += [request.name for request in requests]
-        return [types.SimpleNamespace(masks=[np.full(r.image.shape[:2], noted.fill)], scores=[1.0], images=[],
-                                      text="It is <mask>.", scales=[]) for r in requests]
+        return [
+            types.SimpleNamespace(
+                masks=[np.full(r.image.shape[:2], noted.fill)], scores=[1.0], images=[], text="It is <mask>.", scales=[]
+            )
+            for r in requests
+        ]
 
     monkeypatch.setattr(Predictor, "segment_batch", answer)
     return noted
@@ -70,8 +82,9 @@ def evaluate(capfd, *args):
 
 
 def test_two_data_sets_of_one_file_name(place, workdir, model, capfd):
-    said, table = evaluate(capfd, "--workdir", workdir, "--data", "refcoco/val.jsonl", "--data", "refcocog/val.jsonl",
-                           "--out", "out")
+    said, table = evaluate(
+        capfd, "--workdir", workdir, "--data", "refcoco/val.jsonl", "--data", "refcocog/val.jsonl", "--out", "out"
+    )
     first, second = said["data"].values()
     assert (first["n"], second["n"]) == (1, 2) and first["predictions"] != second["predictions"]
     for scores in (first, second):
@@ -80,19 +93,24 @@ def test_two_data_sets_of_one_file_name(place, workdir, model, capfd):
     assert "| refcoco-val |  | refcocog-val |  |" in table and "refcocog-val" in open("out/report.html").read()
     again, _ = evaluate(capfd, "--workdir", workdir, "--data", "refcocog/val.jsonl", "--out", "out")
     assert again["predictions"] == second["predictions"] and sorted(os.listdir("out/eval")) == [
-        "refcoco-val", "refcocog-val"]
+        "refcoco-val",
+        "refcocog-val",
+    ]
     scores = files.read_json("out/eval/refcoco-val/scores.json")
     assert (scores["checkpoint"], scores["step"], len(scores["weights"])) == (str(workdir), 1, 16)
     assert scores["coco_results"] == "image_id is the index of the sample and category_id is 1: the data names none"
 
 
-@pytest.mark.parametrize("args, says", [
-    (("--metric=vqav2",), "val.jsonl:1: metric 'vqav2' needs the key `reference`"),
-    (("--out=refcoco/val.jsonl",), "Not a directory"),
-    (("--out=/proc/none",), "cannot be written"),
-    (("--out", "x" * 300), "File name too long"),
-    (("--data=pope@refcocog/val.jsonl",), "metric 'pope' needs the key `reference`"),
-])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (("--metric=vqav2",), "val.jsonl:1: metric 'vqav2' needs the key `reference`"),
+        (("--out=refcoco/val.jsonl",), "Not a directory"),
+        (("--out=/proc/none",), "cannot be written"),
+        (("--out", "x" * 300), "File name too long"),
+        (("--data=pope@refcocog/val.jsonl",), "metric 'pope' needs the key `reference`"),
+    ],
+)
 def test_mistakes_are_found_before_the_model_is_loaded(place, workdir, capfd, monkeypatch, args, says):
     monkeypatch.setattr(Predictor, "load", None)
     message = refused(capfd, "evaluate", "--workdir", workdir, "--data", "refcoco/val.jsonl", "--out", "out", *args)
@@ -139,11 +157,22 @@ def test_results_of_coco_are_read_beside_coco(place, workdir, model, capfd):
     os.mkdir("coco/annotations")
     for image_id in (139, 785):
         Image.fromarray(tiny.picture(image_id)).save(f"coco/val2017/{image_id}.jpg")
-    annotations = {"images": [{"id": k, "file_name": f"{k}.jpg", "height": 40, "width": 30} for k in (139, 785)],
-                   "categories": [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}],
-                   "annotations": [{"id": n, "image_id": image, "category_id": category, "iscrowd": 0, "area": 100,
-                                    "bbox": [2, 3, 10, 10], "segmentation": [[2, 3, 12, 3, 12, 13, 2, 13]]}
-                                   for n, (image, category) in enumerate(((139, 17), (139, 18), (785, 17)), 1)]}
+    annotations = {
+        "images": [{"id": k, "file_name": f"{k}.jpg", "height": 40, "width": 30} for k in (139, 785)],
+        "categories": [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}],
+        "annotations": [
+            {
+                "id": n,
+                "image_id": image,
+                "category_id": category,
+                "iscrowd": 0,
+                "area": 100,
+                "bbox": [2, 3, 10, 10],
+                "segmentation": [[2, 3, 12, 3, 12, 13, 2, 13]],
+            }
+            for n, (image, category) in enumerate(((139, 17), (139, 18), (785, 17)), 1)
+        ],
+    }
     write("coco/annotations/instances_val2017.json", [annotations])
     model.fill = True
     said, _ = evaluate(capfd, "--workdir", workdir, "--data", "coco:coco", "--out", "out", "--batch", "3")

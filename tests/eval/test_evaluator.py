@@ -1,4 +1,5 @@
 """The evaluator on predictors whose answers are known, its baselines, and its records."""
+
 import dataclasses
 import json
 import types
@@ -28,16 +29,19 @@ def box(top: int, left: int, bottom: int, right: int) -> np.ndarray:
 def sample(value: int, *masks: np.ndarray, text: str = "Segment it.", **meta) -> Sample:
     """A sample whose image is one grey value, by which a fake predictor knows it."""
     image = np.full((SIDE, SIDE, 3), value, np.uint8)
-    turns = [{"from": "human", "value": f"<image>\n{text}"},
-             {"from": "gpt", "value": "Sure: " + "<mask>" * len(masks)}]
+    turns = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": "Sure: " + "<mask>" * len(masks)}]
     return Sample(conversations=turns, images=(image,), masks=masks, meta=meta)
 
 
 def answers(by_value):
     """A predict_fn that answers an image of grey value v with the masks by_value[v]."""
+
     def predict(requests):
-        return [types.SimpleNamespace(masks=[m > 0 for m in by_value[int(r.image[0, 0, 0])]],
-                                      text="Sure.", scales=[]) for r in requests]
+        return [
+            types.SimpleNamespace(masks=[m > 0 for m in by_value[int(r.image[0, 0, 0])]], text="Sure.", scales=[])
+            for r in requests
+        ]
+
     return predict
 
 
@@ -87,18 +91,18 @@ def test_a_ragged_last_batch_counts_every_sample_once(n, batch):
 
 def test_baseline_of_shapes_is_the_mask_of_all_objects():
     source = ShapesSource("full", "test", size=30)
-    got = Evaluator(lambda rs: [types.SimpleNamespace(masks=[], text="", scales=[]) for _ in rs]
-                    ).run(source)
-    want = [iou(np.asarray(s.meta["all_objects_mask"]) > 0, s.masks[0] > 0)
-            for s in map(source.__getitem__, range(30))]
+    got = Evaluator(lambda rs: [types.SimpleNamespace(masks=[], text="", scales=[]) for _ in rs]).run(source)
+    want = [iou(np.asarray(s.meta["all_objects_mask"]) > 0, s.masks[0] > 0) for s in map(source.__getitem__, range(30))]
     assert got.scores["baseline_gIoU"] == pytest.approx(np.mean(want))
     assert got.scores["gIoU"] < got.scores["baseline_gIoU"]
 
 
 def test_constant_baseline_per_class():
-    train = ([sample(0, LEFT, text="Segment the sky in the image.")] * 3
-             + [sample(0, RIGHT, text="Segment the road in the image.")] * 3
-             + [sample(0, ALL, text="Segment the road sign in the image.")])
+    train = (
+        [sample(0, LEFT, text="Segment the sky in the image.")] * 3
+        + [sample(0, RIGHT, text="Segment the road in the image.")] * 3
+        + [sample(0, ALL, text="Segment the road sign in the image.")]
+    )
     constant = constant_baseline([train], side=SIDE)
     assert np.array_equal(constant("<image> instructions: sky.; please segment"), LEFT > 0)
     assert np.array_equal(constant("Segment the road in the image."), RIGHT > 0)
@@ -110,10 +114,13 @@ def test_constant_baseline_per_class():
 
 def test_scores_of_text_and_of_pictures():
     """Answers by kind, beside the commonest answer; a generated picture against the true one."""
-    source = [dataclasses.replace(sample(v, kind="count", metric="exact", reference=r),
-                                  conversations=[{"from": "human", "value": "How many?"},
-                                                 {"from": "gpt", "value": r}])
-              for v, r in enumerate("2210")]
+    source = [
+        dataclasses.replace(
+            sample(v, kind="count", metric="exact", reference=r),
+            conversations=[{"from": "human", "value": "How many?"}, {"from": "gpt", "value": r}],
+        )
+        for v, r in enumerate("2210")
+    ]
     says = lambda rs: [types.SimpleNamespace(masks=[], text="2", scales=[], images=[]) for _ in rs]
     got = Evaluator(says).run(source).scores
     assert got["accuracy"] == got["baseline_accuracy"] == 0.5
@@ -137,21 +144,23 @@ def test_faulty_samples_are_named():
     with pytest.raises(UserError, match="f.jsonl:7.*no mask"):
         run([sample(0, line="f.jsonl:7")])
     with pytest.raises(UserError, match="f.jsonl:8.*shape"):
-        run([dataclasses.replace(sample(0, LEFT, line="f.jsonl:8"),
-                                 images=(np.zeros((4, 4, 3), np.uint8),))])
+        run([dataclasses.replace(sample(0, LEFT, line="f.jsonl:8"), images=(np.zeros((4, 4, 3), np.uint8),))])
     with pytest.raises(UserError, match="no sample"):
         run([])
 
 
-@pytest.mark.parametrize("bad, metric, says", [
-    (dict(metric="pope"), "", "f.jsonl:1: metric 'pope' needs the key `reference`"),
-    (dict(), "vqav2", "f.jsonl:1: metric 'vqav2' needs the key `reference`"),
-    (dict(), "semantic", "f.jsonl:1: metric 'semantic' needs the key `kind`"),
-    (dict(), "instances", "f.jsonl:1: metric 'instances' needs the key `image`"),
-    (dict(metric="pope", reference="maybe"), "", "f.jsonl:1: key `reference`: 'yes' or 'no' expected"),
-    (dict(reference="two"), "vqav2", "f.jsonl:1: key `reference`: a list of texts"),
-    (dict(metric="spelling"), "", "metric 'spelling' is unknown"),
-])
+@pytest.mark.parametrize(
+    "bad, metric, says",
+    [
+        (dict(metric="pope"), "", "f.jsonl:1: metric 'pope' needs the key `reference`"),
+        (dict(), "vqav2", "f.jsonl:1: metric 'vqav2' needs the key `reference`"),
+        (dict(), "semantic", "f.jsonl:1: metric 'semantic' needs the key `kind`"),
+        (dict(), "instances", "f.jsonl:1: metric 'instances' needs the key `image`"),
+        (dict(metric="pope", reference="maybe"), "", "f.jsonl:1: key `reference`: 'yes' or 'no' expected"),
+        (dict(reference="two"), "vqav2", "f.jsonl:1: key `reference`: a list of texts"),
+        (dict(metric="spelling"), "", "metric 'spelling' is unknown"),
+    ],
+)
 def test_a_metric_that_does_not_fit_is_found_before_the_model_answers(bad, metric, says):
     asked = []
     with pytest.raises(UserError, match=says):
@@ -160,8 +169,11 @@ def test_a_metric_that_does_not_fit_is_found_before_the_model_answers(bad, metri
 
 
 def test_a_later_sample_without_a_key_is_found_when_it_is_answered():
-    source = [sample(0, LEFT, kind="a", line="f.jsonl:1"), sample(1, LEFT, line="f.jsonl:2"),
-              sample(2, LEFT, kind="a", line="f.jsonl:3")]
+    source = [
+        sample(0, LEFT, kind="a", line="f.jsonl:1"),
+        sample(1, LEFT, line="f.jsonl:2"),
+        sample(2, LEFT, kind="a", line="f.jsonl:3"),
+    ]
     asked = []
 
     def predict(requests):
@@ -176,6 +188,7 @@ def test_a_later_sample_without_a_key_is_found_when_it_is_answered():
 @pytest.mark.parametrize("role", ["human", "user"])
 def test_turns_of_the_user_by_either_name(role):
     """The question, and with it the constant answer of the class."""
+
     def named(value, mask, text):
         one = sample(value, mask, text=text)
         return dataclasses.replace(one, conversations=[{**one.conversations[0], "from": role}, one.conversations[1]])

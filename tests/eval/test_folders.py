@@ -1,4 +1,5 @@
 """Each data set has a folder of results of its own, and keeps it."""
+
 import json
 import os
 

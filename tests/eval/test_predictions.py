@@ -1,4 +1,5 @@
 """Saved predictions score as the run did, without the model; pycocotools reads them."""
+
 import contextlib
 import io
 import json
@@ -27,20 +28,32 @@ def stripe(left, right):
 
 def sample(value, *masks, **meta):
     image = np.full((SIDE, SIDE, 3), value, np.uint8)
-    return Sample([{"from": "human", "value": "<image>\nWhich?"},
-                   {"from": "gpt", "value": "<mask>" * len(masks) or "yes"}], (image,), masks, meta)
+    return Sample(
+        [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "<mask>" * len(masks) or "yes"}],
+        (image,),
+        masks,
+        meta,
+    )
 
 
 def answering(answers):
     """An image of grey value v is answered by answers[v]: (text, masks)."""
+
     def predict(requests):
         out = []
         for request in requests:
             text, masks = answers[int(request.image[0, 0, 0])]
-            out.append(types.SimpleNamespace(
-                text=text, masks=[m > 0 for m in masks], scores=[0.9, 0.5][:len(masks)], scales=[],
-                images=[np.repeat(m[..., None], 3, -1) for m in masks]))
+            out.append(
+                types.SimpleNamespace(
+                    text=text,
+                    masks=[m > 0 for m in masks],
+                    scores=[0.9, 0.5][: len(masks)],
+                    scales=[],
+                    images=[np.repeat(m[..., None], 3, -1) for m in masks],
+                )
+            )
         return out
+
     return predict
 
 
@@ -50,20 +63,23 @@ def through_a_file(result, path):
 
 
 def test_rescoring_equals_the_run(tmp_path):
-    source = [sample(0, stripe(0, 5), kind="left", sents=["the left half"]), sample(1, stripe(0, 0)),
-              sample(2, stripe(0, 1), ignore_mask=stripe(5, 10))]
+    source = [
+        sample(0, stripe(0, 5), kind="left", sents=["the left half"]),
+        sample(1, stripe(0, 0)),
+        sample(2, stripe(0, 1), ignore_mask=stripe(5, 10)),
+    ]
     answers = {0: ("Sure", [stripe(0, 4)]), 1: ("No", []), 2: ("Sure", [stripe(0, 8)])}
     result = Evaluator(answering(answers)).run(source)
     rows = through_a_file(result, tmp_path / "p.jsonl")
     again = summary(rows)
-    assert again == {k: v for k, v in result.scores.items()
-                     if k not in ("baseline_gIoU", "baseline_cIoU", "seconds_per_image")}
+    assert again == {
+        k: v for k, v in result.scores.items() if k not in ("baseline_gIoU", "baseline_cIoU", "seconds_per_image")
+    }
     assert again["gIoU"] == pytest.approx((0.8 + 1 + 0.2) / 3)  # what is ignored costs nothing
     assert again["by_kind"] == {"left": {"n": 1, "gIoU": pytest.approx(0.8)}}
     parts = again["breakdown"]
     assert parts["histogram"] == [0, 0, 1, 0, 0, 0, 0, 0, 1, 1]
-    assert {k: v["n"] for k, v in parts["by_size"].items()} == {
-        "none": 1, "5-20 %": 1, "above 20 %": 1}
+    assert {k: v["n"] for k, v in parts["by_size"].items()} == {"none": 1, "5-20 %": 1, "above 20 %": 1}
     assert {k: v["n"] for k, v in parts["by_length"].items()} == {"1-2 words": 2, "3-5 words": 1}
     assert summary(rows, "grefcoco")["metric"] == "grefcoco"
     halves = summary(rows[2:] + rows[:2])  # joined in another order
@@ -71,8 +87,19 @@ def test_rescoring_equals_the_run(tmp_path):
 
 
 def test_pycocotools_reads_the_results(tmp_path):
-    source = [sample(0, stripe(0, 5), stripe(6, 9), metric="instances", kind="dog", files=["a.jpg"],
-                     crowds=[stripe(9, 10)], image_id=42, category_id=18)]
+    source = [
+        sample(
+            0,
+            stripe(0, 5),
+            stripe(6, 9),
+            metric="instances",
+            kind="dog",
+            files=["a.jpg"],
+            crowds=[stripe(9, 10)],
+            image_id=42,
+            category_id=18,
+        )
+    ]
     answers = {0: ("Sure", [stripe(0, 5), stripe(6, 9)])}
     result = Evaluator(answering(answers)).run(source)
     assert result.scores["AP"] == pytest.approx(1) and result.scores["gIoU"] == 1.0
@@ -81,15 +108,29 @@ def test_pycocotools_reads_the_results(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(list(coco_results(rows))))
     with contextlib.redirect_stdout(io.StringIO()):
         data = COCO()
-        data.dataset = {"images": [{"id": 42, "height": SIDE, "width": SIDE}], "annotations": [],
-                        "categories": [{"id": 18, "name": "dog"}]}
+        data.dataset = {
+            "images": [{"id": 42, "height": SIDE, "width": SIDE}],
+            "annotations": [],
+            "categories": [{"id": 18, "name": "dog"}],
+        }
         data.createIndex()
         loaded = data.loadRes(str(tmp_path / "r.json"))
     anns = loaded.loadAnns(loaded.getAnnIds(imgIds=[42], catIds=[18]))
     assert [a["score"] for a in anns] == [0.9, 0.5]
     np.testing.assert_array_equal(loaded.annToMask(anns[1]) * 255, stripe(6, 9))
-    assert len(list(coco_results([{"prediction": encode_rle(stripe(0, 5) > 0), "masks": 1, "index": 3},
-                             {"prediction": encode_rle(stripe(0, 0) > 0), "masks": 0}]))) == 1
+    assert (
+        len(
+            list(
+                coco_results(
+                    [
+                        {"prediction": encode_rle(stripe(0, 5) > 0), "masks": 1, "index": 3},
+                        {"prediction": encode_rle(stripe(0, 0) > 0), "masks": 0},
+                    ]
+                )
+            )
+        )
+        == 1
+    )
 
 
 def test_questions_about_text(tmp_path):
@@ -117,8 +158,11 @@ def test_anomalies_and_interactive():
 def test_faulty_files_are_named(tmp_path):
     path = tmp_path / "p.jsonl"
     good = json.dumps({"prediction": encode_rle(stripe(0, 1) > 0), "truth": encode_rle(stripe(0, 1) > 0)})
-    for content, fault in (("", "no predictions"), (f"{good}\n{{", "p.jsonl:2 is no valid JSON"),
-                           ("[1]", "p.jsonl:1: not a prediction but list")):
+    for content, fault in (
+        ("", "no predictions"),
+        (f"{good}\n{{", "p.jsonl:2 is no valid JSON"),
+        ("[1]", "p.jsonl:1: not a prediction but list"),
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match=fault):
             read_rows(path)

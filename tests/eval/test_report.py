@@ -1,4 +1,5 @@
 """The report: complete, self-contained, escaped; and the pictures in it."""
+
 import json
 import re
 import types
@@ -25,17 +26,15 @@ def test_report_is_complete_and_self_contained(tmp_path):
     result = Evaluator(predict, preview_fn=predict, previews=2).run(source)
     folder = tmp_path / "eval" / "shapes_test"
     rows = report.save_pictures(folder / "pictures", source, result, each=3)
-    assert [r["group"] for r in rows] == (["random"] * 3 + ["best"] * 3 + ["worst"] * 3
-                                          + ["scales"] * 2)
+    assert [r["group"] for r in rows] == (["random"] * 3 + ["best"] * 3 + ["worst"] * 3 + ["scales"] * 2)
     best, worst = ([r["iou"] for r in rows if r["group"] == g] for g in ("best", "worst"))
     assert best == sorted(best, reverse=True) and min(best) >= max(worst)
     (folder / "scores.json").write_text(json.dumps({**result.scores, "pictures": rows}))
-    (tmp_path / "metrics.jsonl").write_text("".join(
-        json.dumps({"step": s, "phase": "lm", "loss": 3.0 / s, "gen_loss": None}) + "\n"
-        for s in range(1, 40)))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": s, "phase": "lm", "loss": 3.0 / s, "gen_loss": None}) + "\n" for s in range(1, 40))
+    )
     (tmp_path / "config.json").write_text('{"model": {"variant": "<nano>"}}')
-    files.write(tmp_path / "pictures" / "a & b.png",
-                         visualize.encode_png(np.zeros((4, 4, 3), np.uint8)))
+    files.write(tmp_path / "pictures" / "a & b.png", visualize.encode_png(np.zeros((4, 4, 3), np.uint8)))
 
     page = report.write_report(tmp_path).read_text()
     assert "shapes_test" in page and "lm loss" in page and "gen_loss" not in page
@@ -46,15 +45,18 @@ def test_report_is_complete_and_self_contained(tmp_path):
 
 
 def test_table_in_the_form_of_the_papers():
-    found = {"refcoco val": {"metric": "referring", "cIoU": 0.8631, "gIoU": 0.9},
-             "ade": {"metric": "semantic", "mIoU": None}, "pairs": {"metric": "fidelity", "PSNR": 21.44,
-                                                                    "SSIM": 0.5},
-             "vqa": {"metric": "vqav2", "accuracy": 1.0}}
+    found = {
+        "refcoco val": {"metric": "referring", "cIoU": 0.8631, "gIoU": 0.9},
+        "ade": {"metric": "semantic", "mIoU": None},
+        "pairs": {"metric": "fidelity", "PSNR": 21.44, "SSIM": 0.5},
+        "vqa": {"metric": "vqav2", "accuracy": 1.0},
+    }
     assert report.paper_table(found).split("\n") == [
         "|  | refcoco val |  | ade | pairs |  | vqa |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| score | cIoU | gIoU | mIoU | PSNR | SSIM | accuracy |",
-        "| value | 86.3 | 90.0 | – | 21.4 | 50.0 | 100.0 |"]
+        "| value | 86.3 | 90.0 | – | 21.4 | 50.0 | 100.0 |",
+    ]
 
 
 def test_a_picture_of_a_described_scene_is_shown_without_an_image(tmp_path):
@@ -73,8 +75,8 @@ def test_overlay_lights_the_mask_and_draws_its_edge():
     mask = np.zeros((9, 9), bool)
     mask[2:7, 2:7] = True
     got = visualize.overlay(image, mask, color=(1, 2, 3))
-    assert (got[3:6, 3:6] == image[0, 0]).all()            # inside: as it was
-    assert (got[2, 2:7] == (1, 2, 3)).all()                # the edge
+    assert (got[3:6, 3:6] == image[0, 0]).all()  # inside: as it was
+    assert (got[2, 2:7] == (1, 2, 3)).all()  # the edge
     outside = got[~mask]
     assert (outside == outside[0, 0]).all() and outside[0, 0] < 100  # grey and dim
 

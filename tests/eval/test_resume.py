@@ -1,4 +1,5 @@
 """A stopped evaluation goes on where it was, and ends with the scores of one that was not."""
+
 import json
 import os
 import signal
@@ -38,8 +39,7 @@ class Counting:
 
     def __call__(self, requests):
         self.asked += len(requests)
-        return [types.SimpleNamespace(masks=[r.image[..., 0] > 120], text="Sure.", scales=[])
-                for r in requests]
+        return [types.SimpleNamespace(masks=[r.image[..., 0] > 120], text="Sure.", scales=[]) for r in requests]
 
 
 def run(predict, folder=None, key=1, batch=3, limit=0):
@@ -55,8 +55,12 @@ def same(one, other):
 
 def test_a_killed_evaluation_goes_on(tmp_path):
     folder = tmp_path / "partial"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], capture_output=True,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder)],
+        capture_output=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        timeout=120,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert sorted(p.name for p in folder.glob("*.jsonl")) == ["0.jsonl", "3.jsonl", "6.jsonl"]
     predict = Counting()

@@ -1,4 +1,5 @@
 """Configs, their texts and files: whatever they hold, there is a config that means something, or one line."""
+
 import json
 import math
 
@@ -14,13 +15,41 @@ from tests.hostile import ODD, mutated
 
 BASE = common.base().to_dict()
 KEYS = sorted(config_keys.KEYS)
-VALUES = st.one_of(st.sampled_from(ODD), st.integers(), st.floats(), st.text(max_size=20), st.binary(max_size=3),
-                   st.lists(st.one_of(st.text(max_size=5), st.integers(), st.none()), max_size=3).map(tuple),
-                   st.tuples(st.tuples(st.text(max_size=3), st.floats())), st.complex_numbers())
-TEXTS = st.one_of(st.text(max_size=30), st.from_regex(r"[-+]?[0-9_.eExX]{1,12}", fullmatch=True),
-                  st.from_regex(r"[(\[{'\"][^\x00]{0,20}[)\]}'\"]?", fullmatch=True),
-                  st.sampled_from(["None", "true", "nan", "-inf", "1e999", "0x1f", "9" * 5000, "(" * 10**4, "'" * 99,
-                                   "{'a': 1}", "(1, 2", "('(',)", "lambda: 0", "__import__('os')", "²", "1_0"]))
+VALUES = st.one_of(
+    st.sampled_from(ODD),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=20),
+    st.binary(max_size=3),
+    st.lists(st.one_of(st.text(max_size=5), st.integers(), st.none()), max_size=3).map(tuple),
+    st.tuples(st.tuples(st.text(max_size=3), st.floats())),
+    st.complex_numbers(),
+)
+TEXTS = st.one_of(
+    st.text(max_size=30),
+    st.from_regex(r"[-+]?[0-9_.eExX]{1,12}", fullmatch=True),
+    st.from_regex(r"[(\[{'\"][^\x00]{0,20}[)\]}'\"]?", fullmatch=True),
+    st.sampled_from(
+        [
+            "None",
+            "true",
+            "nan",
+            "-inf",
+            "1e999",
+            "0x1f",
+            "9" * 5000,
+            "(" * 10**4,
+            "'" * 99,
+            "{'a': 1}",
+            "(1, 2",
+            "('(',)",
+            "lambda: 0",
+            "__import__('os')",
+            "²",
+            "1_0",
+        ]
+    ),
+)
 
 
 def refused(fault):
@@ -66,7 +95,7 @@ def test_a_value_is_right_and_has_a_text_or_is_refused(key, value):
     if fault:
         assert refused(fault) and fault.startswith(key)
         return
-    got, = config_keys.flattened({key: value}).values()
+    (got,) = config_keys.flattened({key: value}).values()
     assert got == value or (isinstance(value, list) and list(got) == value)
     assert not isinstance(got, float) or math.isfinite(got)
     assert config_keys.parse(key, config_keys.spell(value)) == got
@@ -89,19 +118,50 @@ def test_a_text_is_a_value_or_refused(key, text):
 @given(st.text(max_size=60), TEXTS)
 def test_an_unknown_key_is_refused(key, text):
     if key not in config_keys.KEYS:
-        for attempt in (lambda: config_keys.parse(key, text), lambda: config_keys.flattened({key: text}),
-                        lambda: config_keys.check({**BASE, key: text})):
+        for attempt in (
+            lambda: config_keys.parse(key, text),
+            lambda: config_keys.flattened({key: text}),
+            lambda: config_keys.check({**BASE, key: text}),
+        ):
             with pytest.raises(UserError) as fault:
                 attempt()
             assert refused(fault)
 
 
-STATEMENTS = ["x = 1", "x = nope", "1 / 0", "raise SystemExit", "def f(): return f()", "f()", "import nope", "  x = 1",
-              "from configs import common", "def get_config(arg=None): return common.base()", "get_config = 3",
-              "def get_config(): return {}", "raise MemoryError('m')", "raise GeneratorExit", "x = '\\ud83d'", "\0",
-              "x = [", "raise StopIteration", "é = 'ü'", "(" * 300, "raise Exception('\\ud83d' * 9)",
-              "lambda: (yield)", "await x", "return", "# coding: nope", "raise UnicodeDecodeError('utf-8', b'a', 0, 1, 'x')",
-              "nonlocal x", "class get_config: pass", "import sys; sys.exit('a\\nb')", "assert 0, object()", "9" * 5000, "\ud83d"]
+STATEMENTS = [
+    "x = 1",
+    "x = nope",
+    "1 / 0",
+    "raise SystemExit",
+    "def f(): return f()",
+    "f()",
+    "import nope",
+    "  x = 1",
+    "from configs import common",
+    "def get_config(arg=None): return common.base()",
+    "get_config = 3",
+    "def get_config(): return {}",
+    "raise MemoryError('m')",
+    "raise GeneratorExit",
+    "x = '\\ud83d'",
+    "\0",
+    "x = [",
+    "raise StopIteration",
+    "é = 'ü'",
+    "(" * 300,
+    "raise Exception('\\ud83d' * 9)",
+    "lambda: (yield)",
+    "await x",
+    "return",
+    "# coding: nope",
+    "raise UnicodeDecodeError('utf-8', b'a', 0, 1, 'x')",
+    "nonlocal x",
+    "class get_config: pass",
+    "import sys; sys.exit('a\\nb')",
+    "assert 0, object()",
+    "9" * 5000,
+    "\ud83d",
+]
 
 
 @given(st.lists(st.sampled_from(STATEMENTS), max_size=6))

@@ -1,4 +1,5 @@
 """The command line: whatever the arguments are, the work begins with flags that mean something, or one line ends it."""
+
 import importlib
 import math
 
@@ -14,9 +15,40 @@ from tests.cli.command import own_flags
 
 COMMANDS = sorted(cli.COMMANDS)
 VALUES = st.one_of(
-    st.text(max_size=20), st.integers().map(str), st.floats().map(str),
-    st.sampled_from(["", " ", "\0", "\udcff", "\ud83d", "None", "nan", "inf", "-1", "0", "9" * 5000, "x" * 300, "..",
-                     "/", "/dev/zero", "gs://", "://", "s4://a", "a://b://c", "true", "()", "-", "--", "=", "é", "²"]))
+    st.text(max_size=20),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.sampled_from(
+        [
+            "",
+            " ",
+            "\0",
+            "\udcff",
+            "\ud83d",
+            "None",
+            "nan",
+            "inf",
+            "-1",
+            "0",
+            "9" * 5000,
+            "x" * 300,
+            "..",
+            "/",
+            "/dev/zero",
+            "gs://",
+            "://",
+            "s4://a",
+            "a://b://c",
+            "true",
+            "()",
+            "-",
+            "--",
+            "=",
+            "é",
+            "²",
+        ]
+    ),
+)
 
 
 @pytest.fixture(params=COMMANDS)
@@ -30,8 +62,9 @@ def command(request):
 def own(command):
     """Names of the command's flags and of those that all commands share."""
     modules = (f"argenseg_jax.cli.{command}", "argenseg_jax.cli.common", "argenseg_jax.cli.parsing")
-    return sorted({flag.name for module in modules for flag in flags.FLAGS.flags_by_module_dict().get(module, [])}
-                  - {"config"})
+    return sorted(
+        {flag.name for module in modules for flag in flags.FLAGS.flags_by_module_dict().get(module, [])} - {"config"}
+    )
 
 
 @given(st.data())
@@ -40,9 +73,13 @@ def test_flags_mean_something_or_are_refused(command, data):
     words = st.one_of(
         st.tuples(st.sampled_from(names), VALUES).map(lambda pair: f"--{pair[0]}={pair[1]}"),
         st.tuples(st.sampled_from(names), VALUES).map(lambda pair: f"-{pair[0]}={pair[1]}"),
-        st.sampled_from(names).map(lambda name: f"--no{name}"), VALUES, VALUES.map(lambda text: f"--{text}"),
-        VALUES.map(lambda text: f"--config.{text}"), VALUES.map(lambda text: f"--config.seed={text}"),
-        VALUES.map(lambda text: f"--config={text}"))
+        st.sampled_from(names).map(lambda name: f"--no{name}"),
+        VALUES,
+        VALUES.map(lambda text: f"--{text}"),
+        VALUES.map(lambda text: f"--config.{text}"),
+        VALUES.map(lambda text: f"--config.seed={text}"),
+        VALUES.map(lambda text: f"--config={text}"),
+    )
     args = data.draw(st.lists(words, max_size=4))
     if any(arg.lstrip("-").startswith(("flagfile", "undefok")) for arg in args):
         return  # absl's own
@@ -63,8 +100,21 @@ def test_flags_mean_something_or_are_refused(command, data):
             assert not isinstance(value, str) or ("\0" not in value and value.isascii()) or value.encode()
 
 
-ERRORS = (ValueError, OSError, KeyError, RecursionError, MemoryError, UnicodeError, ArithmeticError, UserError,
-          BrokenPipeError, KeyboardInterrupt, TimeoutError, StopIteration, EOFError)
+ERRORS = (
+    ValueError,
+    OSError,
+    KeyError,
+    RecursionError,
+    MemoryError,
+    UnicodeError,
+    ArithmeticError,
+    UserError,
+    BrokenPipeError,
+    KeyboardInterrupt,
+    TimeoutError,
+    StopIteration,
+    EOFError,
+)
 
 
 @given(st.sampled_from(ERRORS), st.lists(st.one_of(st.text(max_size=30), st.integers(-1, 40)), max_size=3))

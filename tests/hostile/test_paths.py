@@ -1,4 +1,5 @@
 """Paths: gs:// opens everywhere, relative ones stay in their folder, names as other programs write them."""
+
 import json
 import os
 import unicodedata
@@ -65,8 +66,16 @@ def test_prepared_in_a_bucket_and_read_back(gs, tmp_path):
 
 
 def test_what_is_not_in_a_bucket_is_one_line(gs):
-    for name in (f"{gs}/none.jsonl", f"own:{gs}/none", f"prepared:{gs}/none", f"tfds:{gs}/none:train",
-                 "gs://none/x.json", f"coco:{gs}/none:val2017", "s3x://b/c.jsonl", "own:file://x"):
+    for name in (
+        f"{gs}/none.jsonl",
+        f"own:{gs}/none",
+        f"prepared:{gs}/none",
+        f"tfds:{gs}/none:train",
+        "gs://none/x.json",
+        f"coco:{gs}/none:val2017",
+        "s3x://b/c.jsonl",
+        "own:file://x",
+    ):
         with pytest.raises(UserError) as caught:
             open_source(name)
         assert "\n" not in str(caught.value)
@@ -88,8 +97,13 @@ def test_relative_paths_stay_in_their_folder(secret):
     os.symlink(secret / "secret.png", data / "link.png")
     os.symlink(secret, data / "linked")
     put(data / "sub/a.png", PICTURE)
-    for name, way in (("../secret.png", "`..`"), ("sub/../../secret.png", "`..`"), ("link.png", "a symbolic link to"),
-                      ("linked/secret.png", "a symbolic link to"), ("linked/../../secret.png", "")):
+    for name, way in (
+        ("../secret.png", "`..`"),
+        ("sub/../../secret.png", "`..`"),
+        ("link.png", "a symbolic link to"),
+        ("linked/secret.png", "a symbolic link to"),
+        ("linked/../../secret.png", ""),
+    ):
         put(data / "d.jsonl", {"image": name, "conversations": TURNS[:1]})
         with pytest.raises(SampleError, match=rf"d.jsonl:1: {name}: leads out of .*{way}.*allow_outside"):
             open_source(f"{data}/d.jsonl")[0]
@@ -119,12 +133,15 @@ def test_every_data_file_stays_in_its_folder(secret, tmp_path):
     maps = json.loads(json.dumps(panoptic))
     panoptic["images"][0]["file_name"] = maps["annotations"][0]["file_name"] = outside
     for place, content, name in (
-            ("own/annotations.json", coco, "own:{}/own"), ("refer/instances.json", coco, "refer:{}/refer"),
-            ("coco/annotations/instances_val2017.json", coco, "coco:{}/coco"), ("flat/p.json", psalm, "{}/flat/p.json"),
-            ("panoptic/annotations/panoptic_val2017.json", panoptic, "panoptic:{}/panoptic"),
-            ("panoptic/annotations/panoptic_val2017.json", maps, "panoptic:{}/panoptic"),
-            ("flat/d.jsonl", {"video": "../..", "conversations": TURNS[:1]}, "{}/flat/d.jsonl"),
-            ("flat/d.jsonl", {"image": "a.png", "mask": outside, "conversations": TURNS}, "{}/flat/d.jsonl")):
+        ("own/annotations.json", coco, "own:{}/own"),
+        ("refer/instances.json", coco, "refer:{}/refer"),
+        ("coco/annotations/instances_val2017.json", coco, "coco:{}/coco"),
+        ("flat/p.json", psalm, "{}/flat/p.json"),
+        ("panoptic/annotations/panoptic_val2017.json", panoptic, "panoptic:{}/panoptic"),
+        ("panoptic/annotations/panoptic_val2017.json", maps, "panoptic:{}/panoptic"),
+        ("flat/d.jsonl", {"video": "../..", "conversations": TURNS[:1]}, "{}/flat/d.jsonl"),
+        ("flat/d.jsonl", {"image": "a.png", "mask": outside, "conversations": TURNS}, "{}/flat/d.jsonl"),
+    ):
         put(data / place, content)
         with pytest.raises(SampleError, match="leads out of"):
             open_source(name.format(data))[0]
@@ -148,13 +165,38 @@ def test_only_regular_files_are_read(secret):
         open_source("jsonl:/dev/zero")
 
 
-@pytest.mark.parametrize("name", (
-    "\0", "a\0.png", "a" * 300, "\ud83d", "x/" * 3000, "", " ", "~", "*", "a.png/b", 5, ["a.png"], {},
-    "file://a.png", "https://x/a.png", "nope://a", "gs://", "://", "/", "..", "\\\\x\\a.png"))
+@pytest.mark.parametrize(
+    "name",
+    (
+        "\0",
+        "a\0.png",
+        "a" * 300,
+        "\ud83d",
+        "x/" * 3000,
+        "",
+        " ",
+        "~",
+        "*",
+        "a.png/b",
+        5,
+        ["a.png"],
+        {},
+        "file://a.png",
+        "https://x/a.png",
+        "nope://a",
+        "gs://",
+        "://",
+        "/",
+        "..",
+        "\\\\x\\a.png",
+    ),
+)
 def test_odd_names_are_one_line(tmp_path, name):
     put(tmp_path / "a.png", PICTURE)
-    put(tmp_path / "p.json", [{"image_info": {"file_name": name, "height": 8, "width": 12},
-                               "instruction": [{"sent": "it"}], "anns": []}])
+    put(
+        tmp_path / "p.json",
+        [{"image_info": {"file_name": name, "height": 8, "width": 12}, "instruction": [{"sent": "it"}], "anns": []}],
+    )
     with pytest.raises(SampleError) as caught:
         open_source(f"{tmp_path}/p.json")[0]
     assert "p.json: entry 0: " in str(caught.value) and "\n" not in str(caught.value)
@@ -163,8 +205,9 @@ def test_odd_names_are_one_line(tmp_path, name):
 # ------------------------------------------------------------------------- names of other programs
 
 
-@pytest.mark.parametrize("name", (
-    "a.png", "images/a.png", "images\\a.png", ".\\a.png", ".\\images\\a.png", "./images/a.png"))
+@pytest.mark.parametrize(
+    "name", ("a.png", "images/a.png", "images\\a.png", ".\\a.png", ".\\images\\a.png", "./images/a.png")
+)
 def test_names_with_backslashes_and_the_folder_in_front(tmp_path, name):
     fill(tmp_path)
     put(tmp_path / "own/annotations.json", {**COCO, "images": [{**COCO["images"][0], "file_name": name}]})
@@ -191,9 +234,20 @@ def test_letters_composed_otherwise(tmp_path):
         for name, samples in (("own:{}/masks", 2), ("own:{}/maps", 4), ("t2i:{}/t2i", 2), ("reasonseg:{}/reason", 2)):
             source = open_source(name.format(tmp_path))
             assert len(source) == samples and [source[k].masks for k in range(samples)]
-            for p in (f"masks/images/{on_disk}", f"masks/masks/left/{in_list}", f"maps/images/{on_disk}",
-                      f"maps/labels/{in_list}", f"t2i/{on_disk}", f"t2i/{in_list[:-4]}.txt", f"reason/val/{on_disk}",
-                      f"reason/val/{in_list[:-4]}.json") if name.startswith("reason") else ():
+            for p in (
+                (
+                    f"masks/images/{on_disk}",
+                    f"masks/masks/left/{in_list}",
+                    f"maps/images/{on_disk}",
+                    f"maps/labels/{in_list}",
+                    f"t2i/{on_disk}",
+                    f"t2i/{in_list[:-4]}.txt",
+                    f"reason/val/{on_disk}",
+                    f"reason/val/{in_list[:-4]}.json",
+                )
+                if name.startswith("reason")
+                else ()
+            ):
                 os.unlink(tmp_path / p)
     put(tmp_path / f"masks/masks/{unicodedata.normalize('NFD', 'été')}/a.png", MASK)
     asked = open_source(f"own:{tmp_path}/masks")[1].conversations[0]["value"]

@@ -1,4 +1,5 @@
 """Pickles of strangers: plain data or one line; nothing runs, hangs, or grows without end."""
+
 import pickle
 import pickletools
 import random
@@ -10,8 +11,19 @@ from hypothesis import strategies as st
 from argenseg_jax.data.sources import plain_pickle
 from argenseg_jax.errors import UserError
 
-REFS = [{"ref_id": 1, "split": "val", "ann_id": 7, "image_id": 3, "sent_ids": [0, 1], "area": 0.5, "x": None,
-         "sentences": [{"sent": "the man", "tokens": ["the", "man"]}, {"sent": "左边", "raw": ""}], "y": (1, True)}]
+REFS = [
+    {
+        "ref_id": 1,
+        "split": "val",
+        "ann_id": 7,
+        "image_id": 3,
+        "sent_ids": [0, 1],
+        "area": 0.5,
+        "x": None,
+        "sentences": [{"sent": "the man", "tokens": ["the", "man"]}, {"sent": "左边", "raw": ""}],
+        "y": (1, True),
+    }
+]
 
 
 def doubled(times: int) -> bytes:
@@ -60,10 +72,28 @@ def test_nesting_and_circles():
     refused(b"\x80\x02}q\x00K\x01h\x00s.", "a value that contains itself")
 
 
-@pytest.mark.parametrize("content", (
-    pickle.dumps(2**128), pickle.dumps(-2**200), pickle.dumps(1 << 100000), b"I" + b"9" * 5000 + b"\n.", b"(.",
-    b"](a.", b"\x80\x02\x86.", b"\x80\x02K\x01\x87.", b"](" + b"K\x01" * 3 + b"d.", b"", b".", b"\x80\x02", b"0.",
-    b"\x80\x02K\x01K\x02a.", b"\x80\x02]K\x01K\x02s.", b"h\x05.", b"F" + b"1" * 9 + b"x\n."))
+@pytest.mark.parametrize(
+    "content",
+    (
+        pickle.dumps(2**128),
+        pickle.dumps(-(2**200)),
+        pickle.dumps(1 << 100000),
+        b"I" + b"9" * 5000 + b"\n.",
+        b"(.",
+        b"](a.",
+        b"\x80\x02\x86.",
+        b"\x80\x02K\x01\x87.",
+        b"](" + b"K\x01" * 3 + b"d.",
+        b"",
+        b".",
+        b"\x80\x02",
+        b"0.",
+        b"\x80\x02K\x01K\x02a.",
+        b"\x80\x02]K\x01K\x02s.",
+        b"h\x05.",
+        b"F" + b"1" * 9 + b"x\n.",
+    ),
+)
 def test_odd_pickles(content):
     refused(content, "not a readable pickle")
 
@@ -86,7 +116,7 @@ def test_mutated_pickles(seed, protocol):
     rng, content = random.Random(seed), bytearray(pickle.dumps(REFS, protocol))
     for _ in range(rng.choice((1, 2, 8))):
         place, opcode = rng.randrange(len(content)), ord(rng.choice(pickletools.opcodes).code)
-        content[place:place + rng.randrange(3)] = bytes([rng.choice((rng.randrange(256), opcode))]) * rng.randrange(3)
+        content[place : place + rng.randrange(3)] = bytes([rng.choice((rng.randrange(256), opcode))]) * rng.randrange(3)
     try:
         plain_pickle.loads(bytes(content))
     except UserError as error:

@@ -1,4 +1,5 @@
 """predictions.jsonl, scores.json and metrics.jsonl of strangers: scores, or one line with file, line and key."""
+
 import json
 import re
 
@@ -14,8 +15,13 @@ from argenseg_jax.eval.resume import Partial
 from argenseg_jax.eval.rle import encode_rle
 from tests.hostile import mutated
 
-REFERENCES = {"pope": "yes", "vqav2": ["2", "two"], "textvqa": ["stop"], "exact": "2",
-              "mmmu": {"answer": "B", "options": {"A": "cat", "B": "dog"}}}
+REFERENCES = {
+    "pope": "yes",
+    "vqav2": ["2", "two"],
+    "textvqa": ["stop"],
+    "exact": "2",
+    "mmmu": {"answer": "B", "options": {"A": "cat", "B": "dog"}},
+}
 
 
 def rle(left, right):
@@ -24,11 +30,27 @@ def rle(left, right):
     return encode_rle(mask)
 
 
-ROW = {"index": 0, "question": "Which?", "answer": "<box>[[0,0,500,1000]]</box>", "masks": 1, "iou": 0.5,
-       "prediction": rle(0, 4), "truth": rle(0, 5), "ignore": rle(9, 10), "kind": "left", "id": 7, "image": "a.jpg",
-       "expression": "the left half", "baseline": [3, 9], "levels": [[0, 20, 3], [200, 1, 36]], "ious": [0.5, 0.8],
-       "psnr": 20.5, "ssim": 0.5, "instances": [{"segmentation": rle(0, 4), "score": 0.9}],
-       "truths": [{"segmentation": rle(0, 5), "iscrowd": 0}]}
+ROW = {
+    "index": 0,
+    "question": "Which?",
+    "answer": "<box>[[0,0,500,1000]]</box>",
+    "masks": 1,
+    "iou": 0.5,
+    "prediction": rle(0, 4),
+    "truth": rle(0, 5),
+    "ignore": rle(9, 10),
+    "kind": "left",
+    "id": 7,
+    "image": "a.jpg",
+    "expression": "the left half",
+    "baseline": [3, 9],
+    "levels": [[0, 20, 3], [200, 1, 36]],
+    "ious": [0.5, 0.8],
+    "psnr": 20.5,
+    "ssim": 0.5,
+    "instances": [{"segmentation": rle(0, 4), "score": 0.9}],
+    "truths": [{"segmentation": rle(0, 5), "iscrowd": 0}],
+}
 
 
 def rescored(tmp_path, rows, metric):
@@ -64,20 +86,23 @@ def test_files(tmp_path_factory, content):
         predictions.rescore(path)
 
 
-@pytest.mark.parametrize("key, value, says", [
-    ("truth", {"size": [2147483648, 2], "counts": "04"}, "key `truth`.*pixels"),  # was signal 11
-    ("truth", {"size": [2**40, 1], "counts": "04"}, "key `truth`.*pixels"),
-    ("truth", {"size": [0, 10], "counts": ""}, "key `truth`.*pixels"),
-    ("truth", {"size": [64, -64], "counts": "04"}, "key `truth`.*pixels"),
-    ("truth", {**rle(0, 5), "counts": rle(0, 5)["counts"][:1]}, "key `truth`.*an RLE of"),  # was random pixels
-    ("truth", {"size": [6, 10], "counts": [4106, -10]}, "key `truth`.*run of -10"),
-    ("prediction", {"size": [6, 9], "counts": [54]}, "key `prediction`.*6, 9"),
-    ("baseline", ["x", 1], "key `baseline`.*pixels of the intersection"),  # was 2**40 letters
-    ("baseline", [5, 1], "key `baseline`"),
-    ("kind", ["left"], "key `kind`.*a name"),
-    ("metric", 5, "key `metric`.*a text"),
-    ("metric", "spelling", "metric 'spelling' is unknown"),
-])
+@pytest.mark.parametrize(
+    "key, value, says",
+    [
+        ("truth", {"size": [2147483648, 2], "counts": "04"}, "key `truth`.*pixels"),  # was signal 11
+        ("truth", {"size": [2**40, 1], "counts": "04"}, "key `truth`.*pixels"),
+        ("truth", {"size": [0, 10], "counts": ""}, "key `truth`.*pixels"),
+        ("truth", {"size": [64, -64], "counts": "04"}, "key `truth`.*pixels"),
+        ("truth", {**rle(0, 5), "counts": rle(0, 5)["counts"][:1]}, "key `truth`.*an RLE of"),  # was random pixels
+        ("truth", {"size": [6, 10], "counts": [4106, -10]}, "key `truth`.*run of -10"),
+        ("prediction", {"size": [6, 9], "counts": [54]}, "key `prediction`.*6, 9"),
+        ("baseline", ["x", 1], "key `baseline`.*pixels of the intersection"),  # was 2**40 letters
+        ("baseline", [5, 1], "key `baseline`"),
+        ("kind", ["left"], "key `kind`.*a name"),
+        ("metric", 5, "key `metric`.*a text"),
+        ("metric", "spelling", "metric 'spelling' is unknown"),
+    ],
+)
 def test_the_line_and_key_are_named(tmp_path, key, value, says):
     path = tmp_path / "predictions.jsonl"
     path.write_text("\ufeff\n" + json.dumps({**ROW, key: value}) + "\n", encoding="utf-8")
@@ -93,11 +118,28 @@ def test_uncompressed_counts_of_other_tools_are_read(tmp_path):
     assert predictions.rescore(path)["gIoU"] == pytest.approx(2 / 3)
 
 
-SCORES = {"data": "val.jsonl", "checkpoint": "nano", "step": 3, "n": 2, "gIoU": 0.5, "cIoU": 0.25,
-          "metric": "referring", "baseline_gIoU": 0.1, "by_kind": {"left": {"n": 1, "gIoU": 0.5}}, "breakdown": {
-              "histogram": [0, 2], "by_size": {"none": {"n": 1, "gIoU": 1.0}}, "by_length": {}},
-          "pictures": [{"group": "scales", "file": "best_0.png", "question": "Which?", "answer": "Sure.",
-                        "iou": 0.5, "scales": "best_0.png"}]}
+SCORES = {
+    "data": "val.jsonl",
+    "checkpoint": "nano",
+    "step": 3,
+    "n": 2,
+    "gIoU": 0.5,
+    "cIoU": 0.25,
+    "metric": "referring",
+    "baseline_gIoU": 0.1,
+    "by_kind": {"left": {"n": 1, "gIoU": 0.5}},
+    "breakdown": {"histogram": [0, 2], "by_size": {"none": {"n": 1, "gIoU": 1.0}}, "by_length": {}},
+    "pictures": [
+        {
+            "group": "scales",
+            "file": "best_0.png",
+            "question": "Which?",
+            "answer": "Sure.",
+            "iou": 0.5,
+            "scales": "best_0.png",
+        }
+    ],
+}
 LINE = {"step": 2, "phase": "lm", "loss": 0.5, "gen_loss": None}
 CONFIG = {"model": {"variant": "nano"}, "data": {"sources": ["shapes:simple:train"]}}
 

@@ -1,4 +1,5 @@
 """Recordings of strangers: `verify` compares, lists what it does not know, or says in one line what is wrong."""
+
 import io
 import json
 import pathlib
@@ -45,9 +46,22 @@ def operators(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recordings") / "C"
     folder.mkdir()
     arrays = dict(np.load(OPERATORS / "io.npz"))
-    keep = {name: arrays[name] for name in ("x_16", "area_16_to_2", "small_16_2", "bicubic_2_to_16", "areaM_16_to_2",
-                                            "phi_in", "phi_weight", "phi_bias", "phi_out", "nearest2x_in",
-                                            "nearest2x_out")}
+    keep = {
+        name: arrays[name]
+        for name in (
+            "x_16",
+            "area_16_to_2",
+            "small_16_2",
+            "bicubic_2_to_16",
+            "areaM_16_to_2",
+            "phi_in",
+            "phi_weight",
+            "phi_bias",
+            "phi_out",
+            "nearest2x_in",
+            "nearest2x_out",
+        )
+    }
     config = json.loads((OPERATORS / "config.json").read_text())
     config["phi"] = {"2": config["phi"]["2"]}
     return folder, config, keep
@@ -71,11 +85,18 @@ def test_odd_configs(operators, data):
 
 
 ODD_ARRAYS = {
-    "gone": lambda x: None, "empty": lambda x: x[:0], "a scalar": lambda x: x.reshape(-1)[0],
-    "nan": lambda x: x * np.nan, "inf": lambda x: x + np.inf, "whole numbers": lambda x: x.astype(np.int64),
+    "gone": lambda x: None,
+    "empty": lambda x: x[:0],
+    "a scalar": lambda x: x.reshape(-1)[0],
+    "nan": lambda x: x * np.nan,
+    "inf": lambda x: x + np.inf,
+    "whole numbers": lambda x: x.astype(np.int64),
     "half": lambda x: x.astype(np.float16),
-    "an axis more": lambda x: x[None], "flat": lambda x: x.reshape(-1), "bools": lambda x: x > 0,
-    "bytes": lambda x: x.astype(np.float16).view("V2")}
+    "an axis more": lambda x: x[None],
+    "flat": lambda x: x.reshape(-1),
+    "bools": lambda x: x > 0,
+    "bytes": lambda x: x.astype(np.float16).view("V2"),
+}
 
 
 @given(st.data())
@@ -105,7 +126,8 @@ def npy(array) -> bytes:
 
 
 FILES = {
-    "empty": (b"", "io.npz cannot be read"), "text": (b"x" * 99, "io.npz cannot be read"),
+    "empty": (b"", "io.npz cannot be read"),
+    "text": (b"x" * 99, "io.npz cannot be read"),
     "one array": (npy([1.0]), "io.npz cannot be read"),
     "cut off": (npz(**{"x.npy": npy(np.ones(99))})[:-40], "io.npz cannot be read"),
     "a pickle": (npz(**{"x.npy": npy(np.asarray([None], object))}), "array 'x' cannot be read.*[Oo]bject"),
@@ -115,7 +137,8 @@ FILES = {
     "no array": (npz(**{"x.npy": b"nonsense"}), "array 'x' cannot be read"),
     "cut array": (npz(**{"x.npy": npy(np.ones(99))[:-5]}), "array 'x' cannot be read"),
     "a huge shape": (npz(**{"x.npy": npy(np.ones(1)).replace(b"(1,)", b"(9" + b"9" * 12 + b",)")}), "array 'x'"),
-    "no .npz": (None, "io.npz does not exist")}
+    "no .npz": (None, "io.npz does not exist"),
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -144,11 +167,16 @@ def tiny(tmp_path_factory):
     """(recorder, folder) of a model with one text prompt, one with an image, and a training batch."""
     made = Recorder(patch_nums=(1, 2))
     made.arrays = {
-        "infer/input_ids": np.asarray([[PAD, IMG_CONTEXT, 3]]), "infer/attention_mask": np.asarray([[0, 1, 1]]),
-        "infer/pixel_values": made.pixels(1), "infer/generated_tokens": np.asarray([[5, 6]]),
+        "infer/input_ids": np.asarray([[PAD, IMG_CONTEXT, 3]]),
+        "infer/attention_mask": np.asarray([[0, 1, 1]]),
+        "infer/pixel_values": made.pixels(1),
+        "infer/generated_tokens": np.asarray([[5, 6]]),
         "infer/call_kinds_1_is_mask": np.zeros(2, int),
-        "train/input_ids": np.asarray([[1, IMG_CONTEXT, GE_START, 5]]), "train/labels": np.full((1, 4), 5),
-        "train/pixel_values": made.pixels(1), "train/masks": np.zeros((1, 3, 2, 2), np.float32)}
+        "train/input_ids": np.asarray([[1, IMG_CONTEXT, GE_START, 5]]),
+        "train/labels": np.full((1, 4), 5),
+        "train/pixel_values": made.pixels(1),
+        "train/masks": np.zeros((1, 3, 2, 2), np.float32),
+    }
     return made, made.save(tmp_path_factory.mktemp("recording"))
 
 
@@ -166,32 +194,43 @@ def test_what_may_be_absent(tiny):
     replay, batch = opened(tiny, **{"infer/attention_mask": None, "infer/call_kinds_1_is_mask": None})
     assert replay.real.all() and replay.text_calls == 2 and replay.num_masks == 0
     assert replay.tiles.shape == (1, 1, 16, 16, 3) and batch["tiles"].shape == (1, 1, 16, 16, 3)
-    replay, batch = opened(tiny, **{
-        "infer/input_ids": np.asarray([[1, 2, 3]]), "infer/pixel_values": None, "train/pixel_values": None,
-        "train/input_ids": np.asarray([[1, 2, 3, 5]]), "train/masks": None})
+    replay, batch = opened(
+        tiny,
+        **{
+            "infer/input_ids": np.asarray([[1, 2, 3]]),
+            "infer/pixel_values": None,
+            "train/pixel_values": None,
+            "train/input_ids": np.asarray([[1, 2, 3, 5]]),
+            "train/masks": None,
+        },
+    )
     assert replay.tiles is None and batch["tiles"].shape[1] == batch["masks"].shape[1] == 0
     assert batch["positions"].tolist() == [[0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("name, value, why", [
-    ("infer/input_ids", np.asarray([[PAD, 999, 3]]), "has values of 3 to 999; ids are 0 to 37"),
-    ("infer/input_ids", np.asarray([[PAD, -1, 3]]), "has values of -1 to 8"),
-    ("infer/input_ids", np.asarray([PAD, IMG_CONTEXT, 3]), r"has the shape \(3,\), not 2 axes"),
-    ("infer/input_ids", np.ones((1, 3)), "is float64, not whole numbers"),
-    ("infer/input_ids", np.asarray([[PAD, IMG_CONTEXT, IMG_CONTEXT]]), "has 1 tiles for the 2 in"),
-    ("infer/attention_mask", np.asarray([[0, 0, 0]]), "leaves nothing of a row"),
-    ("infer/attention_mask", np.ones((1, 2), int), "does not fit the input_ids"),
-    ("infer/pixel_values", None, "io.npz has no array 'infer/pixel_values'"),
-    ("infer/pixel_values", np.zeros((1, 3, 8, 8), np.float32), r"not \(any, 3, 16, 16\)"),
-    ("infer/pixel_values", np.zeros((2, 3, 16, 16), np.float32), "has 2 tiles for the 1 in the prompts"),
-    ("infer/pixel_values", np.zeros((1, 3, 16, 16), int), "is int64, not floats"),
-    ("infer/call_kinds_1_is_mask", np.asarray([0, 7]), "has values of 0 to 7"),
-    ("train/labels", None, "has no array 'train/labels'"),
-    ("train/labels", np.zeros((1, 3), int), "not that of the input_ids"),
-    ("train/masks", np.zeros((1, 3, 4, 4), np.float32), r"not \(any, 3, 2, 2\)"),
-    ("train/masks", np.zeros((2, 3, 2, 2), np.float32), "has 2 masks for the 1 in the rows"),
-    ("train/image_flags", np.zeros(1, int), "train/pixel_values' has 0 tiles for the 1"),
-    ("train/mask_flags", np.zeros(3, int), "has 3 flags for 1 masks")])
+@pytest.mark.parametrize(
+    "name, value, why",
+    [
+        ("infer/input_ids", np.asarray([[PAD, 999, 3]]), "has values of 3 to 999; ids are 0 to 37"),
+        ("infer/input_ids", np.asarray([[PAD, -1, 3]]), "has values of -1 to 8"),
+        ("infer/input_ids", np.asarray([PAD, IMG_CONTEXT, 3]), r"has the shape \(3,\), not 2 axes"),
+        ("infer/input_ids", np.ones((1, 3)), "is float64, not whole numbers"),
+        ("infer/input_ids", np.asarray([[PAD, IMG_CONTEXT, IMG_CONTEXT]]), "has 1 tiles for the 2 in"),
+        ("infer/attention_mask", np.asarray([[0, 0, 0]]), "leaves nothing of a row"),
+        ("infer/attention_mask", np.ones((1, 2), int), "does not fit the input_ids"),
+        ("infer/pixel_values", None, "io.npz has no array 'infer/pixel_values'"),
+        ("infer/pixel_values", np.zeros((1, 3, 8, 8), np.float32), r"not \(any, 3, 16, 16\)"),
+        ("infer/pixel_values", np.zeros((2, 3, 16, 16), np.float32), "has 2 tiles for the 1 in the prompts"),
+        ("infer/pixel_values", np.zeros((1, 3, 16, 16), int), "is int64, not floats"),
+        ("infer/call_kinds_1_is_mask", np.asarray([0, 7]), "has values of 0 to 7"),
+        ("train/labels", None, "has no array 'train/labels'"),
+        ("train/labels", np.zeros((1, 3), int), "not that of the input_ids"),
+        ("train/masks", np.zeros((1, 3, 4, 4), np.float32), r"not \(any, 3, 2, 2\)"),
+        ("train/masks", np.zeros((2, 3, 2, 2), np.float32), "has 2 masks for the 1 in the rows"),
+        ("train/image_flags", np.zeros(1, int), "train/pixel_values' has 0 tiles for the 1"),
+        ("train/mask_flags", np.zeros(3, int), "has 3 flags for 1 masks"),
+    ],
+)
 def test_arrays_that_do_not_fit_each_other(tiny, name, value, why):
     with pytest.raises(UserError, match=why) as caught:
         opened(tiny, **{name: value})

@@ -1,4 +1,5 @@
 """Run lengths and polygons of strangers: a mask equal to pycocotools' and the same every time, or one line."""
+
 import subprocess
 import sys
 
@@ -18,7 +19,8 @@ HEIGHT, WIDTH = 9, 7
 GOOD = {"size": [HEIGHT, WIDTH], "counts": "96Y1"}
 SQUARE = [1.0, 1.0, 5.0, 1.0, 5.0, 4.0, 1.0, 4.0]
 MASKS = st.lists(st.booleans(), min_size=HEIGHT * WIDTH, max_size=HEIGHT * WIDTH).map(
-    lambda pixels: np.reshape(pixels, (HEIGHT, WIDTH)))
+    lambda pixels: np.reshape(pixels, (HEIGHT, WIDTH))
+)
 COORDINATES = st.one_of(st.floats(-20, 30), st.integers(-20, 30), st.floats(), st.integers(), st.sampled_from(ODD))
 POINTS = st.lists(st.floats(-20, 30, width=32), min_size=6, max_size=16).map(lambda p: p[: len(p) // 2 * 2])
 
@@ -51,9 +53,16 @@ def test_whole_masks(mask):
     assert np.array_equal(rle.union([packed], HEIGHT, WIDTH).mask, mask * np.uint8(255))
 
 
-@given(st.one_of(st.text(st.characters(min_codepoint=46, max_codepoint=114), max_size=12), st.text(max_size=8),
-                 st.binary(max_size=8), st.lists(st.integers(-3, 64), max_size=6), st.lists(COORDINATES, max_size=4)),
-       st.sampled_from([(HEIGHT, WIDTH), (1, 1), (3, 2), (64, 1)]))
+@given(
+    st.one_of(
+        st.text(st.characters(min_codepoint=46, max_codepoint=114), max_size=12),
+        st.text(max_size=8),
+        st.binary(max_size=8),
+        st.lists(st.integers(-3, 64), max_size=6),
+        st.lists(COORDINATES, max_size=4),
+    ),
+    st.sampled_from([(HEIGHT, WIDTH), (1, 1), (3, 2), (64, 1)]),
+)
 def test_any_counts(counts, size):
     check_rle({"size": list(size), "counts": counts})
 
@@ -97,8 +106,16 @@ def test_any_values_in_annotations(anns):
         outcome(rle.each, anns, HEIGHT, WIDTH)
 
 
-@given(mutated({"image": "a.jpg", "kind": "cat", "truths": [{"segmentation": GOOD, "iscrowd": 0}],
-                "instances": [{"segmentation": GOOD, "score": 0.5}]}))
+@given(
+    mutated(
+        {
+            "image": "a.jpg",
+            "kind": "cat",
+            "truths": [{"segmentation": GOOD, "iscrowd": 0}],
+            "instances": [{"segmentation": GOOD, "score": 0.5}],
+        }
+    )
+)
 def test_any_values_in_rows_of_instances(row):
     if isinstance(row, dict) and {"image", "kind", "truths", "instances"} <= set(row):
         outcome(instance_scores, [row])

@@ -1,4 +1,5 @@
 """Indexes of strangers, each value of them replaced by odd ones: samples, or one line that names the file."""
+
 import json
 
 import numpy as np
@@ -17,19 +18,33 @@ from tests.hostile import mutated
 from tests.hostile.folders import TURNS, fill, put
 
 INDEXES = {  # file -> the sources that read it
-    "flat/d.jsonl": ("{}/flat/d.jsonl",), "meta.json": ("{}/meta.json",), "flat/p.json": ("{}/flat/p.json",),
-    "own/annotations.json": ("own:{}/own",), "coco/annotations/instances_val2017.json": ("coco:{}/coco",),
-    "refer/instances.json": ("refer:{}/refer",), "refer/refs(unc).p": ("refer:{}/refer",),
-    "panoptic/annotations/panoptic_val2017.json": ("panoptic:{}/panoptic", "panoptic:{}/panoptic:val2017:shown",
-                                                   "panoptic:{}/panoptic:val2017:every"),
-    "reason/val/a.json": ("reasonseg:{}/reason",)}
-LINES = {"chat": {"id": 3, "image": "a.png", "mask": "m.png", "kind": "box", "conversations": TURNS,
-                  "reference": ["x"]},
-         "classes": {"image": "a.png", "mask": "p.png",
-                     "seg_info": [{"id": 1, "category_id": 45}, {"id": 2, "category_id": 0}],
-                     "conversations": [{"from": "user", "value": "<image>\nSegment {}."}, TURNS[1]]},
-         "video": {"video": "clip", "conversations": [{"from": "human", "value": "<video>\nWhat?"},
-                                                      {"from": "gpt", "value": "a"}]}}
+    "flat/d.jsonl": ("{}/flat/d.jsonl",),
+    "meta.json": ("{}/meta.json",),
+    "flat/p.json": ("{}/flat/p.json",),
+    "own/annotations.json": ("own:{}/own",),
+    "coco/annotations/instances_val2017.json": ("coco:{}/coco",),
+    "refer/instances.json": ("refer:{}/refer",),
+    "refer/refs(unc).p": ("refer:{}/refer",),
+    "panoptic/annotations/panoptic_val2017.json": (
+        "panoptic:{}/panoptic",
+        "panoptic:{}/panoptic:val2017:shown",
+        "panoptic:{}/panoptic:val2017:every",
+    ),
+    "reason/val/a.json": ("reasonseg:{}/reason",),
+}
+LINES = {
+    "chat": {"id": 3, "image": "a.png", "mask": "m.png", "kind": "box", "conversations": TURNS, "reference": ["x"]},
+    "classes": {
+        "image": "a.png",
+        "mask": "p.png",
+        "seg_info": [{"id": 1, "category_id": 45}, {"id": 2, "category_id": 0}],
+        "conversations": [{"from": "user", "value": "<image>\nSegment {}."}, TURNS[1]],
+    },
+    "video": {
+        "video": "clip",
+        "conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "a"}],
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +90,7 @@ def check(error, root):
 @given(data=st.data())
 def test_mutated_indexes(root, encoder, file, data):
     import pickle
+
     path, pickled = root / file, file.endswith(".p")
     whole = path.read_bytes()
     try:
@@ -95,11 +111,24 @@ def test_mutated_lines(root, encoder, kind, data):
 
 @given(st.binary(max_size=60), st.sampled_from((b"", b"\xff\xfe", b"\xef\xbb\xbf", b"\xfe\xff", b"\xff\xfe\0\0")))
 def test_texts_of_any_bytes(root, encoder, content, mark):
-    kept = {name: (root / name).read_bytes() for name in ("maps/classes.txt", "t2i/a.txt", "ade/objectInfo150.txt",
-                                                          "reason/val/a.json", "flat/d.jsonl", "meta.json")}
+    kept = {
+        name: (root / name).read_bytes()
+        for name in (
+            "maps/classes.txt",
+            "t2i/a.txt",
+            "ade/objectInfo150.txt",
+            "reason/val/a.json",
+            "flat/d.jsonl",
+            "meta.json",
+        )
+    }
     try:
-        for name, sources in {"maps/classes.txt": ("own:{}/maps",), "t2i/a.txt": ("t2i:{}/t2i",),
-                              "ade/objectInfo150.txt": ("ade20k:{}/ade",), **INDEXES}.items():
+        for name, sources in {
+            "maps/classes.txt": ("own:{}/maps",),
+            "t2i/a.txt": ("t2i:{}/t2i",),
+            "ade/objectInfo150.txt": ("ade20k:{}/ade",),
+            **INDEXES,
+        }.items():
             if name in kept:
                 (root / name).write_bytes(mark + content)
                 for source in sources:
@@ -109,21 +138,51 @@ def test_texts_of_any_bytes(root, encoder, content, mark):
             (root / name).write_bytes(whole)
 
 
-@given(st.text(alphabet=":*/.~²{}[]?\0\ud83d\n aso,=1-", max_size=20), st.sampled_from(
-    ("", "shapes:", "shapes:simple:train:", "shapes-object:full:", "reasonseg:{}/reason:", "own:{}/own:",
-     "refer:{}/refer:", "mvtec:{}/mvtec:", "t2i:{}/t2i:", "interactive:", "interactive:box:", "tfds:{}", "jsonl:", "coco:{}/coco:")))
+@given(
+    st.text(alphabet=":*/.~²{}[]?\0\ud83d\n aso,=1-", max_size=20),
+    st.sampled_from(
+        (
+            "",
+            "shapes:",
+            "shapes:simple:train:",
+            "shapes-object:full:",
+            "reasonseg:{}/reason:",
+            "own:{}/own:",
+            "refer:{}/refer:",
+            "mvtec:{}/mvtec:",
+            "t2i:{}/t2i:",
+            "interactive:",
+            "interactive:box:",
+            "tfds:{}",
+            "jsonl:",
+            "coco:{}/coco:",
+        )
+    ),
+)
 def test_odd_source_names(root, encoder, name, start):
     if "train:" not in start or len(name) < 3:  # an endless source has samples
         read(start.format(root) + name, root, encoder)
 
 
-@pytest.mark.parametrize("name, why", (
-    ("shapes:simple:train:²", "write shapes:LEVEL:SPLIT"), ("shapes:simple:train:" + "9" * 5000, "write shapes"),
-    ("shapes:simple:train:alls=nan", "finite"), ("shapes:simple:train:alls=-1", "not below 0"),
-    ("shapes-object:simple:train:²", "write shapes-TASK"), ("reasonseg:{}/reason:**", "no split"),
-    ("reasonseg:{}/reason:*", "no split"), ("interactive:point:" * 2000 + "shapes:test", "one prompt only"),
-    ("coco:{}/coco:[", "no annotations of coco"), (5, "is no name of a source"), ("own:{}/own:x", "at most 0 words"),
-    ("jsonl:{}/flat", "no such source"), ("\0", "no name of a file"), ("{}/" + "x" * 300, "no such source")))
+@pytest.mark.parametrize(
+    "name, why",
+    (
+        ("shapes:simple:train:²", "write shapes:LEVEL:SPLIT"),
+        ("shapes:simple:train:" + "9" * 5000, "write shapes"),
+        ("shapes:simple:train:alls=nan", "finite"),
+        ("shapes:simple:train:alls=-1", "not below 0"),
+        ("shapes-object:simple:train:²", "write shapes-TASK"),
+        ("reasonseg:{}/reason:**", "no split"),
+        ("reasonseg:{}/reason:*", "no split"),
+        ("interactive:point:" * 2000 + "shapes:test", "one prompt only"),
+        ("coco:{}/coco:[", "no annotations of coco"),
+        (5, "is no name of a source"),
+        ("own:{}/own:x", "at most 0 words"),
+        ("jsonl:{}/flat", "no such source"),
+        ("\0", "no name of a file"),
+        ("{}/" + "x" * 300, "no such source"),
+    ),
+)
 def test_source_names(root, name, why):
     with pytest.raises(UserError, match=why) as caught:
         open_mixture((name.format(root) if isinstance(name, str) else name,))

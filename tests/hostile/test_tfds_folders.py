@@ -1,4 +1,5 @@
 """Prepared and TFDS folders of strangers: nothing is imported, and damaged files are one line each."""
+
 import io
 import json
 import random
@@ -62,9 +63,11 @@ def test_a_class_that_features_json_names_is_not_imported(folder, monkeypatch, k
     monkeypatch.chdir(folder.parent)
     monkeypatch.syspath_prepend(str(folder.parent))
     text = (folder / "features.json").read_text()
-    for tree in (json.loads(text.replace("tensorflow_datasets.core.features.text_feature.Text", "copy.evil.Text")),
-                 {key: "copy.evil.Text", "featuresDict": json.loads(text)["featuresDict"]},
-                 {**json.loads(text), "extra": [{key: "copy.evil.Text"}]}):
+    for tree in (
+        json.loads(text.replace("tensorflow_datasets.core.features.text_feature.Text", "copy.evil.Text")),
+        {key: "copy.evil.Text", "featuresDict": json.loads(text)["featuresDict"]},
+        {**json.loads(text), "extra": [{key: "copy.evil.Text"}]},
+    ):
         if key != "pythonClassName":
             tree = json.loads(json.dumps(tree).replace("pythonClassName", key))
         (folder / "features.json").write_text(json.dumps(tree))
@@ -107,7 +110,7 @@ def test_damaged_shards(whole, seed):
         content[rng.choice(used)] = rng.randrange(256)
     copy = whole.parent / "damaged"
     shutil.copytree(whole, copy, dirs_exist_ok=True)
-    (copy / SHARD).write_bytes(content[:rng.choice((len(content), rng.randrange(len(content))))])
+    (copy / SHARD).write_bytes(content[: rng.choice((len(content), rng.randrange(len(content))))])
     read(f"tfds:{as_tfds(copy)}")
 
 
@@ -123,13 +126,20 @@ TURNS = {"from": [b"human", b"gpt"], "value": [b"<image>\nhi", b"<mask>"]}
 GOOD = {"conversations": TURNS, "images": [png()], "masks": [png()], "meta": b"{}", "meta_images": []}
 
 
-@pytest.mark.parametrize("bad, why", (
-    ({"images": [EPS]}, r"images\[0\]: not a readable picture"), ({"images": [png(form="GIF")]}, "no PNG picture"),
-    ({"masks": [BOMB]}, r"masks\[0\]: 9000x900 pixels; at most 1000000 are read"),
-    ({"images": [png("1", (1000, 1000))] * 9}, r"images\[4\]: 1000x1000 pixels; at most 0 are read"),
-    ({"meta": b"["}, "its `meta` is no valid JSON"), ({"meta": b"[" * 10**5}, "its `meta` is no valid JSON"),
-    ({"meta": b"[]"}, "not a sample"), ({"meta": b'{"meta_images": {"a": 5}}'}, "not a sample"),
-    ({"conversations": {"from": [b"human"], "value": [b"\xff"]}}, "not a sample")))
+@pytest.mark.parametrize(
+    "bad, why",
+    (
+        ({"images": [EPS]}, r"images\[0\]: not a readable picture"),
+        ({"images": [png(form="GIF")]}, "no PNG picture"),
+        ({"masks": [BOMB]}, r"masks\[0\]: 9000x900 pixels; at most 1000000 are read"),
+        ({"images": [png("1", (1000, 1000))] * 9}, r"images\[4\]: 1000x1000 pixels; at most 0 are read"),
+        ({"meta": b"["}, "its `meta` is no valid JSON"),
+        ({"meta": b"[" * 10**5}, "its `meta` is no valid JSON"),
+        ({"meta": b"[]"}, "not a sample"),
+        ({"meta": b'{"meta_images": {"a": 5}}'}, "not a sample"),
+        ({"conversations": {"from": [b"human"], "value": [b"\xff"]}}, "not a sample"),
+    ),
+)
 def test_records_of_strangers(tmp_path, whole, bad, why):
     as_tfds(shutil.copytree(whole, tmp_path / "x"))
     features = records._raw_features(0)
@@ -141,4 +151,3 @@ def test_records_of_strangers(tmp_path, whole, bad, why):
     with pytest.raises(SampleError, match=why) as caught:
         source[0]
     assert f"{tmp_path / 'x'} (train): sample 0: " in str(caught.value)
-

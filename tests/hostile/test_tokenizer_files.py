@@ -1,4 +1,5 @@
 """Tokenizer files of strangers: a tokenizer that encodes, or one line with the file."""
+
 import json
 import pathlib
 
@@ -27,14 +28,21 @@ def fast():
 
 def load(folder, files):
     """Whether the files are a tokenizer, which encodes and can be saved; one line with the folder if not."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
-                 "added_tokens.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "added_tokens.json",
+    ):
         content = files.get(name)
         path = folder / name
         path.unlink(missing_ok=True)
         if content is not None:
-            path.write_bytes(content if isinstance(content, bytes)
-                             else json.dumps(content).encode("utf-8", "surrogatepass"))
+            path.write_bytes(
+                content if isinstance(content, bytes) else json.dumps(content).encode("utf-8", "surrogatepass")
+            )
     try:
         made = Tokenizer.load(folder, 24)
     except UserError as error:
@@ -46,8 +54,11 @@ def load(folder, files):
 
 
 FAST = fast()
-SLOW = {"vocab.json": FAST["model"]["vocab"], "merges.txt": b"#version: 0.2\na b\nab c\n",
-        "added_tokens.json": {"<|endoftext|>": 8, "<|im_end|>": 9}}
+SLOW = {
+    "vocab.json": FAST["model"]["vocab"],
+    "merges.txt": b"#version: 0.2\na b\nab c\n",
+    "added_tokens.json": {"<|endoftext|>": 8, "<|im_end|>": 9},
+}
 CONFIG = {"model_max_length": LONG, "added_tokens_decoder": {"520": {"content": "<|im_end|>", "special": True}}}
 ADDED = {"<|im_end|>": 520, "<|im_start|>": 521}
 
@@ -59,8 +70,9 @@ def folder(tmp_path_factory):
 
 def test_the_whole_ones_load(folder):
     assert load(folder, {"tokenizer.json": FAST, "tokenizer_config.json": CONFIG})
-    assert load(folder, SLOW) and load(folder, {"tokenizer.model": PROTO, "tokenizer_config.json": CONFIG,
-                                                "added_tokens.json": ADDED})
+    assert load(folder, SLOW) and load(
+        folder, {"tokenizer.model": PROTO, "tokenizer_config.json": CONFIG, "added_tokens.json": ADDED}
+    )
 
 
 @given(mutated(FAST))
@@ -84,21 +96,28 @@ def test_bytes_changed_anywhere(folder, data):
     files = {"tokenizer.model": {"tokenizer.model": PROTO}, "tokenizer.json": {"tokenizer.json": FAST}}.get(name, SLOW)
     content = files[name] if isinstance(files[name], bytes) else json.dumps(files[name]).encode()
     at = data.draw(st.integers(0, len(content) - 1))
-    content = content[:at] + data.draw(st.binary(max_size=4)) + content[at + data.draw(st.integers(0, 9)):]
+    content = content[:at] + data.draw(st.binary(max_size=4)) + content[at + data.draw(st.integers(0, 9)) :]
     load(folder, {**files, name: content})
 
 
-@pytest.mark.parametrize("files, says", [
-    ({"tokenizer.json": b"[" * 10**5}, "tokenizer.json"), ({"tokenizer.json": b"\xff\xfe\xff"}, "no UTF-16"),
-    ({"tokenizer.model": b""}, "tokenizer.model"), ({"tokenizer.model": bytes(1000)}, "tokenizer.model"),
-    ({**SLOW, "added_tokens.json": b"[]"}, "added_tokens.json is no object"),
-    ({**SLOW, "added_tokens.json": {"x": -1}}, "added_tokens.json: 'x' has the id -1"),
-    ({**SLOW, "added_tokens.json": {"x": 2**40}}, "has the id 1099511627776"),
-    ({**SLOW, "merges.txt": b"a b c\n"}, "'a b c' is no pair"), ({**SLOW, "merges.txt": b"\xff\n"}, "no UTF-8"),
-    ({**SLOW, "merges.txt": None}, "merges.txt"),
-    ({"tokenizer.model": PROTO, "added_tokens.json": {"<img>": "520"}}, "'<img>' has the id '520'"),
-    ({"tokenizer.json": FAST, "tokenizer_config.json": b"{\"a\": NaN}"}, "tokenizer_config.json is no valid JSON"),
-    ({"tokenizer.json": {**FAST, "model": {**FAST["model"], "continuing_subword_prefix": "##"}}}, "with a prefix")])
+@pytest.mark.parametrize(
+    "files, says",
+    [
+        ({"tokenizer.json": b"[" * 10**5}, "tokenizer.json"),
+        ({"tokenizer.json": b"\xff\xfe\xff"}, "no UTF-16"),
+        ({"tokenizer.model": b""}, "tokenizer.model"),
+        ({"tokenizer.model": bytes(1000)}, "tokenizer.model"),
+        ({**SLOW, "added_tokens.json": b"[]"}, "added_tokens.json is no object"),
+        ({**SLOW, "added_tokens.json": {"x": -1}}, "added_tokens.json: 'x' has the id -1"),
+        ({**SLOW, "added_tokens.json": {"x": 2**40}}, "has the id 1099511627776"),
+        ({**SLOW, "merges.txt": b"a b c\n"}, "'a b c' is no pair"),
+        ({**SLOW, "merges.txt": b"\xff\n"}, "no UTF-8"),
+        ({**SLOW, "merges.txt": None}, "merges.txt"),
+        ({"tokenizer.model": PROTO, "added_tokens.json": {"<img>": "520"}}, "'<img>' has the id '520'"),
+        ({"tokenizer.json": FAST, "tokenizer_config.json": b'{"a": NaN}'}, "tokenizer_config.json is no valid JSON"),
+        ({"tokenizer.json": {**FAST, "model": {**FAST["model"], "continuing_subword_prefix": "##"}}}, "with a prefix"),
+    ],
+)
 def test_damaged_files_are_named(folder, files, says):
     assert not load(folder, files)
     with pytest.raises(UserError, match=says):

@@ -1,4 +1,5 @@
 """Weight files of strangers: the right tensors or one line; never other bytes, and no more memory than the file."""
+
 import io
 import json
 import lzma
@@ -20,11 +21,15 @@ from argenseg_jax.interop import hf_folder, tensor_files, torch_file
 from argenseg_jax.interop import state_dict as convert
 from tests.hostile import mutated
 
-ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(4, dtype=np.float16),
-          "c": np.array(7, np.float64), "e": np.zeros((0, 3), np.float32)}
+ARRAYS = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": np.arange(4, dtype=np.float16),
+    "c": np.array(7, np.float64),
+    "e": np.zeros((0, 3), np.float32),
+}
 WHOLE = safetensors.numpy.save(ARRAYS)
 LENGTH = int.from_bytes(WHOLE[:8], "little")
-HEADER, DATA = json.loads(WHOLE[8:8 + LENGTH]), WHOLE[8 + LENGTH:]
+HEADER, DATA = json.loads(WHOLE[8 : 8 + LENGTH]), WHOLE[8 + LENGTH :]
 
 
 def packed(header, data=DATA):
@@ -77,7 +82,7 @@ def test_bytes_changed_anywhere(folder, data):
     content = bytearray(WHOLE)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(content) - 1))
-        content[at:at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+        content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     agrees_with_the_official_reader(folder, bytes(content))
 
 
@@ -85,25 +90,34 @@ def entry(dtype="F32", shape=(2, 3), offsets=(0, 24)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
-@pytest.mark.parametrize("header, data, says", [
-    ({"a": entry(), "b": entry()}, bytes(24), "'b' begins at byte 0 of the tensors, not at 24"),
-    ({"a": entry(offsets=(-16, 8))}, bytes(24), r"'a' has the data_offsets \[-16, 8\]"),
-    ({"a": entry(offsets=(-10**9, 24 - 10**9))}, bytes(24), "data_offsets"),
-    ({"a": entry(offsets=(0.0, 24.0))}, bytes(24), "data_offsets"),
-    ({"a": entry(offsets=(24, 0))}, b"", "data_offsets"),
-    ({"a": entry(shape=(2.0, 3))}, bytes(24), "the shape"), ({"a": entry(shape=(True, 6))}, bytes(24), "the shape"),
-    ({"a": entry(shape=(-2, -3))}, bytes(24), "the shape"),
-    ({"a": entry(shape=(2, 4))}, bytes(24), "has 24 bytes; F32"),
-    ({"a": entry(shape=(0, 2**40, 2**40), offsets=(0, 0))}, b"", "the shape"),
-    ({"a": entry(offsets=(8, 32))}, bytes(32), "begins at byte 8"),
-    ({"a": entry()}, bytes(25), "longer than its header"),
-    ({"a": entry()}, bytes(23), "cut off"), ({"a": entry(dtype="F4")}, bytes(24), "unknown dtype 'F4'"),
-    ({"a": entry(dtype=["F32"])}, bytes(24), "unknown dtype"), ({"a": 3}, b"", "has no dtype"),
-    ([], b"", "no JSON object"),
-    (b'{"a":{},"a":{}}', b"", "'a' occurs twice"), (b"[" * 100000, b"", "no JSON object"),
-    (b'{"a":' * 100000 + b"1" + b"}" * 100000, b"", "nested more than"),
-    ({str(i): entry(shape=(0,), offsets=(0, 0)) for i in range(11)}, b"", "11 tensors"),
-    (b"\xef\xbb\xbf{}", b"", "no JSON object"), (b"", b"", "no JSON object")])
+@pytest.mark.parametrize(
+    "header, data, says",
+    [
+        ({"a": entry(), "b": entry()}, bytes(24), "'b' begins at byte 0 of the tensors, not at 24"),
+        ({"a": entry(offsets=(-16, 8))}, bytes(24), r"'a' has the data_offsets \[-16, 8\]"),
+        ({"a": entry(offsets=(-(10**9), 24 - 10**9))}, bytes(24), "data_offsets"),
+        ({"a": entry(offsets=(0.0, 24.0))}, bytes(24), "data_offsets"),
+        ({"a": entry(offsets=(24, 0))}, b"", "data_offsets"),
+        ({"a": entry(shape=(2.0, 3))}, bytes(24), "the shape"),
+        ({"a": entry(shape=(True, 6))}, bytes(24), "the shape"),
+        ({"a": entry(shape=(-2, -3))}, bytes(24), "the shape"),
+        ({"a": entry(shape=(2, 4))}, bytes(24), "has 24 bytes; F32"),
+        ({"a": entry(shape=(0, 2**40, 2**40), offsets=(0, 0))}, b"", "the shape"),
+        ({"a": entry(offsets=(8, 32))}, bytes(32), "begins at byte 8"),
+        ({"a": entry()}, bytes(25), "longer than its header"),
+        ({"a": entry()}, bytes(23), "cut off"),
+        ({"a": entry(dtype="F4")}, bytes(24), "unknown dtype 'F4'"),
+        ({"a": entry(dtype=["F32"])}, bytes(24), "unknown dtype"),
+        ({"a": 3}, b"", "has no dtype"),
+        ([], b"", "no JSON object"),
+        (b'{"a":{},"a":{}}', b"", "'a' occurs twice"),
+        (b"[" * 100000, b"", "no JSON object"),
+        (b'{"a":' * 100000 + b"1" + b"}" * 100000, b"", "nested more than"),
+        ({str(i): entry(shape=(0,), offsets=(0, 0)) for i in range(11)}, b"", "11 tensors"),
+        (b"\xef\xbb\xbf{}", b"", "no JSON object"),
+        (b"", b"", "no JSON object"),
+    ],
+)
 def test_lying_headers(tmp_path, monkeypatch, header, data, says):
     monkeypatch.setattr(tensor_files, "MAX_TENSORS", 10)
     (tmp_path / "x.safetensors").write_bytes(packed(header, data))
@@ -111,10 +125,16 @@ def test_lying_headers(tmp_path, monkeypatch, header, data, says):
         tensor_files.open_file(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("content, says", [
-    (b"", "less than 8 bytes"), (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
-    (b"<!DOCTYPE html>", "such as a page"), (struct.pack("<Q", 40 * 2**30) + b"{", "at most 100000000 are read"),
-    (struct.pack("<Q", 50) + b"{}", "cut off")])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", "less than 8 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html>", "such as a page"),
+        (struct.pack("<Q", 40 * 2**30) + b"{", "at most 100000000 are read"),
+        (struct.pack("<Q", 50) + b"{}", "cut off"),
+    ],
+)
 def test_what_is_no_weight_file(tmp_path, content, says):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=says):
@@ -135,8 +155,11 @@ def test_bombs_cost_no_memory(tmp_path):
             file.write(compressor.compress(bytes(2**20)))
         file.write(compressor.flush())
     (tmp_path / "header.safetensors.xz").write_bytes(lzma.compress(bytes(200 * 2**20), preset=0))
-    for name, says in (("sparse.safetensors", "at most 100000000"), ("zeros.safetensors.xz", "would become 1073741824"),
-                       ("header.safetensors.xz", "no JSON object")):
+    for name, says in (
+        ("sparse.safetensors", "at most 100000000"),
+        ("zeros.safetensors.xz", "would become 1073741824"),
+        ("header.safetensors.xz", "no JSON object"),
+    ):
         with pytest.raises(UserError, match=says):
             tensor_files.open_file(tmp_path / name)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # KiB; most is the test's own
@@ -151,8 +174,23 @@ def test_xz_in_several_streams_cut_and_with_more_behind_it(tmp_path):
         assert read(path) is None
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", "config.json",
-                                  "gs://b/x.safetensors", "a\0.safetensors", 5, None, ["x.safetensors"]])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..",
+        ".",
+        "",
+        "config.json",
+        "gs://b/x.safetensors",
+        "a\0.safetensors",
+        5,
+        None,
+        ["x.safetensors"],
+    ],
+)
 def test_an_index_names_files_of_its_own_folder(tmp_path, name):
     inside = tmp_path / "in"
     inside.mkdir()
@@ -182,13 +220,22 @@ def doubled_key():
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("content, says", [
-    (nested_key(), "nested more than 32 deep"), (doubled_key(), "again and again"),
-    (pickle.dumps(print, 2), "exhausted"), (pickle.dumps({"a": 1}, 4), "does not begin as"), (b"", "does not begin"),
-    (b"PK\3\4", "cut off"),
-    (b"\x80\x02c__builtin__\nbytearray\n\x8a\x06\0\0\0\0\0\1\x85R.", "calls __builtin__ bytearray"),
-    (b"\x80\x02(", "too early|exhausted"), (b"\x80\x020.", "opcode POP"), (b"\x80\x02\x86.", "empty stack"),
-    (b"\x80\x02h\x05.", "5")])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (nested_key(), "nested more than 32 deep"),
+        (doubled_key(), "again and again"),
+        (pickle.dumps(print, 2), "exhausted"),
+        (pickle.dumps({"a": 1}, 4), "does not begin as"),
+        (b"", "does not begin"),
+        (b"PK\3\4", "cut off"),
+        (b"\x80\x02c__builtin__\nbytearray\n\x8a\x06\0\0\0\0\0\1\x85R.", "calls __builtin__ bytearray"),
+        (b"\x80\x02(", "too early|exhausted"),
+        (b"\x80\x020.", "opcode POP"),
+        (b"\x80\x02\x86.", "empty stack"),
+        (b"\x80\x02h\x05.", "5"),
+    ],
+)
 def test_pickles_that_torch_would_choke_on(tmp_path, content, says):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(UserError, match=f"x.pth cannot be read as PyTorch weights.*({says})"):
@@ -208,17 +255,34 @@ def test_contents_that_are_no_state_dict(tmp_path):
 
     path = tmp_path / "x.pth"
     for state, says in (
-            ({"a": 1}, "no tensors"), ([torch.zeros(3)], "no tensors"),
-            ({1: torch.zeros(3)}, "under 1, which is no name"),
-            ({"a": np.zeros(3)}, "as weights never do"), (torch.nn.Linear(2, 2), "more than weights"),
-            ({"a": torch.eye(3).to_sparse()}, "as weights never do"), ({"state_dict": {"model": {}}}, "no tensors"),
-            ({"a": torch.empty(3, device="meta")}, "as weights never do")):
+        ({"a": 1}, "no tensors"),
+        ([torch.zeros(3)], "no tensors"),
+        ({1: torch.zeros(3)}, "under 1, which is no name"),
+        ({"a": np.zeros(3)}, "as weights never do"),
+        (torch.nn.Linear(2, 2), "more than weights"),
+        ({"a": torch.eye(3).to_sparse()}, "as weights never do"),
+        ({"state_dict": {"model": {}}}, "no tensors"),
+        ({"a": torch.empty(3, device="meta")}, "as weights never do"),
+    ):
         saved(path, state)
         with pytest.raises(UserError, match=says):
             tensor_files.open_file(path)
     shared = torch.randn(3, 4)
-    saved(path, {"module": {"a": shared, "b": shared, "c": shared.T, "d": torch.nn.Parameter(shared[1:, 2]),
-                            "e": torch.tensor(2.0), "f": torch.arange(3)}, "epoch": 3, "betas": (0.9, 0.99)})
+    saved(
+        path,
+        {
+            "module": {
+                "a": shared,
+                "b": shared,
+                "c": shared.T,
+                "d": torch.nn.Parameter(shared[1:, 2]),
+                "e": torch.tensor(2.0),
+                "f": torch.arange(3),
+            },
+            "epoch": 3,
+            "betas": (0.9, 0.99),
+        },
+    )
     got = read(path)
     np.testing.assert_array_equal(got["c"], shared.numpy().T)
     np.testing.assert_array_equal(got["d"], shared.numpy()[1:, 2])
@@ -266,7 +330,7 @@ def test_pytorch_files_changed_anywhere(folder, data):
     content = bytearray(saved(path, state, _use_new_zipfile_serialization=data.draw(st.booleans())))
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(content) - 1))
-        content[at:at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=2))
+        content[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=2))
     path.write_bytes(content)
     got = read(path)
     assert got is None or all(array.nbytes <= len(content) for array in got.values())

@@ -1,4 +1,5 @@
 """HF-style folders: what is written is read back; broken and foreign files are named."""
+
 import json
 import lzma
 import pathlib
@@ -24,9 +25,11 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 def nano():
     model = variants.build(CFG)
     rng = np.random.default_rng(1)
-    flat = {name: rng.standard_normal(s.shape).astype(np.float32)
-            for name, s in trees.flatten(hf_folder.param_shapes(model)).items()}
-    flat["llm/embed/embedding"][model.vocab.size:] = 0
+    flat = {
+        name: rng.standard_normal(s.shape).astype(np.float32)
+        for name, s in trees.flatten(hf_folder.param_shapes(model)).items()
+    }
+    flat["llm/embed/embedding"][model.vocab.size :] = 0
     return model, trees.unflatten(flat)
 
 
@@ -85,12 +88,15 @@ def test_config_of_a_checkpoint_before_the_visual_tokens():
     assert hf_config.model_cfg_from_hf(config)["vocab"]["base"] == 92544
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"select_layer": -2}, "select_layer"),
-    ({"vision_config": None}, "vision_config"),
-    ({"llm_config": {"architectures": ["MistralForCausalLM"]}}, "not supported"),
-    ({"llm_config": {"rope_scaling": {"type": "yarn", "factor": 4}}}, "yarn"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"select_layer": -2}, "select_layer"),
+        ({"vision_config": None}, "vision_config"),
+        ({"llm_config": {"architectures": ["MistralForCausalLM"]}}, "not supported"),
+        ({"llm_config": {"rope_scaling": {"type": "yarn", "factor": 4}}}, "yarn"),
+    ],
+)
 def test_foreign_configs_are_refused(change, message):
     config = hf_config.model_cfg_to_hf({"variant": "2b"})
     for key, value in change.items():
@@ -128,25 +134,33 @@ def test_bad_files_are_named(tmp_path):
 def test_safetensors_as_the_library_has_them(tmp_path):
     """Our reader and writer against the library, for every dtype and shape of tensor."""
     rng = np.random.default_rng(0)
-    arrays = {f"{dtype}{shape}": rng.integers(0, 2, shape).astype(dtype)
-              for dtype in ("float32", "float16", "bfloat16", "float64", "int64", "uint8", "bool")
-              for shape in ((), (3,), (2, 3), (0, 4))}
+    arrays = {
+        f"{dtype}{shape}": rng.integers(0, 2, shape).astype(dtype)
+        for dtype in ("float32", "float16", "bfloat16", "float64", "int64", "uint8", "bool")
+        for shape in ((), (3,), (2, 3), (0, 4))
+    }
     arrays["transposed"] = rng.standard_normal((300, 200)).T
     (tmp_path / "theirs.safetensors").write_bytes(
-        safetensors.numpy.save({k: np.ascontiguousarray(a).reshape(a.shape) for k, a in arrays.items()}))
-    tensor_files.write_safetensors(tmp_path / "ours.safetensors",
-                                   {k: tensor_files.Lazy.of(a) for k, a in arrays.items()})
-    for back in (safetensors.numpy.load_file(tmp_path / "ours.safetensors"),
-                 hf_folder.open_tensors(tmp_path / "theirs.safetensors"),
-                 hf_folder.open_tensors(tmp_path / "ours.safetensors")):
+        safetensors.numpy.save({k: np.ascontiguousarray(a).reshape(a.shape) for k, a in arrays.items()})
+    )
+    tensor_files.write_safetensors(
+        tmp_path / "ours.safetensors", {k: tensor_files.Lazy.of(a) for k, a in arrays.items()}
+    )
+    for back in (
+        safetensors.numpy.load_file(tmp_path / "ours.safetensors"),
+        hf_folder.open_tensors(tmp_path / "theirs.safetensors"),
+        hf_folder.open_tensors(tmp_path / "ours.safetensors"),
+    ):
         assert set(back) == set(arrays)
         for key, array in arrays.items():
             assert back[key].dtype == array.dtype and back[key].shape == array.shape
             assert back[key].tobytes() == array.tobytes(), key
 
 
-@pytest.mark.parametrize("shape,axes", [((300, 200), (1, 0)), ((130, 7, 40), (1, 2, 0)),
-                                        ((130, 7, 40), (2, 0, 1)), ((6, 5, 4), (1, 0, 2)), ((9,), (0,))])
+@pytest.mark.parametrize(
+    "shape,axes",
+    [((300, 200), (1, 0)), ((130, 7, 40), (1, 2, 0)), ((130, 7, 40), (2, 0, 1)), ((6, 5, 4), (1, 0, 2)), ((9,), (0,))],
+)
 def test_contiguous_copies(shape, axes):
     array = np.random.default_rng(0).standard_normal(shape).transpose(axes)
     got = tensor_files.contiguous(array, np.float32)
@@ -178,8 +192,10 @@ def test_pytorch_files(tmp_path, monkeypatch):
 
     import torch
 
-    state = {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3).T,
-             "b": torch.tensor([1.5, -2.25], dtype=torch.bfloat16)}
+    state = {
+        "a": torch.arange(6, dtype=torch.float32).reshape(2, 3).T,
+        "b": torch.tensor([1.5, -2.25], dtype=torch.bfloat16),
+    }
     torch.save({"state_dict": state}, tmp_path / "x.pth")
     tensors = hf_folder.open_tensors(tmp_path / "x.pth")
     assert set(tensors) == {"a", "b"} and tensors["b"].dtype == ml_dtypes.bfloat16
@@ -214,8 +230,11 @@ def test_linear_layouts_agree_with_torch(nano):
 
     rng = np.random.default_rng(2)
     x, w = rng.standard_normal((2, 5, 5, 3)), rng.standard_normal((4, 3, 3, 3))
-    kernel, = weight_map.CONV.to_jax(w, ((3, 3, 3, 4),))
+    (kernel,) = weight_map.CONV.to_jax(w, ((3, 3, 3, 4),))
     want = torch.nn.functional.conv2d(torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(w))
-    got = np.einsum("bhwijc,ijco->bohw", np.lib.stride_tricks.sliding_window_view(
-        x, (3, 3), (1, 2)).transpose(0, 1, 2, 4, 5, 3), kernel)
+    got = np.einsum(
+        "bhwijc,ijco->bohw",
+        np.lib.stride_tricks.sliding_window_view(x, (3, 3), (1, 2)).transpose(0, 1, 2, 4, 5, 3),
+        kernel,
+    )
     np.testing.assert_allclose(got, want.numpy(), atol=1e-12)

@@ -1,4 +1,5 @@
 """Folders as users bring them: the right weights, or one line that says what they are and what to do."""
+
 import json
 
 import jax
@@ -20,8 +21,10 @@ EMBED, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_hea
 def source(tmp_path_factory):
     """{form: an HF folder of the tiny model}."""
     root = tmp_path_factory.mktemp("source")
-    return {form: tiny.hf(root / form, tiny.workdir(root / f"w-{form}", tiny.made(form)[1], form))
-            for form in ("qwen", "qwen, tied")}
+    return {
+        form: tiny.hf(root / form, tiny.workdir(root / f"w-{form}", tiny.made(form)[1], form))
+        for form in ("qwen", "qwen, tied")
+    }
 
 
 def folder(path, origin, change=lambda tensors: tensors, config=lambda config: None, files=None):
@@ -66,27 +69,34 @@ def test_a_tied_model_whose_file_also_holds_the_head(source, tmp_path, dtype):
     other = folder(tmp_path / "other", origin, lambda t: {**t, HEAD: (2 * t[EMBED]).astype(dtype)})
     got, weights = opened(other)
     assert not got.llm.tied
-    np.testing.assert_array_equal(weights["llm"]["lm_head"]["kernel"][:, :model.vocab.size],
-                                  (2 * params["llm"]["embed"]["embedding"][:model.vocab.size].T).astype(dtype))
+    np.testing.assert_array_equal(
+        weights["llm"]["lm_head"]["kernel"][:, : model.vocab.size],
+        (2 * params["llm"]["embed"]["embedding"][: model.vocab.size].T).astype(dtype),
+    )
     late = folder(tmp_path / "late", origin, lambda t: {**t, HEAD: np.concatenate([t[EMBED][:-1], t[EMBED][:1]])})
     assert not opened(late)[0].llm.tied  # the first rows agree
 
 
 def test_tied_in_the_outer_field_alone_and_untied_without_a_head(source, tmp_path):
-    outer = folder(tmp_path / "outer", source["qwen, tied"],
-                   config=lambda c: c["llm_config"].pop("tie_word_embeddings"))
+    outer = folder(
+        tmp_path / "outer", source["qwen, tied"], config=lambda c: c["llm_config"].pop("tie_word_embeddings")
+    )
     same(opened(outer)[1], tiny.made("qwen, tied")[1])
 
     def untied(config):
         config["tie_word_embeddings"] = config["llm_config"]["tie_word_embeddings"] = False
+
     assert "set tie_word_embeddings to true in config.json" in refused(
-        folder(tmp_path / "none", source["qwen, tied"], config=untied))
+        folder(tmp_path / "none", source["qwen, tied"], config=untied)
+    )
 
 
 def test_both_16_bit_dtypes_in_the_layers_of_a_leaf(source, tmp_path):
     """float32 holds both, exactly."""
+
     def mixed(tensors):
         return {k: v.astype(np.float16 if ".1." in k else ml_dtypes.bfloat16) for k, v in tensors.items()}
+
     path = folder(tmp_path / "mixed", source["qwen"], mixed)
     model, weights = opened(path)
     made = tmp_path / "w"
@@ -98,13 +108,16 @@ def test_both_16_bit_dtypes_in_the_layers_of_a_leaf(source, tmp_path):
     assert stored["llm/norm/scale"] == ml_dtypes.bfloat16
     tensors = mixed(dict(hf_folder.open_tensors(source["qwen"])))
     for i in (0, 1):
-        np.testing.assert_array_equal(weights["llm"]["layers"]["mlp"]["up"]["kernel"][i],
-                                      tensors[f"language_model.model.layers.{i}.mlp.up_proj.weight"].T.astype(np.float32))
+        np.testing.assert_array_equal(
+            weights["llm"]["layers"]["mlp"]["up"]["kernel"][i],
+            tensors[f"language_model.model.layers.{i}.mlp.up_proj.weight"].T.astype(np.float32),
+        )
 
 
 def test_whole_numbers_where_floats_were(source, tmp_path):
-    path = folder(tmp_path / "ints", source["qwen"], lambda t: {
-        **t, "mlp1.1.weight": t["mlp1.1.weight"].view(np.int32)})
+    path = folder(
+        tmp_path / "ints", source["qwen"], lambda t: {**t, "mlp1.1.weight": t["mlp1.1.weight"].view(np.int32)}
+    )
     assert "'mlp1.1.weight' is int32; weights are float64, float32, float16 or bfloat16" in refused(path)
 
 
@@ -113,34 +126,50 @@ def lora(tensors):
     for key, tensor in tensors.items():
         if key.startswith("language_model.model.layers.") and key.endswith("proj.weight"):
             base = "language_model.base_model.model" + key.removeprefix("language_model").removesuffix(".weight")
-            out |= {f"{base}.base_layer.weight": tensor, f"{base}.lora_A.default.weight": np.zeros((2, 3), np.float32),
-                    f"{base}.lora_B.default.weight": np.zeros((3, 2), np.float32)}
+            out |= {
+                f"{base}.base_layer.weight": tensor,
+                f"{base}.lora_A.default.weight": np.zeros((2, 3), np.float32),
+                f"{base}.lora_B.default.weight": np.zeros((3, 2), np.float32),
+            }
         else:
             out[key] = tensor
     return out
 
 
-@pytest.mark.parametrize("change, says", [
-    (lora, "LoRA adapters that are not merged"),
-    (lambda t: {f"base_model.model.{k}": v for k, v in t.items()}, "LoRA adapters"),
-    (lambda t: {f"module.{k}": v for k, v in t.items()}, "keys begin with 'module.'"),
-    (lambda t: {f"model.{k}": v for k, v in t.items()}, "keys begin with 'model.'"),
-    (lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}, "keys begin with '_orig_mod.'"),
-    (lambda t: {f"module._orig_mod.{k}": v for k, v in t.items()}, "keys begin with 'module._orig_mod.'"),
-    (lambda t: {**t, "language_model.model.layers.0.mlp.up_proj.qweight": np.zeros(3, np.int32)}, "are quantised")])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lora, "LoRA adapters that are not merged"),
+        (lambda t: {f"base_model.model.{k}": v for k, v in t.items()}, "LoRA adapters"),
+        (lambda t: {f"module.{k}": v for k, v in t.items()}, "keys begin with 'module.'"),
+        (lambda t: {f"model.{k}": v for k, v in t.items()}, "keys begin with 'model.'"),
+        (lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}, "keys begin with '_orig_mod.'"),
+        (lambda t: {f"module._orig_mod.{k}": v for k, v in t.items()}, "keys begin with 'module._orig_mod.'"),
+        (lambda t: {**t, "language_model.model.layers.0.mlp.up_proj.qweight": np.zeros(3, np.int32)}, "are quantised"),
+    ],
+)
 def test_keys_of_adapters_and_wrappers(source, tmp_path, change, says):
     assert says in refused(folder(tmp_path / "x", source["qwen"], change))
 
 
 def test_thousands_of_unknown_keys_are_counted(source, tmp_path):
-    path = folder(tmp_path / "x", source["qwen"], lambda t: {
-        **t, **{f"language_model.model.layers.{i}.mlp.upp_proj.weight": np.zeros(1, np.float32) for i in range(3000)},
-        "k" * 10000 + ".weight": np.zeros(1, np.float32)})
+    path = folder(
+        tmp_path / "x",
+        source["qwen"],
+        lambda t: {
+            **t,
+            **{f"language_model.model.layers.{i}.mlp.upp_proj.weight": np.zeros(1, np.float32) for i in range(3000)},
+            "k" * 10000 + ".weight": np.zeros(1, np.float32),
+        },
+    )
     text = refused(path).replace(str(path), "")
     assert "'language_model.model.layers.0.mlp.upp_proj.weight' has no place (nearest: 'language_model.model" in text
     assert "and 2996 more" in text
-    huge = folder(tmp_path / "y", source["qwen"], lambda t: {
-        **t, f"language_model.model.layers.{'9' * 5000}.mlp.up_proj.weight": np.zeros(1, np.float32)})
+    huge = folder(
+        tmp_path / "y",
+        source["qwen"],
+        lambda t: {**t, f"language_model.model.layers.{'9' * 5000}.mlp.up_proj.weight": np.zeros(1, np.float32)},
+    )
     assert "has no place" in refused(huge)
 
 
@@ -149,16 +178,31 @@ def test_files_beside_the_weights(source, tmp_path):
     origin, params = source["qwen"], tiny.made("qwen")[1]
     tensors = dict(hf_folder.open_tensors(origin))
     extra = {"x": np.zeros(3, np.float32)}
-    same(opened(folder(tmp_path / "a", origin, files={"model.safetensors": tensors, "optimizer.safetensors": extra,
-                                                      "consolidated.safetensors": tensors}))[1], params)
-    text = refused(folder(tmp_path / "b", origin,
-                          files={"model.safetensors": tensors, "adapter_model.safetensors": extra}))
+    same(
+        opened(
+            folder(
+                tmp_path / "a",
+                origin,
+                files={
+                    "model.safetensors": tensors,
+                    "optimizer.safetensors": extra,
+                    "consolidated.safetensors": tensors,
+                },
+            )
+        )[1],
+        params,
+    )
+    text = refused(
+        folder(tmp_path / "b", origin, files={"model.safetensors": tensors, "adapter_model.safetensors": extra})
+    )
     assert "b/adapter_model.safetensors: LoRA adapters beside the weights" in text
     half = len(tensors) // 2
     parts = [dict(list(tensors.items())[:half]), dict(list(tensors.items())[half:])]
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    same(opened(folder(tmp_path / "c", origin, files={**dict(zip(names, parts)), "optimizer.safetensors": extra}))[1],
-         params)
+    same(
+        opened(folder(tmp_path / "c", origin, files={**dict(zip(names, parts)), "optimizer.safetensors": extra}))[1],
+        params,
+    )
     assert f"{names[1]} does not exist" in refused(folder(tmp_path / "d", origin, files={names[0]: parts[0]}))
     same(opened(folder(tmp_path / "e", origin, files={"some_name.safetensors": tensors}))[1], params)
     adapters = folder(tmp_path / "f", origin, files={"adapter_model.safetensors": extra})
@@ -185,6 +229,7 @@ def released(path, origin, rows, config=lambda config: None):
         c["llm_config"]["vocab_size"] = rows
         c["argenseg"].pop("vocab")  # a released file has none
         config(c)
+
     return folder(path, origin, change, edited)
 
 
@@ -206,12 +251,14 @@ def test_a_padded_vocabulary_grows_from_its_true_rows(source, vqvae, tmp_path, p
     made = checkpoint.open_checkpoint(str(tmp_path / "w"))
     assert made.model() == model and made.tokenizer().vocab == model.vocab
     got = made.load_params()
-    for rows, want in ((got["llm"]["embed"]["embedding"], params["llm"]["embed"]["embedding"]),
-                       (got["llm"]["lm_head"]["kernel"].T, params["llm"]["lm_head"]["kernel"].T)):
+    for rows, want in (
+        (got["llm"]["embed"]["embedding"], params["llm"]["embed"]["embedding"]),
+        (got["llm"]["lm_head"]["kernel"].T, params["llm"]["lm_head"]["kernel"].T),
+    ):
         np.testing.assert_array_equal(rows[:true], want[:true])
         mean = want[:true].astype(np.float64).mean(0).astype(np.float32)
-        np.testing.assert_array_equal(rows[true:model.vocab.size], np.tile(mean, (model.vocab.size - true, 1)))
-        assert not rows[model.vocab.size:].any()
+        np.testing.assert_array_equal(rows[true : model.vocab.size], np.tile(mean, (model.vocab.size - true, 1)))
+        assert not rows[model.vocab.size :].any()
 
 
 def test_padding_behind_the_visual_tokens(source, tmp_path):
@@ -224,6 +271,7 @@ def test_padding_behind_the_visual_tokens(source, tmp_path):
     def config(c):
         c["llm_config"]["vocab_size"] = model.vocab.size + 7
         c["argenseg"].pop("vocab")
+
     got, weights = opened(folder(tmp_path / "x", source["qwen"], padded, config))
     assert got == model
     same(weights, params)
@@ -234,8 +282,12 @@ def test_an_unknown_vocabulary_without_a_tokenizer(source, tmp_path):
     path = released(tmp_path / "in", source["qwen"], tiny.made("qwen")[0].vocab.base + 14)
     (path / "tokenizer.json").unlink()
     assert "the tokenizer's files have to be beside it" in refused(path)
-    small = released(tmp_path / "small", source["qwen"], tiny.made("qwen")[0].vocab.base + 14,
-                     lambda c: c["argenseg"]["vqvae"].update(codebook_size=4096))
+    small = released(
+        tmp_path / "small",
+        source["qwen"],
+        tiny.made("qwen")[0].vocab.base + 14,
+        lambda c: c["argenseg"]["vqvae"].update(codebook_size=4096),
+    )
     (small / "tokenizer.json").unlink()
     assert "-" not in refused(small).replace(str(small), "").replace("tokenizer-", "")
 
@@ -274,14 +326,20 @@ def test_a_part_is_loaded_alone(source, tmp_path, monkeypatch):
     """The tensors of the other parts are not read, of an HF folder or of a step."""
     read, want = [], tiny.made("qwen")[1]["vqvae"]
     inner = tensor_files._read
-    monkeypatch.setattr(tensor_files, "_read", lambda file, offset, shape, dtype: read.append(
-        int(np.prod(shape)) * dtype.itemsize) or inner(file, offset, shape, dtype))
+    monkeypatch.setattr(
+        tensor_files,
+        "_read",
+        lambda file, offset, shape, dtype: (
+            read.append(int(np.prod(shape)) * dtype.itemsize) or inner(file, offset, shape, dtype)
+        ),
+    )
     same(checkpoint.open_checkpoint(str(source["qwen"])).load_part("vqvae"), want)
     assert sum(read) == sum(leaf.nbytes for leaf in jax.tree.leaves(want))
     leaves = []
     get = orbax_io.StoredLeaf.__getitem__
-    monkeypatch.setattr(orbax_io.StoredLeaf, "__getitem__",
-                        lambda self, index: leaves.append(self.shape) or get(self, index))
+    monkeypatch.setattr(
+        orbax_io.StoredLeaf, "__getitem__", lambda self, index: leaves.append(self.shape) or get(self, index)
+    )
     monkeypatch.setattr(orbax_io, "restore_params", None)
     work = checkpoint.open_checkpoint(str(tiny.workdir(tmp_path / "w")))
     same(work.load_part("vqvae"), want)

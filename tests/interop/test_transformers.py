@@ -1,4 +1,5 @@
 """transformers as a peer: its own InternVL comes in, answers alike here, and goes back unchanged."""
+
 import json
 
 import jax
@@ -17,17 +18,45 @@ from argenseg_jax.vocab import SPECIAL_TOKENS
 pytestmark = pytest.mark.torch
 BASE = 90  # id of <img>
 WORDS = BASE + SPECIAL_TOKENS.index("<mask>")  # before ARGenSeg's own
-VAE = dict(ch=32, ch_mult=[1], num_res_blocks=0, z_channels=8, codebook_size=24, patch_nums=[1, 2, 4],
-           using_sa=False, using_mid_sa=False, patch_size=4)
-VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-              image_size=[56, 56], patch_size=[14, 14])
-TEXT = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=48, vocab_size=WORDS, max_position_embeddings=512, rope_theta=1e5,
-            eos_token_id=3, pad_token_id=3, bos_token_id=None)
+VAE = dict(
+    ch=32,
+    ch_mult=[1],
+    num_res_blocks=0,
+    z_channels=8,
+    codebook_size=24,
+    patch_nums=[1, 2, 4],
+    using_sa=False,
+    using_mid_sa=False,
+    patch_size=4,
+)
+VISION = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    image_size=[56, 56],
+    patch_size=[14, 14],
+)
+TEXT = dict(
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    vocab_size=WORDS,
+    max_position_embeddings=512,
+    rope_theta=1e5,
+    eos_token_id=3,
+    pad_token_id=3,
+    bos_token_id=None,
+)
 FORMS = {
     "qwen2": ({**VISION, "attention_bias": True}, {**TEXT, "model_type": "qwen2"}, False),
-    "qwen2, tied, rms": ({**VISION, "norm_type": "rms_norm", "use_qk_norm": True},
-                         {**TEXT, "model_type": "qwen2"}, True),
+    "qwen2, tied, rms": (
+        {**VISION, "norm_type": "rms_norm", "use_qk_norm": True},
+        {**TEXT, "model_type": "qwen2"},
+        True,
+    ),
     "llama": ({**VISION, "attention_bias": True}, {**TEXT, "model_type": "llama"}, False),
 }
 
@@ -40,9 +69,15 @@ def peer(request, tmp_path_factory):
 
     vision, text, tied = FORMS[request.param]
     torch.manual_seed(0)
-    model = InternVLForConditionalGeneration(InternVLConfig(
-        vision_config=vision, text_config={**text, "tie_word_embeddings": tied}, image_token_id=BASE + 2,
-        image_seq_length=4, tie_word_embeddings=tied)).eval()
+    model = InternVLForConditionalGeneration(
+        InternVLConfig(
+            vision_config=vision,
+            text_config={**text, "tie_word_embeddings": tied},
+            image_token_id=BASE + 2,
+            image_seq_length=4,
+            tie_word_embeddings=tied,
+        )
+    ).eval()
     with torch.no_grad():  # zeros and ones would hide a mix-up
         for name, leaf in model.named_parameters():
             leaf.copy_(torch.randn_like(leaf) * 0.2 + ("norm" in name and name.endswith("weight")))
@@ -54,11 +89,13 @@ def peer(request, tmp_path_factory):
     own = {"vqvae": hf_folder.param_shapes(variants.build(hf_folder.model_cfg(root / "hf")))["vqvae"]}
     rng = np.random.default_rng(0)
     drawn = trees.map_named(lambda name, s: rng.standard_normal(s.shape, np.float32), own)
-    tensors = {key.removeprefix("image_tokenizer."): tensor_files.Lazy.of(array)
-               for key, array in convert.to_torch(drawn)}
+    tensors = {
+        key.removeprefix("image_tokenizer."): tensor_files.Lazy.of(array) for key, array in convert.to_torch(drawn)
+    }
     tensor_files.write_safetensors(root / "vae.safetensors", tensors)
-    transfer.to_orbax(checkpoint.open_checkpoint(str(root / "hf")), root / "hf", root / "work",
-                      vqvae=root / "vae.safetensors")
+    transfer.to_orbax(
+        checkpoint.open_checkpoint(str(root / "hf")), root / "hf", root / "work", vqvae=root / "vae.safetensors"
+    )
     return model, root
 
 
@@ -81,6 +118,7 @@ def test_logits_of_image_and_text(peer):
             places = np.arange(tokens.shape[1])[None]
             h = m.hidden(tokens, places, np.ones_like(places), m.encode_images(tiles))
             return m.logits(h)
+
         return model.apply({"params": params}, method=run)
 
     got = ours(params, pixels.transpose(0, 2, 3, 1)[None], tokens)
@@ -94,8 +132,7 @@ def test_back_to_transformers(peer):
 
     theirs, root = peer
     transfer.to_hf(checkpoint.open_checkpoint(str(root / "work")), root / "back", layout="hf")
-    again, info = InternVLForConditionalGeneration.from_pretrained(root / "back",
-                                                                   output_loading_info=True)
+    again, info = InternVLForConditionalGeneration.from_pretrained(root / "back", output_loading_info=True)
     assert not any(info.values())  # nothing missing, unexpected or misshapen
     for (name, a), (_, b) in zip(theirs.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b[:WORDS] if "embed_tokens" in name or "lm_head" in name else b), name
@@ -131,13 +168,17 @@ def test_saved_tokenizers(tmp_path):
 
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     words = {c: i for i, c in enumerate([*alphabet, "Ġt", "he", "Ġthe"])}
-    added = {w: len(words) + i for i, w in enumerate(
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS[:9]])}
-    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "chat_template": "{{ x }}",
-              "pad_token": "<|endoftext|>", "added_tokens_decoder": {
-                  str(i): {"content": w, "special": True} for w, i in added.items()}}
-    for name, content in (("vocab.json", words), ("added_tokens.json", added),
-                          ("tokenizer_config.json", config)):
+    added = {
+        w: len(words) + i for i, w in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS[:9]])
+    }
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "chat_template": "{{ x }}",
+        "pad_token": "<|endoftext|>",
+        "added_tokens_decoder": {str(i): {"content": w, "special": True} for w, i in added.items()},
+    }
+    for name, content in (("vocab.json", words), ("added_tokens.json", added), ("tokenizer_config.json", config)):
         (tmp_path / name).write_text(json.dumps(content))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ t\nh e\nĠt he\n")
     ours = Tokenizer.load(tmp_path, num_codes=8)
@@ -151,6 +192,11 @@ def test_saved_tokenizers(tmp_path):
         assert len(theirs) == ours.vocab.size and theirs.chat_template == "{{ x }}"
         text = " the<ge_start><MASK_CONTEXT><visual token 000007><ge_end> été"
         assert theirs(text)["input_ids"] == [
-            words["Ġthe"], ours.vocab.ge_start, ours.vocab.mask_context, ours.vocab.first_code + 7,
-            ours.vocab.ge_end, *ours.encode_text(" été")]
+            words["Ġthe"],
+            ours.vocab.ge_start,
+            ours.vocab.mask_context,
+            ours.vocab.first_code + 7,
+            ours.vocab.ge_end,
+            *ours.encode_text(" été"),
+        ]
         assert Tokenizer.load(tmp_path / folder).vocab == ours.vocab

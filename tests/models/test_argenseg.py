@@ -1,4 +1,5 @@
 """The whole model: teacher forcing equals decoding scale by scale, and every place gets its input."""
+
 import functools
 
 import flax.linen as nn
@@ -44,8 +45,7 @@ def decode_with_logits(m, tokens, lengths, tiles):
     return mask, jnp.concatenate(logits, axis=1), cache.length
 
 
-@pytest.mark.parametrize("form, block_causal", [(f, False) for f in tiny.FORMS]
-                         + [("internlm2", True), ("nano", True)])
+@pytest.mark.parametrize("form, block_causal", [(f, False) for f in tiny.FORMS] + [("internlm2", True), ("nano", True)])
 def test_teacher_forcing_equals_scale_by_scale_decoding(form, block_causal):
     """Invariant 1, to 1e-4: for the codes that decoding chose, in rows of different length."""
     model, params = made(form, block_causal)
@@ -58,8 +58,9 @@ def test_teacher_forcing_equals_scale_by_scale_decoding(form, block_causal):
     np.testing.assert_array_equal(length, at + n)
 
     def forced(m, codes):
-        hidden = m.hidden(batch["tokens"], batch["positions"], batch["segment_ids"],
-                          m.encode_images(batch["tiles"]), codes[:, None])
+        hidden = m.hidden(
+            batch["tokens"], batch["positions"], batch["segment_ids"], m.encode_images(batch["tiles"]), codes[:, None]
+        )
         places = at[:, None] + np.arange(n)
         return m.code_logits(jnp.take_along_axis(hidden, places[..., None], axis=1))
 
@@ -87,9 +88,10 @@ def test_a_mask_of_a_single_code():
     assert mask.codes.shape == (1, 1) and length.tolist() == [start + 1]
 
     def forced(m, codes):
-        hidden = m.hidden(batch["tokens"], batch["positions"], batch["segment_ids"],
-                          m.encode_images(batch["tiles"]), codes[:, None])
-        return m.code_logits(hidden[:, start:start + 1]), m.last_visible(batch["tokens"])
+        hidden = m.hidden(
+            batch["tokens"], batch["positions"], batch["segment_ids"], m.encode_images(batch["tiles"]), codes[:, None]
+        )
+        return m.code_logits(hidden[:, start : start + 1]), m.last_visible(batch["tokens"])
 
     logits, last = apply(model, params, forced, mask.codes)
     np.testing.assert_allclose(logits, cached, atol=1e-4)
@@ -113,12 +115,11 @@ def test_logits_of_a_batch_are_those_of_its_rows():
     model, params = made("qwen")
     batch = tiny.batch(model, [tiny.sample(i) for i in range(8)])
     at = np.argmax(batch["tokens"] == model.vocab.ge_start, axis=1)
-    asked = (np.where(np.arange(96) < at[:, None], batch["tokens"], model.vocab.pad)[:, :64], at,
-             batch["tiles"])
+    asked = (np.where(np.arange(96) < at[:, None], batch["tokens"], model.vocab.pad)[:, :64], at, batch["tiles"])
     run = jax.jit(functools.partial(nn.apply(decode_with_logits, model), {"params": params}))
     mask, logits, _ = run(*asked)
     for i in range(8):
-        one, alone, _ = run(*(x[i:i + 1] for x in asked))
+        one, alone, _ = run(*(x[i : i + 1] for x in asked))
         np.testing.assert_allclose(alone[0], logits[i], atol=1e-4)
         np.testing.assert_array_equal(one.codes[0], mask.codes[i])
 
@@ -131,21 +132,19 @@ def test_block_causal_sees_the_own_scale_whole_and_nothing_beyond():
     starts = np.flatnonzero(batch["tokens"][0] == model.vocab.ge_start)
     assert len(starts) == 2
     for start in starts:
-        np.testing.assert_array_equal(last[start:start + 21] - start, [0, *[4] * 4, *[20] * 16])
+        np.testing.assert_array_equal(last[start : start + 21] - start, [0, *[4] * 4, *[20] * 16])
     text = batch["tokens"][0] != model.vocab.mask_context
     np.testing.assert_array_equal(last[text], np.flatnonzero(text))
 
 
 def test_every_place_gets_its_own_input():
     model, params = made("nano")
-    batch = tiny.batch(model, [tiny.sample(0, masks=2), tiny.sample(3, masks=0)], max_masks=2,
-                       max_tokens=128)
+    batch = tiny.batch(model, [tiny.sample(0, masks=2), tiny.sample(3, masks=0)], max_masks=2, max_tokens=128)
     codes = np.random.default_rng(0).integers(0, tiny.NUM_CODES, (2, 2, 21)).astype(np.int32)
 
     def embed(m, tokens, tiles, codes):
         features = m.encode_images(tiles)
-        return (*m.embed(tokens, features, codes), features, m.visual_inputs(codes[0]),
-                m.llm.embed_tokens(tokens))
+        return (*m.embed(tokens, features, codes), features, m.visual_inputs(codes[0]), m.llm.embed_tokens(tokens))
 
     tokens = batch["tokens"]
     x, coords, features, visual, text = apply(model, params, embed, tokens, batch["tiles"], codes)
@@ -156,9 +155,9 @@ def test_every_place_gets_its_own_input():
     assert masks[0].sum() == 40 and masks[1].sum() == 0
     np.testing.assert_allclose(x[0][masks[0]], visual.reshape(40, -1), atol=1e-5)
     np.testing.assert_array_equal(x[~images & ~masks], text[~images & ~masks])
-    np.testing.assert_array_equal(coords[0][images[0]], [[.25, .25], [.25, .75], [.75, .25], [.75, .75]])
+    np.testing.assert_array_equal(coords[0][images[0]], [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]])
     np.testing.assert_array_equal(coords[0][masks[0]], np.tile(model.scales.centers[1:], (2, 1)))
-    np.testing.assert_array_equal(coords[0][tokens[0] == model.vocab.ge_start], [[.5, .5]] * 2)
+    np.testing.assert_array_equal(coords[0][tokens[0] == model.vocab.ge_start], [[0.5, 0.5]] * 2)
     assert not np.asarray(coords)[~images & ~masks & (tokens != model.vocab.ge_start)].any()
 
 

@@ -1,4 +1,5 @@
 """Attention: its definition, that the implementations agree, and that a cache changes nothing."""
+
 import functools
 
 import jax
@@ -47,8 +48,11 @@ def test_gradients_are_those_of_the_definition(kind):
     """By hand in `attention`, by autodiff here; 150 places make three blocks, the last one smaller."""
     q, k, v = heads(150)
     causal = jnp.tile(jnp.arange(150), (2, 1))
-    mask = {"causal": Mask(jnp.array([[1] * 150, [1] * 70 + [2] * 80])), "all": None,
-            "last": Mask(jnp.ones((2, 150), int), jnp.minimum(causal // 7 * 7 + 6, 149))}[kind]
+    mask = {
+        "causal": Mask(jnp.array([[1] * 150, [1] * 70 + [2] * 80])),
+        "all": None,
+        "last": Mask(jnp.ones((2, 150), int), jnp.minimum(causal // 7 * 7 + 6, 149)),
+    }[kind]
 
     def defined(q, k, v):
         scores = jnp.einsum("btngh,bsnh->bngts", q.reshape(2, 150, 2, 2, 8), k) / np.sqrt(8)
@@ -65,8 +69,9 @@ def test_gradients_are_those_of_the_definition(kind):
 
 def test_masks():
     """Own segment, no padding, up to itself or up to `last`."""
-    np.testing.assert_array_equal(Mask(jnp.array([[1, 1, 2, 0]])).dense()[0].astype(int),
-                                  [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(
+        Mask(jnp.array([[1, 1, 2, 0]])).dense()[0].astype(int), [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    )
     full = Mask(jnp.ones((1, 3), int), jnp.array([[0, 2, 2]])).dense()[0]
     np.testing.assert_array_equal(full.astype(int), [[1, 0, 0], [1, 1, 1], [1, 1, 1]])
 
@@ -87,8 +92,7 @@ def test_a_cache_changes_nothing(within, split):
     if within == "full":
         np.put_along_axis(last, take, (old + 4)[:, None].repeat(5, 1), 1)
     whole = attention.attention(q, k, v, Mask(jnp.ones((2, BLOCK + 7), int), jnp.asarray(last)), "xla")
-    np.testing.assert_allclose(got, np.take_along_axis(np.asarray(whole), take[..., None, None], 1),
-                               atol=1e-5)
+    np.testing.assert_allclose(got, np.take_along_axis(np.asarray(whole), take[..., None, None], 1), atol=1e-5)
 
 
 def test_places_beyond_the_filled_part_are_not_even_read():
@@ -146,6 +150,8 @@ def test_cudnn_agrees_on_a_cache(within, new):
     q, k, v = heads(256, h=64, dtype=jnp.bfloat16)
     cache = KVCache.empty(1, 2, 2 * BLOCK, 2, 64, jnp.bfloat16).append(0, k, v)
     cache = cache.replace(length=jnp.array([100, 7])).append(0, k[:, :new], v[:, :new])
-    both = [attention.cached(q[:, :new], k[:, :new], v[:, :new], cache, 0, within, how).astype(jnp.float32)
-            for how in ("cudnn", "xla")]
+    both = [
+        attention.cached(q[:, :new], k[:, :new], v[:, :new], cache, 0, within, how).astype(jnp.float32)
+        for how in ("cudnn", "xla")
+    ]
     np.testing.assert_allclose(*both, atol=2e-2)

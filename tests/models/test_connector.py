@@ -1,4 +1,5 @@
 """Pixel shuffle by hand, and what the connector does around it."""
+
 import jax
 import numpy as np
 import pytest

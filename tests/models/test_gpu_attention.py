@@ -3,6 +3,7 @@
 `by_xla` computes what the kernel is asked for by jax's own definition, and leaves NaN where a kernel may
 leave anything. On a GPU test_attention.py compares the kernel itself.
 """
+
 import logging
 import re
 
@@ -32,8 +33,16 @@ def heads(t, n=4, k=2, h=8, dtype=jnp.float32):
 def by_xla(monkeypatch):
     def call(q, k, v, queries=None, keys=None, *, causal=False, mask=None):
         assert q.shape[1] % 2 == 0
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, query_seq_lengths=queries,
-                                         key_value_seq_lengths=keys, implementation="xla")
+        y = jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=causal,
+            query_seq_lengths=queries,
+            key_value_seq_lengths=keys,
+            implementation="xla",
+        )
         if queries is None:
             return y
         return jnp.where((jnp.arange(q.shape[1]) < queries[:, None])[..., None, None], y, jnp.nan)
@@ -42,9 +51,12 @@ def by_xla(monkeypatch):
 
 
 SEGMENTS = {
-    "whole": ([[1] * 10, [1] * 10], False), "padded": ([[1] * 7 + [0] * 3, [1] * 10], False),
-    "nothing but padding": ([[0] * 10, [1] * 10], False), "padded in front": ([[0] * 3 + [1] * 7, [1] * 10], True),
-    "packed": ([[1] * 4 + [2] * 5 + [0], [1] * 2 + [2] * 3 + [3] * 5], True)}
+    "whole": ([[1] * 10, [1] * 10], False),
+    "padded": ([[1] * 7 + [0] * 3, [1] * 10], False),
+    "nothing but padding": ([[0] * 10, [1] * 10], False),
+    "padded in front": ([[0] * 3 + [1] * 7, [1] * 10], True),
+    "packed": ([[1] * 4 + [2] * 5 + [0], [1] * 2 + [2] * 3 + [3] * 5], True),
+}
 
 
 @pytest.mark.parametrize("t", [9, 10])
@@ -74,12 +86,14 @@ def test_without_a_mask(by_xla, t):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("within, new, old", [("causal", 5, (BLOCK + 2, 3)), ("causal", 1, (BLOCK + 2, 3)),
-                                              ("full", 4, (7, 0)), ("first", 9, (0, 0))])
+@pytest.mark.parametrize(
+    "within, new, old",
+    [("causal", 5, (BLOCK + 2, 3)), ("causal", 1, (BLOCK + 2, 3)), ("full", 4, (7, 0)), ("first", 9, (0, 0))],
+)
 def test_a_cache(by_xla, within, new, old):
     q, k, v = heads(new)
     cache = KVCache.empty(1, 2, 2 * BLOCK, 2, 8, jnp.float32)
-    cache = cache.append(0, *(x[:, :BLOCK + 3] for x in heads(2 * BLOCK)[1:])).replace(length=jnp.asarray(old))
+    cache = cache.append(0, *(x[:, : BLOCK + 3] for x in heads(2 * BLOCK)[1:])).replace(length=jnp.asarray(old))
     cache = cache.append(0, k, v)
     got, want = (attention.cached(q, k, v, cache, 0, within, how) for how in ("cudnn", "xla"))
     np.testing.assert_allclose(got, want, atol=1e-5)
@@ -109,6 +123,7 @@ def cuda(monkeypatch):
 
     def lower(run, *args):
         return jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
     return lower
 
 
@@ -156,7 +171,8 @@ def test_what_cudnn_refuses_has_one_line_in_the_log(monkeypatch, caplog):
     assert chosen == ["xla"] * 4
     assert [r.getMessage() for r in caplog.records] == [
         "attention is XLA's, not cuDNN's: heads of 136 numbers are no multiple of 8 up to 128",
-        "attention is XLA's, not cuDNN's: it computes in 16 bits, not in float32"]
+        "attention is XLA's, not cuDNN's: it computes in 16 bits, not in float32",
+    ]
 
 
 def test_a_machine_is_asked_before_its_kernel_is_used(monkeypatch, caplog):
@@ -183,8 +199,9 @@ def test_a_prompt_is_read_without_an_array_of_pairs(cuda):
     """The cache is empty, so the kernel's causal mask is the right one; words that follow use lengths."""
     model = variants.build(tiny.config() | {"dtype": "bfloat16"})
     phases = Phases(model)
-    weights = jax.eval_shape(lambda p: {"params": for_inference(phases.model, p, int8=False, split=phases.split)},
-                             tiny.made("qwen")[1])
+    weights = jax.eval_shape(
+        lambda p: {"params": for_inference(phases.model, p, int8=False, split=phases.split)}, tiny.made("qwen")[1]
+    )
     prompt = (weights, jax.ShapeDtypeStruct((2, 90), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32), None, Rules())
     text = phases.prefill.trace(*prompt, 256, 4).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax" in text and not squares(text, 90) and "x90x256x" not in text

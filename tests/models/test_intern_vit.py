@@ -1,4 +1,5 @@
 """InternViT: patches by a convolution, both norm forms, other image sizes, stochastic depth."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +25,9 @@ def run(model, images, params=None, **kw):
 def test_patch_embedding_is_a_strided_convolution(images):
     model = PatchEmbed(8, 5, jnp.float32)
     y, variables = model.init_with_output(jax.random.key(0), images)
-    want = jax.lax.conv_general_dilated(images, variables["params"]["kernel"], (8, 8), "VALID",
-                                        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    want = jax.lax.conv_general_dilated(
+        images, variables["params"]["kernel"], (8, 8), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     np.testing.assert_allclose(y, want.reshape(3, 16, 5), atol=1e-5)
 
 
@@ -67,8 +69,9 @@ def test_drop_path_drops_whole_tiles_in_training_alone(images):
     params, (still, _) = run(model, images)
     np.testing.assert_array_equal(still, run(InternViT(**SMALL), images, params)[1][0])
     many = jnp.tile(images[:1], (64, 1, 1, 1))
-    train = jax.jit(lambda key: model.apply({"params": params}, many, deterministic=False, capture=True,
-                                            rngs={"dropout": key})[1])
+    train = jax.jit(
+        lambda key: model.apply({"params": params}, many, deterministic=False, capture=True, rngs={"dropout": key})[1]
+    )
     hidden = np.asarray(train(jax.random.key(0)))
     np.testing.assert_allclose(hidden[1], np.tile(hidden[1, :1], (64, 1, 1)), atol=1e-6)  # rate 0
     kinds = np.unique(np.round(hidden[2].reshape(64, -1)[:, :8], 4), axis=0)

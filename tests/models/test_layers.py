@@ -1,4 +1,5 @@
 """Shared layers against their definitions, written out plainly."""
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,7 @@ def test_norms():
     np.testing.assert_allclose(rms, 2 * x / np.sqrt(np.mean(np.square(x), -1, keepdims=True)), atol=1e-5)
     both = {"scale": jnp.full(8, 2.0), "bias": jnp.full(8, -1.0)}
     y = layers.LayerNorm(1e-6).apply({"params": both}, x)
-    np.testing.assert_allclose(
-        y, 2 * (x - x.mean(-1, keepdims=True)) / np.std(x, -1, keepdims=True) - 1, atol=1e-5)
+    np.testing.assert_allclose(y, 2 * (x - x.mean(-1, keepdims=True)) / np.std(x, -1, keepdims=True) - 1, atol=1e-5)
     big = (1000 * x).astype(jnp.bfloat16)  # statistics in f32, the dtype of the input on the way out
     assert layers.RMSNorm(1e-6).apply({"params": {"scale": jnp.ones(8)}}, big).dtype == jnp.bfloat16
 
@@ -48,8 +48,7 @@ def test_rope_depends_on_the_distance_alone():
     q, k = normal(1, 1, 1, 16), normal(1, 1, 1, 16, seed=1)
 
     def score(i, j):
-        at = lambda x, p: layers.apply_rope(
-            x, layers.cos_sin(layers.rope_angles(jnp.array([[p]]), 16, 1e4)))
+        at = lambda x, p: layers.apply_rope(x, layers.cos_sin(layers.rope_angles(jnp.array([[p]]), 16, 1e4)))
         return float(jnp.sum(at(q, i) * at(k, j)))
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
@@ -63,8 +62,7 @@ def test_dynamic_ntk_grows_the_base_beyond_the_native_length():
     plain, ntk = angles(64), dict(ntk_factor=2.0, max_positions=64)
     np.testing.assert_array_equal(angles(64, **ntk), plain)
     base = 1e4 * (2 * 128 / 64 - 1) ** (16 / 14)
-    np.testing.assert_allclose(angles(128, **ntk)[0, 100], 100 / base ** (np.arange(0, 16, 2) / 16),
-                               rtol=1e-5)
+    np.testing.assert_allclose(angles(128, **ntk)[0, 100], 100 / base ** (np.arange(0, 16, 2) / 16), rtol=1e-5)
     rows = layers.rope_angles(jnp.stack([jnp.arange(128) % 64, jnp.arange(128)]), 16, 1e4, **ntk)
     np.testing.assert_array_equal(rows[0, :64], plain[0])  # each row by its own length
 
@@ -75,13 +73,14 @@ def test_rope_2d_turns_by_place_and_picture():
 
     def score(yx, uv, i=4, j=4):
         at = lambda x, p, c: layers.apply_rope(
-            x, layers.cos_sin(layers.rope_angles_2d(jnp.array([[p]]), jnp.array([[c]]), 32, 1e4)))
+            x, layers.cos_sin(layers.rope_angles_2d(jnp.array([[p]]), jnp.array([[c]]), 32, 1e4))
+        )
         return float(jnp.sum(at(q, i, yx) * at(k, j, uv)))
 
-    assert score((.5, .75), (.25, .25)) == pytest.approx(score((.75, .625), (.5, .125)), abs=1e-4)
-    assert score((.5, .5), (.5, .5)) == pytest.approx(float(jnp.sum(q * k)), abs=1e-4)
-    same = score((.5, .5), (.5, .5))
-    for other in (((.5, .5), (.25, .5)), ((.5, .5), (.5, .25)), ((.5, .5), (.5, .5), 9)):
+    assert score((0.5, 0.75), (0.25, 0.25)) == pytest.approx(score((0.75, 0.625), (0.5, 0.125)), abs=1e-4)
+    assert score((0.5, 0.5), (0.5, 0.5)) == pytest.approx(float(jnp.sum(q * k)), abs=1e-4)
+    same = score((0.5, 0.5), (0.5, 0.5))
+    for other in (((0.5, 0.5), (0.25, 0.5)), ((0.5, 0.5), (0.5, 0.25)), ((0.5, 0.5), (0.5, 0.5), 9)):
         assert abs(score(*other) - same) > 1e-2
 
 
@@ -92,8 +91,9 @@ def test_the_gradient_of_a_kernel_has_a_dtype_of_its_own():
     kernel = layer.init(jax.random.key(1), x)["params"]["kernel"]
 
     def grads(wrap):
-        return jax.grad(lambda k, x: jnp.sum(jnp.sin(layer.apply({"params": {"kernel": wrap(k)}}, x))),
-                        argnums=(0, 1))(kernel, x)
+        return jax.grad(lambda k, x: jnp.sum(jnp.sin(layer.apply({"params": {"kernel": wrap(k)}}, x))), argnums=(0, 1))(
+            kernel, x
+        )
 
     plain = grads(lambda k: k)
     fine, coarse = (grads(lambda k: layers.GradIn(k, jnp.dtype(d))) for d in ("float32", "bfloat16"))
@@ -109,6 +109,7 @@ def test_the_gradient_of_a_kernel_has_a_dtype_of_its_own():
 @pytest.mark.parametrize("remat, products", [("none", 6), ("dots", 6), ("full", 7)])
 def test_remat_computes_again_what_its_policy_says(remat, products):
     """Of two dense layers in a scan, forward and backward; the last one's result is not needed again."""
+
     class Body(nn.Module):
         @nn.compact
         def __call__(self, x, _):

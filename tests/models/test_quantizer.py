@@ -1,4 +1,5 @@
 """The multi-scale quantizer: recorded operators, and what must hold between its methods."""
+
 import json
 import pathlib
 
@@ -23,8 +24,13 @@ def make(**fields):
 def params():
     """A codebook of unit normals, so that codes differ, and random phi convolutions."""
     rng = np.random.default_rng(0)
-    phi = {f"phi_{i}": {"kernel": rng.normal(size=(3, 3, C, C), scale=0.15).astype(np.float32),
-                        "bias": np.full(C, 0.1, np.float32)} for i in range(4)}
+    phi = {
+        f"phi_{i}": {
+            "kernel": rng.normal(size=(3, 3, C, C), scale=0.15).astype(np.float32),
+            "bias": np.full(C, 0.1, np.float32),
+        }
+        for i in range(4)
+    }
     return {"codebook": rng.normal(size=(V, C)).astype(np.float32), **phi}
 
 
@@ -48,8 +54,9 @@ def test_resample_equals_torch():
     io = np.load(GOLDEN / "io.npz")
     for pn in json.loads((GOLDEN / "config.json").read_text())["sets"]["16"]:
         x, small = io["x_16"].transpose(0, 2, 3, 1), io[f"small_16_{pn}"].transpose(0, 2, 3, 1)
-        both = jax.jit(lambda x, small, pn=pn: (resample(area_matrix(16, pn), x),
-                                                resample(bicubic_matrix(pn, 16), small)))
+        both = jax.jit(
+            lambda x, small, pn=pn: (resample(area_matrix(16, pn), x), resample(bicubic_matrix(pn, 16), small))
+        )
         down, up = both(x, small)
         down, up = (np.transpose(y, (0, 3, 1, 2)) for y in (down, up))
         np.testing.assert_allclose(down, io[f"area_16_to_{pn}"], atol=2e-6)
@@ -62,8 +69,10 @@ def test_phi_equals_torch():
     b, s, _, c = x.shape
     # A codebook that is the input itself makes one full-size scale a bare phi.
     model = MultiScaleQuantizer(codebook_size=b * s * s, channels=c, patch_nums=(s,), num_phi=1)
-    params = {"codebook": x.reshape(-1, c), "phi_0": {
-        "kernel": io["phi_weight"].transpose(2, 3, 1, 0), "bias": io["phi_bias"]}}
+    params = {
+        "codebook": x.reshape(-1, c),
+        "phi_0": {"kernel": io["phi_weight"].transpose(2, 3, 1, 0), "bias": io["phi_bias"]},
+    }
     codes = jnp.arange(b * s * s).reshape(b, s * s)
     got = model.apply({"params": params}, codes, method="lookup")
     np.testing.assert_allclose(got.transpose(0, 3, 1, 2), io["phi_out"], atol=1e-5)
@@ -93,7 +102,7 @@ def test_teacher_inputs_never_see_their_own_scale_or_later(params, f):
     for begin, end in make().scales.bounds:
         before, after = inputs(codes), inputs(codes.at[:, begin:end].add(1) % V)
         same = np.all(np.asarray(before == after), axis=(0, 2))
-        assert same[:end - 1].all() and not same[end - 1:].any()  # place i is fed by code i+1's row
+        assert same[: end - 1].all() and not same[end - 1 :].any()  # place i is fed by code i+1's row
 
 
 def test_nearest_is_the_nearest(params):
@@ -108,7 +117,7 @@ def test_targets_are_what_the_codes_stand_for(params, f):
     assert q.targets.shape == (B, N, C) and len(q.f_hats) == len(PATCH_NUMS)
     np.testing.assert_array_equal(call(params, "nearest", q.targets), q.codes)
     np.testing.assert_allclose(q.targets[:, 0], f.mean((1, 2)), atol=1e-6)
-    np.testing.assert_allclose(q.targets[:, -S * S:].reshape(f.shape), f - q.f_hats[-2], atol=1e-5)
+    np.testing.assert_allclose(q.targets[:, -S * S :].reshape(f.shape), f - q.f_hats[-2], atol=1e-5)
 
 
 def test_straight_through_passes_the_gradient_and_bf16_is_lifted(params, f):
@@ -124,8 +133,9 @@ def test_straight_through_passes_the_gradient_and_bf16_is_lifted(params, f):
 
 
 def test_dead_zone_codes_nothing_as_zero(params):
-    quiet = {name: leaf if name == "codebook" else {**leaf, "bias": np.zeros(C, np.float32)}
-             for name, leaf in params.items()}
+    quiet = {
+        name: leaf if name == "codebook" else {**leaf, "bias": np.zeros(C, np.float32)} for name, leaf in params.items()
+    }
     small = 0.05 * jax.random.normal(jax.random.key(5), (B, S, S, C))
     codes, f_hat = call(quiet, "quantize", small, dead_zone=0.5)
     assert not codes.any() and not f_hat.any()

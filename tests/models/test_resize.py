@@ -1,4 +1,5 @@
 """The resampling matrices against torch's recorded operators, and their invariants."""
+
 import json
 import pathlib
 
@@ -8,8 +9,9 @@ import pytest
 from argenseg_jax.models.resize import area_matrix, bicubic_matrix
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "C_quant_ops"
-SIZES = [(int(side), pn) for side, pns in
-         json.loads((GOLDEN / "config.json").read_text())["sets"].items() for pn in pns]
+SIZES = [
+    (int(side), pn) for side, pns in json.loads((GOLDEN / "config.json").read_text())["sets"].items() for pn in pns
+]
 
 
 @pytest.fixture(scope="module")

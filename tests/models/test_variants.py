@@ -1,4 +1,5 @@
 """The table of sizes: every variant builds, has the published totals, and names what is unknown."""
+
 import math
 
 import jax
@@ -30,7 +31,7 @@ def vision_by_hand(m):
     d, n = m.width, (m.image_size // m.patch) ** 2
     norm = d if m.norm == "rms_norm" else 2 * d
     layer = 4 * d * d + d + (3 * d if m.qkv_bias else 2 * d) + 2 * norm + 2 * d + 2 * d * m.mlp + m.mlp + d
-    return m.depth * layer + 3 * m.patch ** 2 * d + d + d + (1 + n) * d
+    return m.depth * layer + 3 * m.patch**2 * d + d + d + (1 + n) * d
 
 
 def llm_by_hand(m, words):
@@ -53,14 +54,19 @@ def test_released_sizes(variant, total):
     assert 105e6 < sizes["vqvae"] < 112e6
 
 
-@pytest.mark.parametrize("variant, code", [("8b", 92557), ("2b", 92557), ("26b", 92557),
-                                           ("1b", 151678), ("4b", 151678), ("38b", 151678)])
+@pytest.mark.parametrize(
+    "variant, code", [("8b", 92557), ("2b", 92557), ("26b", 92557), ("1b", 151678), ("4b", 151678), ("38b", 151678)]
+)
 def test_released_ids(variant, code):
     model = variants.build({"variant": variant})
     vocab = model.vocab
     assert (vocab.first_code, vocab.size) == (code, code + 4096)
     assert [vocab.id(t) for t in ("<mask>", "<ge_start>", "<ge_end>", "<MASK_CONTEXT>")] == [
-        code - 4, code - 3, code - 2, code - 1]
+        code - 4,
+        code - 3,
+        code - 2,
+        code - 1,
+    ]
     assert model.llm.vocab_rows % 256 == 0 and 0 <= model.llm.vocab_rows - vocab.size < 256
     assert (model.image_tokens, model.mask_size, model.scales.num_codes) == (256, 256, 680)
 
@@ -79,22 +85,33 @@ def test_nano_is_small():
 
 
 def test_overrides_reach_their_field_and_the_table_stays():
-    model = variants.build({"variant": "1b", "llm": {"depth": 2}, "block_causal": True,
-                            "dtype": "bfloat16", "remat": "full", "vqvae": {"patch_nums": [1, 4]}})
+    model = variants.build(
+        {
+            "variant": "1b",
+            "llm": {"depth": 2},
+            "block_causal": True,
+            "dtype": "bfloat16",
+            "remat": "full",
+            "vqvae": {"patch_nums": [1, 4]},
+        }
+    )
     assert (model.llm.depth, model.llm.width, model.block_causal) == (2, 896, True)
     assert model.vision.dtype == model.llm.dtype == "bfloat16" and model.vision.remat == "full"
     assert model.vqvae.patch_nums == (1, 4) and model.visual.num_codes == 17
     assert variants.build({"variant": "1b"}).llm.depth == 24
 
 
-@pytest.mark.parametrize("cfg, text", [
-    ({"variant": "9b"}, "model.variant='9b' is unknown; there are 1b, 2b"),
-    ({"variant": "1b", "llm": {"widht": 3}}, "no such config key: model.llm.widht; did you mean model.llm.width?"),
-    ({"variant": "1b", "vocab": {"size": 3}}, "no such config key: model.vocab.size"),
-    ({"variant": "1b", "colour": 3}, "no such config key: model.colour"),
-    ({"llm": {"width": 32}}, "model.vision is missing: name a variant"),
-    ({"variant": "1b", "llm": 3}, "model.llm=3: a dict of fields is expected"),
-])
+@pytest.mark.parametrize(
+    "cfg, text",
+    [
+        ({"variant": "9b"}, "model.variant='9b' is unknown; there are 1b, 2b"),
+        ({"variant": "1b", "llm": {"widht": 3}}, "no such config key: model.llm.widht; did you mean model.llm.width?"),
+        ({"variant": "1b", "vocab": {"size": 3}}, "no such config key: model.vocab.size"),
+        ({"variant": "1b", "colour": 3}, "no such config key: model.colour"),
+        ({"llm": {"width": 32}}, "model.vision is missing: name a variant"),
+        ({"variant": "1b", "llm": 3}, "model.llm=3: a dict of fields is expected"),
+    ],
+)
 def test_mistakes_are_named(cfg, text):
     with pytest.raises(UserError) as error:
         variants.build(cfg)
@@ -110,4 +127,4 @@ def test_init_draws_every_parameter(form):
     drawn = jax.jit(lambda key: model.init(key, *args))(jax.random.key(0))["params"]
     trees.check_same(drawn, params, form)
     embed = drawn["llm"]["embed"]["embedding"]
-    assert not embed[model.vocab.size:].any() and embed[:model.vocab.size].any(axis=1).all()
+    assert not embed[model.vocab.size :].any() and embed[: model.vocab.size].any(axis=1).all()

@@ -1,4 +1,5 @@
 """The VQ-VAE against the official one's recordings, and the invariants of the nano options."""
+
 import json
 import lzma
 import os
@@ -16,9 +17,19 @@ from argenseg_jax.interop import state_dict as interop
 from argenseg_jax.models.vqvae import VQVAE, _depth_to_space, _space_to_depth
 from argenseg_jax.train.vqvae_loss import init_state, mix_masks, vqvae_loss
 
-NANO = VQVAE(ch=16, ch_mult=(1,), num_res_blocks=0, z_channels=8, codebook_size=32,
-             patch_nums=(1, 2, 4), using_sa=False, using_mid_sa=False, patch_size=4,
-             local=True, dead_zone=0.1)
+NANO = VQVAE(
+    ch=16,
+    ch_mult=(1,),
+    num_res_blocks=0,
+    z_channels=8,
+    codebook_size=32,
+    patch_nums=(1, 2, 4),
+    using_sa=False,
+    using_mid_sa=False,
+    patch_size=4,
+    local=True,
+    dead_zone=0.1,
+)
 
 
 # ---- parity with the official model --------------------------------------------------------------
@@ -40,10 +51,16 @@ class Case:
         self.config = c = json.loads((root / "config.json").read_text())
         self.io = np.load(root / "io.npz")
         self.model = VQVAE(
-            ch=c["ch"], ch_mult=tuple(c["ch_mult"]), num_res_blocks=c["num_res_blocks"],
-            z_channels=c["z_channels"], codebook_size=c["vocab_size"],
-            patch_nums=tuple(c["patch_nums"]), beta=c["beta"], phi_ratio=c["quant_resi"],
-            num_phi=c["share_quant_resi"])
+            ch=c["ch"],
+            ch_mult=tuple(c["ch_mult"]),
+            num_res_blocks=c["num_res_blocks"],
+            z_channels=c["z_channels"],
+            codebook_size=c["vocab_size"],
+            patch_nums=tuple(c["patch_nums"]),
+            beta=c["beta"],
+            phi_ratio=c["quant_resi"],
+            num_phi=c["share_quant_resi"],
+        )
         self.image = jnp.asarray(nhwc(self.io["image"]))
         self.shapes = jax.eval_shape(self.model.init, jax.random.key(0), self.image)["params"]
         self.params = self.from_torch(load(lzma.open(root / "weights.safetensors.xz").read()))
@@ -53,8 +70,7 @@ class Case:
         return interop.to_jax(state, {"vqvae": self.shapes}, **options)["vqvae"]
 
     def __call__(self, method, *args):
-        return jax.jit(lambda p, *a: self.model.apply({"params": p}, *a, method=method))(
-            self.params, *args)
+        return jax.jit(lambda p, *a: self.model.apply({"params": p}, *a, method=method))(self.params, *args)
 
 
 @pytest.fixture(scope="module", params=["A_vqvae_256", "B_vqvae_512"])
@@ -85,8 +101,12 @@ def test_lookup_and_inputs(case):
 def test_decode(case):
     image = np.asarray(case(VQVAE.decode_codes, jnp.asarray(case.io["idx_all"])))
     checked = 0
-    for name, got in {"img_last_s4": image[:, ::4, ::4], "img_last_s8": image[:, ::8, ::8],
-                      "img_last_s16": image[:, ::16, ::16], "img_last_0": image[:1]}.items():
+    for name, got in {
+        "img_last_s4": image[:, ::4, ::4],
+        "img_last_s8": image[:, ::8, ::8],
+        "img_last_s16": image[:, ::16, ::16],
+        "img_last_0": image[:1],
+    }.items():
         if name in case.io:
             np.testing.assert_allclose(got, nhwc(case.io[name]), atol=1e-3)
             checked += 1
@@ -96,8 +116,7 @@ def test_decode(case):
 @pytest.mark.golden_full
 def test_training_forward_and_gradients(case):
     def loss_fn(params, image):
-        recon, vq_loss, _ = case.model.apply({"params": params}, image,
-                                             method=VQVAE.forward_train)
+        recon, vq_loss, _ = case.model.apply({"params": params}, image, method=VQVAE.forward_train)
         rec = jnp.mean((recon - image) ** 2)
         return rec + vq_loss, (recon, rec, vq_loss)
 
@@ -114,7 +133,7 @@ def test_training_forward_and_gradients(case):
     norms = case.config["train_grad_norms"]
     assert len(norms) == len(have)
     for leaf, grad in have.items():
-        key, = interop.torch_keys(f"vqvae/{leaf}")
+        (key,) = interop.torch_keys(f"vqvae/{leaf}")
         want = norms[key.removeprefix("image_tokenizer.")]
         # A bias before a GroupNorm of one channel a group has no gradient but rounding (< 1e-6).
         assert abs(np.linalg.norm(grad) - want) <= 1e-3 * want + 1e-6, leaf
@@ -176,10 +195,24 @@ def test_patches_unfold_where_they_were_folded():
 
 def test_training_learns_masks_and_keeps_code_zero():
     """A few steps on two masks: the loss falls, all overrides fit, the empty mask stays empty."""
-    model = VQVAE(**{f: getattr(NANO, f) for f in ("ch", "ch_mult", "num_res_blocks", "z_channels",
-                                                   "codebook_size", "patch_nums", "using_sa",
-                                                   "using_mid_sa", "patch_size", "local")},
-                  dead_zone=0.02)
+    model = VQVAE(
+        **{
+            f: getattr(NANO, f)
+            for f in (
+                "ch",
+                "ch_mult",
+                "num_res_blocks",
+                "z_channels",
+                "codebook_size",
+                "patch_nums",
+                "using_sa",
+                "using_mid_sa",
+                "patch_size",
+                "local",
+            )
+        },
+        dead_zone=0.02,
+    )
     grey = -np.ones((2, 16, 16, 3), np.float32)
     grey[0, 3:9, 5:14], grey[1, 8:, :7] = 1, 1
     params = jax.jit(model.init)(jax.random.key(0), jnp.asarray(grey))["params"]
@@ -213,5 +246,4 @@ def test_mixed_masks_are_exclusive_ors(masks):
     np.testing.assert_array_equal(mix_masks(jax.random.key(3), masks, 0.0), masks)
     # Crossing with empty masks changes nothing, an exclusive or with nothing.
     empty = jnp.full_like(masks, -1)
-    np.testing.assert_array_equal(jax.jit(lambda m: mix_masks(jax.random.key(3), m, 1.0))(empty),
-                                  empty)
+    np.testing.assert_array_equal(jax.jit(lambda m: mix_masks(jax.random.key(3), m, 1.0))(empty), empty)

@@ -2,6 +2,7 @@
 
 Nothing here uses a cache, a batch of different rows, or decode/: that is what the recordings test.
 """
+
 from __future__ import annotations
 
 import functools
@@ -32,15 +33,36 @@ def config(patch_nums: tuple[int, ...] = (1, 2, 4), **llm: Any) -> dict[str, Any
     """config.json under the official names: width 32, images of one token, masks of four pixels."""
     codes = 16
     return {
-        "case": "F_tiny", "cfg_scale": SCALE, "patch_nums": list(patch_nums), "n_codes": codes,
+        "case": "F_tiny",
+        "cfg_scale": SCALE,
+        "patch_nums": list(patch_nums),
+        "n_codes": codes,
         "tokens": {name: TEXT + i for i, name in enumerate(SPECIAL_TOKENS)},
-        "eos_token_id_in_generate": EOS, "pad_token_id_in_generate": PAD,
-        "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 16,
-                          "num_attention_heads": 2, "patch_size": 8, "initializer_factor": 0.1},
-        "llm_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "rms_norm_eps": 1e-5,
-                       "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-                       "rope_theta": 1e4, "vocab_size": TEXT + len(SPECIAL_TOKENS) + codes, **llm},
-        "vae": {"vocab_size": codes, "z_channels": 4, "ch": 32, "ch_mult": [1], "num_res_blocks": 0}}
+        "eos_token_id_in_generate": EOS,
+        "pad_token_id_in_generate": PAD,
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "image_size": 16,
+            "num_attention_heads": 2,
+            "patch_size": 8,
+            "initializer_factor": 0.1,
+        },
+        "llm_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "rms_norm_eps": 1e-5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "rope_theta": 1e4,
+            "vocab_size": TEXT + len(SPECIAL_TOKENS) + codes,
+            **llm,
+        },
+        "vae": {"vocab_size": codes, "z_channels": 4, "ch": 32, "ch_mult": [1], "num_res_blocks": 0},
+    }
 
 
 class Recorder:
@@ -68,8 +90,9 @@ class Recorder:
     def save(self, folder: pathlib.Path) -> pathlib.Path:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = torch_convert.to_torch(self.params, vocab_size=self.model.vocab.size)
-        tensor_files.write_safetensors(folder / "weights.safetensors",
-                                       {key: tensor_files.Lazy.of(x) for key, x in tensors})
+        tensor_files.write_safetensors(
+            folder / "weights.safetensors", {key: tensor_files.Lazy.of(x) for key, x in tensors}
+        )
         (folder / "config.json").write_text(json.dumps(self.config))
         np.savez(folder / "io.npz", **self.arrays)
         return folder
@@ -93,8 +116,10 @@ class Recorder:
             own = [features.pop(0) for _ in range(ids.count(vocab.img_context))]
             rows.append(self.embedded(ids, vocab.img_context, own))
         kinds, logits, tokens = [], [], []
-        out = {"input_ids": [[PAD] * (left - len(ids)) + ids for ids in prompts],
-               "attention_mask": [[0] * (left - len(ids)) + [1] * len(ids) for ids in prompts]}
+        out = {
+            "input_ids": [[PAD] * (left - len(ids)) + ids for ids in prompts],
+            "attention_mask": [[0] * (left - len(ids)) + [1] * len(ids) for ids in prompts],
+        }
         for call in range(calls):
             last = np.stack([self.logits(x)[-1] for x in rows])
             kinds.append(0)
@@ -107,8 +132,11 @@ class Recorder:
             tokens.append(token)
             if call < calls - 1:
                 rows = [np.concatenate([x, self.embedded([t])]) for x, t in zip(rows, token)]
-        out |= {"generated_tokens": np.stack(tokens, 1), "raw_last_logits_per_text_call": np.stack(logits, 1),
-                "call_kinds_1_is_mask": kinds}
+        out |= {
+            "generated_tokens": np.stack(tokens, 1),
+            "raw_last_logits_per_text_call": np.stack(logits, 1),
+            "call_kinds_1_is_mask": kinds,
+        }
         if pixels is not None:
             out |= {"pixel_values": pixels, "vit_embeds": self.features(pixels)}
         self.arrays |= {f"{part}/{name}": np.asarray(x) for name, x in out.items()}
@@ -124,13 +152,11 @@ class Recorder:
         """f32[T, V] of embedded inputs [T, D], read in one pass."""
         line = np.arange(LENGTH)[None]
         padded = np.pad(x, ((0, LENGTH - len(x)), (0, 0)))[None]
-        hidden, _, _ = self.call("__call__", padded, line, Mask(np.ones_like(line)), module=self.model.llm,
-                                 part="llm")
-        head = np.asarray(self.params["llm"]["lm_head"]["kernel"])[:, :self.model.vocab.size]
-        return np.asarray(hidden)[0, :len(x)] @ head
+        hidden, _, _ = self.call("__call__", padded, line, Mask(np.ones_like(line)), module=self.model.llm, part="llm")
+        head = np.asarray(self.params["llm"]["lm_head"]["kernel"])[:, : self.model.vocab.size]
+        return np.asarray(hidden)[0, : len(x)] @ head
 
-    def mask(self, part: str, number: int, rows: list[np.ndarray], first: np.ndarray, guided: bool
-             ) -> list[np.ndarray]:
+    def mask(self, part: str, number: int, rows: list[np.ndarray], first: np.ndarray, guided: bool) -> list[np.ndarray]:
         """The codes of one mask; returns the rows with all its inputs."""
         scales, first_code = self.model.scales, self.model.vocab.first_code
         quantizer = self.model.bind({"params": self.params}).vqvae.quantizer
@@ -139,7 +165,7 @@ class Recorder:
         for k, (begin, end) in enumerate(scales.bounds):
             shared = self.scale_inputs(quantizer, f_hat, k) if k else None
             rows = [np.concatenate([x, shared if k else self.embedded([t])]) for x, t in zip(rows, first)]
-            logits = [self.logits(x)[None, begin - end:, first_code:] for x in rows]
+            logits = [self.logits(x)[None, begin - end :, first_code:] for x in rows]
             t = SCALE * k / (len(scales) - 1) if guided and len(scales) > 1 else 0.0
             mixed = (1 + t) * logits[0] - t * logits[-1] if guided else logits[0]
             codes.append(np.asarray(mixed.argmax(-1)))
@@ -149,8 +175,11 @@ class Recorder:
         assert np.concatenate(tops, 1).min() > 1e-4, "choose another seed: the codes are no clear choice"
         image = self.call("decode", f_hat, module=self.model.vqvae, part="vqvae")[0]
         name = f"{part}/mask{number}_"
-        self.arrays |= {name + "codes": np.concatenate(codes, 1), name + "code_logit_max": np.concatenate(best, 1),
-                        name + "image_u8": np.asarray((image + 1) / 2 * 255).astype(np.uint8)}
+        self.arrays |= {
+            name + "codes": np.concatenate(codes, 1),
+            name + "code_logit_max": np.concatenate(best, 1),
+            name + "image_u8": np.asarray((image + 1) / 2 * 255).astype(np.uint8),
+        }
         self.arrays |= {f"{part}/sog_ids_fed": first.copy()}
         return rows
 
@@ -158,8 +187,12 @@ class Recorder:
         """[n, D] of scale k: word_embed of what f_hat is there, lvl_embed and pos_1LC."""
         (begin, end), visual = self.model.scales.bounds[k], self.params["visual"]
         word = {name: np.asarray(x) for name, x in visual["word_embed"].items()}
-        return (np.asarray(quantizer.scale_input(f_hat, k))[0] @ word["kernel"] + word["bias"]
-                + visual["lvl_embed"][k] + visual["pos_embed"][begin:end])
+        return (
+            np.asarray(quantizer.scale_input(f_hat, k))[0] @ word["kernel"]
+            + word["bias"]
+            + visual["lvl_embed"][k]
+            + visual["pos_embed"][begin:end]
+        )
 
     # ---- training --------------------------------------------------------------------------------
 
@@ -171,8 +204,8 @@ class Recorder:
         real = np.zeros_like(tokens)
         labels = np.full_like(tokens, IGNORE)
         for b, ids in enumerate(rows):
-            tokens[b, :len(ids)], real[b, :len(ids)] = ids, 1
-            labels[b, PROMPT:len(ids)] = ids[PROMPT:]
+            tokens[b, : len(ids)], real[b, : len(ids)] = ids, 1
+            labels[b, PROMPT : len(ids)] = ids[PROMPT:]
         labels[labels == vocab.ge_end] = vocab.mask_context
         positions = np.maximum(np.cumsum(real, 1) - 1, 0)
         codes, left = None, []
@@ -183,11 +216,11 @@ class Recorder:
         text, coded = [], []
         for b, ids in enumerate(rows):
             own = [left.pop(0) for _ in range(ids.count(vocab.ge_start))]
-            x = self.embedded(ids, vocab.img_context,
-                              [images.pop(0) for _ in range(ids.count(vocab.img_context))])
+            x = self.embedded(ids, vocab.img_context, [images.pop(0) for _ in range(ids.count(vocab.img_context))])
             if own:
                 x[np.asarray(ids) == vocab.mask_context] = np.asarray(
-                    self.call("visual_inputs", np.stack(own))).reshape(-1, x.shape[1])
+                    self.call("visual_inputs", np.stack(own))
+                ).reshape(-1, x.shape[1])
             nll = -np.asarray(jax.nn.log_softmax(self.logits(x)))
             at = iter(np.asarray(own, int).reshape(-1))
             for i in range(PROMPT, len(ids)):
@@ -196,14 +229,21 @@ class Recorder:
                 else:
                     text.append(nll[i - 1, labels[b, i]])
         losses = {"text_loss": np.mean(text), "gen_loss": np.mean(coded) if coded else 0.0}
-        out = {"input_ids": tokens, "labels": labels, "attention_mask": real, "position_ids": positions,
-               "loss": sum(losses.values()), **losses}
+        out = {
+            "input_ids": tokens,
+            "labels": labels,
+            "attention_mask": real,
+            "position_ids": positions,
+            "loss": sum(losses.values()),
+            **losses,
+        }
         if masks is not None:
             out |= {"masks": masks, "mask_token_ids": codes}
         if pixels is not None:
             out |= {"pixel_values": pixels}
-        self.arrays |= {f"train/{name}": np.asarray(x, np.float32 if "loss" in name else None)
-                        for name, x in out.items()}
+        self.arrays |= {
+            f"train/{name}": np.asarray(x, np.float32 if "loss" in name else None) for name, x in out.items()
+        }
 
 
 @functools.partial(jax.jit, static_argnames=("module", "method"))

@@ -1,4 +1,5 @@
 """Parity with the recordings of the official PyTorch code; `verify` notices a difference."""
+
 import json
 import os
 import pathlib
@@ -23,8 +24,7 @@ def assert_ok(folder):
     assert result["ok"], recording.table([row for row in rows if not row.ok])
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c[0] in "EF" else c
-                                  for c in CASES])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c[0] in "EF" else c for c in CASES])
 def test_recordings(case):
     assert_ok(GOLDEN / case)
 
@@ -39,6 +39,7 @@ def test_whole_recordings(case):
 @pytest.fixture
 def copy(tmp_path):
     """A recording whose arrays may be changed: copy(change) -> folder."""
+
     def make(change, case="G_preprocess"):
         folder = tmp_path / case
         shutil.copytree(GOLDEN / case, folder)
@@ -47,6 +48,7 @@ def copy(tmp_path):
         change(arrays)
         np.savez(folder / "io.npz", **arrays)
         return folder
+
     return make
 
 
@@ -71,6 +73,7 @@ def test_integers_must_be_equal_and_unknown_arrays_are_listed(copy):
 
 def test_groups_may_be_absent(copy):
     """What is left is compared, and nothing else is asked for."""
+
     def change(arrays):
         for name in list(arrays):
             if not name.startswith(("noprefix/chat_text/", "eval/pred_u8", "eval/plain_L_150x97")):
@@ -90,8 +93,11 @@ def without_images(tmp_path_factory):
     made = recorder.Recorder({4: GE_START, GE_END: 5, 5: GE_START}, patch_nums=(1, 2))
     made.generate("infer_cfg", [[1, 2, 3, 4], [3, 4]], None, calls=3)
     mask = [GE_START, *[MASK_CONTEXT] * 4, GE_END]
-    made.train([[1, 2, 3, 4, 5, *mask, 6], [1, 2, 3, 4, 5, 6, 3]], None,
-               made.rng.uniform(-1, 1, (1, 3, 2, 2)).astype(np.float32))
+    made.train(
+        [[1, 2, 3, 4, 5, *mask, 6], [1, 2, 3, 4, 5, 6, 3]],
+        None,
+        made.rng.uniform(-1, 1, (1, 3, 2, 2)).astype(np.float32),
+    )
     made.arrays["infer_cfg/made_up"] = np.zeros(2)
     return made, made.save(tmp_path_factory.mktemp("recording"))
 
@@ -104,8 +110,9 @@ def test_a_part_without_images(without_images):
     inputs = {"input_ids", "attention_mask", "position_ids", "labels", "masks", "made_up"}
     compared = {name for name in made.arrays if name.partition("/")[2] not in inputs}
     assert compared <= set(result["errors"])
-    assert {f"infer_cfg/mask{j}_{kind} by decode/" for j in (0, 1) for kind in ("codes", "image_u8")} \
-        <= set(result["errors"])
+    assert {f"infer_cfg/mask{j}_{kind} by decode/" for j in (0, 1) for kind in ("codes", "image_u8")} <= set(
+        result["errors"]
+    )
 
 
 def test_masks_that_the_model_does_not_write_are_misses(without_images, tmp_path):
@@ -114,8 +121,9 @@ def test_masks_that_the_model_does_not_write_are_misses(without_images, tmp_path
     other = recorder.Recorder({4: 6}, patch_nums=(1, 2))  # answers with text alone
     other.arrays = {name: x for name, x in made.arrays.items() if name.startswith("infer_cfg/")}
     result, _ = verify(other.save(tmp_path / "other"))
-    assert {f"infer_cfg/mask{j}_{kind}" for j in (0, 1) for kind in ("codes", "code_logit_max", "image_u8")} \
-        <= set(result["misses"])
+    assert {f"infer_cfg/mask{j}_{kind}" for j in (0, 1) for kind in ("codes", "code_logit_max", "image_u8")} <= set(
+        result["misses"]
+    )
     assert not result["ok"] and result["unused"] == ["infer_cfg/made_up"]
 
 
@@ -143,8 +151,7 @@ def test_what_is_no_recording(tmp_path):
         verify(tmp_path)
 
 
-@pytest.mark.parametrize("measure,error", [("absolute", 2.0), ("scaled", 0.5), ("relative", 0.5),
-                                           ("norm", 0.4)])
+@pytest.mark.parametrize("measure,error", [("absolute", 2.0), ("scaled", 0.5), ("relative", 0.5), ("norm", 0.4)])
 def test_measures(measure, error):
     got, want = np.array([3.0, 6.0]), np.array([3.0, 4.0])
     assert recording._error(got, want, measure) == pytest.approx(error)

@@ -4,6 +4,7 @@
 
 sends itself SIGNAL before batch BATCH if it is that process (see tests/train/test_hosts.py).
 """
+
 import dataclasses
 import os
 import sys

@@ -5,6 +5,7 @@
 before it takes batch N, or while step N, or what is frozen from there on, is being written, or as soon
 as N files have been seen among the checkpoints, which is wherever the run is by then.
 """
+
 import contextlib
 import os
 import pathlib

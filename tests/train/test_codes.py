@@ -1,4 +1,5 @@
 """Kept codes: `prepare --codes`, then data.codes=true, gives the losses of masks, to the bit."""
+
 import json
 
 import jax
@@ -22,8 +23,9 @@ def folder(tmp_path_factory):
     """A workdir of the tiny model, scenes and a chat sample, and both prepared with and without codes."""
     root = tmp_path_factory.mktemp("codes")
     tiny.workdir(root / "run", train={"dtype": "float32"})
-    (root / "c.jsonl").write_text(json.dumps({"conversations": [
-        {"from": "human", "value": "?"}, {"from": "gpt", "value": "red"}]}) + "\n")
+    (root / "c.jsonl").write_text(
+        json.dumps({"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "red"}]}) + "\n"
+    )
     names = ("shapes:simple:train:21", f"{root}/c.jsonl*3")
     coder = MaskCoder.of(str(root / "run"))
     for out, kept in (("with", coder), ("without", None)):
@@ -49,8 +51,7 @@ def test_the_coder_loads_the_vqvae_alone(folder, monkeypatch):
 def test_losses_are_bit_equal(folder):
     model, params = tiny.made()
     opts, value = losses.LMOptions(), {}
-    for name, data in (("codes", section(folder / "with", codes=True)),
-                       ("masks", section(folder / "without"))):
+    for name, data in (("codes", section(folder / "with", codes=True)), ("masks", section(folder / "without"))):
         iterator = pipeline.train_iterator(data, tiny.tokenizer(), run.geometry(model), seed=0, batch_size=8)
         task, total = losses.lm_task(model, opts), []
         step = jax.jit(lambda p, b, k: task.loss(p, None, b, k, task.normalizer(b)))
@@ -89,10 +90,11 @@ def test_codes_of_another_tokenizer_are_refused(folder, tmp_path):
     run.check_codes(config(folder, section(folder / "with", pad_to_square=True)), model, params)
     other = jax.tree.map(lambda x: x + 1, params)
     for cfg, vqvae, says in (
-            (config(folder, good), other, "with holds codes of another mask tokenizer .vqvae: "),
-            (config(folder, good, dtype="bfloat16"), params, "dtype: 'float32', here 'bfloat16'"),
-            (config(folder, good | {"pad_to_square": True}), params, "pad_to_square: False"),
-            (config(folder, good), None, "has no VQ-VAE")):
+        (config(folder, good), other, "with holds codes of another mask tokenizer .vqvae: "),
+        (config(folder, good, dtype="bfloat16"), params, "dtype: 'float32', here 'bfloat16'"),
+        (config(folder, good | {"pad_to_square": True}), params, "pad_to_square: False"),
+        (config(folder, good), None, "has no VQ-VAE"),
+    ):
         with pytest.raises(UserError, match=says):
             run.check_codes(cfg, model, vqvae)
     moving = config(folder, good)
@@ -105,8 +107,18 @@ def test_codes_of_another_tokenizer_are_refused(folder, tmp_path):
 
 def test_the_command(folder, tmp_path, capfd):
     out = tmp_path / "out"
-    args = ["--source", "shapes:simple:train:6", "--source", f"{folder}/c.jsonl*3", "--out", out, "--codes",
-            folder / "run", "--shard_samples", 4]
+    args = [
+        "--source",
+        "shapes:simple:train:6",
+        "--source",
+        f"{folder}/c.jsonl*3",
+        "--out",
+        out,
+        "--codes",
+        folder / "run",
+        "--shard_samples",
+        4,
+    ]
     code, said, err = call(capfd, "prepare", *args)
     result = json.loads(said.splitlines()[-1])
     assert (code, result["samples"], result["broken"], result["shards"]) == (0, 7, 0, 2)
@@ -116,16 +128,32 @@ def test_the_command(folder, tmp_path, capfd):
     assert [s["samples"] for s in manifest["shards"]] == [4, 3]
     assert [p["weight"] for p in manifest["parts"]] == [6, 3]
     assert json.loads(call(capfd, "prepare", "--verify", out)[1]) == {
-        "ok": True, "samples": 7, "broken": 0, "shards": 2, "faults": []}
+        "ok": True,
+        "samples": 7,
+        "broken": 0,
+        "shards": 2,
+        "faults": [],
+    }
     shard = next(out.glob("*.array_record-*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     code, said, err = call(capfd, "prepare", "--verify", out)
     assert code == 1 and "checksum mismatch" in err[0] and not json.loads(said)["ok"]
     assert "--out is missing" in refused(capfd, "prepare", "--source", "shapes:test")
     assert "--codes_dtype goes with --codes" in refused(
-        capfd, "prepare", "--source", "shapes:test", "--out", tmp_path / "b", "--codes_dtype", "float32")
+        capfd, "prepare", "--source", "shapes:test", "--out", tmp_path / "b", "--codes_dtype", "float32"
+    )
     assert "--beam_options goes with --runner" in refused(
-        capfd, "prepare", "--source", "shapes:test", "--out", tmp_path / "b", "--beam_options", "a=b")
+        capfd, "prepare", "--source", "shapes:test", "--out", tmp_path / "b", "--beam_options", "a=b"
+    )
     assert "was begun differently (samples: 7 -> 3; sources: " in refused(
-        capfd, "prepare", "--source", "shapes:simple:test:3", "--out", out, "--codes", folder / "run",
-        "--shard_samples", 4)
+        capfd,
+        "prepare",
+        "--source",
+        "shapes:simple:test:3",
+        "--out",
+        out,
+        "--codes",
+        folder / "run",
+        "--shard_samples",
+        4,
+    )

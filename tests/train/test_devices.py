@@ -1,4 +1,5 @@
 """N devices == 1 device for the real model: losses of a few steps over data, fsdp and tensor axes."""
+
 import jax
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ def trajectory(sizes):
     cfg["train"]["loss"].update(chunk=cfg["data"]["max_labels"] // 3)  # the head is used three times
     model = variants.build({**cfg["model"], "dtype": "float32"})
     phase = run.phases(cfg, model, checkpoint.tokenizer_for(model, None))[-1]
-    mesh = sharding.make_mesh(dict(dcn_data=1, data=1, fsdp=1, tensor=1) | sizes,
-                              jax.devices()[:int(np.prod(list(sizes.values())))])
+    mesh = sharding.make_mesh(
+        dict(dcn_data=1, data=1, fsdp=1, tensor=1) | sizes, jax.devices()[: int(np.prod(list(sizes.values())))]
+    )
     with jax.set_mesh(mesh):
         params = jax.jit(run.init_fn(model))(jax.random.key(0))
         made = program.build(cfg, phase, jax.eval_shape(lambda: params), mesh)

@@ -1,4 +1,5 @@
 """Operations of a step: against XLA's own count of an unrolled model, and the textbook's 6 N T."""
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -51,17 +52,19 @@ def test_forward_passes_against_xla(part):
 
     count = jax.jit(forward).lower(shapes).cost_analysis()["flops"]
     parts = flops.lm_step(model, shapes, lambda path: False, rows=1, width=128, tiles=1, masks=1)
-    mine = {"vision": parts["vision"] + parts["connector"] / 2, "vqvae": parts["vqvae"],
-            "llm": parts["llm"] / 2}[part]
+    mine = {"vision": parts["vision"] + parts["connector"] / 2, "vqvae": parts["vqvae"], "llm": parts["llm"] / 2}[part]
     assert 0.8 * count < mine < 1.1 * count
 
 
 def test_the_vqvaes_decoder_against_xla():
-    model = variants.build({"variant": "nano", "vqvae": dict(
-        ch=32, ch_mult=(1, 2), num_res_blocks=1, using_mid_sa=True, local=False, patch_size=1)})
+    model = variants.build(
+        {
+            "variant": "nano",
+            "vqvae": dict(ch=32, ch_mult=(1, 2), num_res_blocks=1, using_mid_sa=True, local=False, patch_size=1),
+        }
+    )
     shapes = hf_folder.param_shapes(model)["vqvae"]
     decode = lambda p, f: model.vqvae.apply({"params": p}, f, method="decode")
     side = model.scales.side
-    count = jax.jit(decode).lower(shapes, jnp.zeros((1, side, side, model.vqvae.z_channels))
-                                  ).cost_analysis()["flops"]
+    count = jax.jit(decode).lower(shapes, jnp.zeros((1, side, side, model.vqvae.z_channels))).cost_analysis()["flops"]
     assert 0.8 * count < flops.decoder(model, shapes) < 1.1 * count

@@ -1,4 +1,5 @@
 """Several processes of one run: the same losses as one, a lost one, a notice, other numbers of them."""
+
 import json
 import signal
 
@@ -53,10 +54,10 @@ def test_a_notice_to_one_process_stops_both_when_all_is_saved(whole, tmp_path):
     assert all(f"stopped at step {step}, all saved" in err for _, _, err in ended)
     assert 4 <= step <= 8
     params = orbax_io.restore_params(tmp_path)
-    layout = jax.sharding.NamedSharding(jax.make_mesh((4,), ("x",), devices=jax.devices()[:4]),
-                                        jax.sharding.PartitionSpec("x"))
-    sharded = {"connector": {"fc1": {"kernel": jax.ShapeDtypeStruct((toy.WIDTH, 16), np.float32,
-                                                                    sharding=layout)}}}
+    layout = jax.sharding.NamedSharding(
+        jax.make_mesh((4,), ("x",), devices=jax.devices()[:4]), jax.sharding.PartitionSpec("x")
+    )
+    sharded = {"connector": {"fc1": {"kernel": jax.ShapeDtypeStruct((toy.WIDTH, 16), np.float32, sharding=layout)}}}
     flat = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     kernel = orbax_io.restore_params(tmp_path, trees.replace(flat, trees.flatten(sharded)))
     kernel = kernel["connector"]["fc1"]["kernel"]

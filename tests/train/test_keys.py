@@ -2,6 +2,7 @@
 
 The check looks at programs as they are traced; nothing has to be compiled.
 """
+
 import functools
 
 import jax

@@ -1,4 +1,5 @@
 """The loop: files it leaves, phases, starting points, what a resumed run may change."""
+
 import contextlib
 import dataclasses
 import json
@@ -47,7 +48,13 @@ def test_phases_share_one_counter_and_pass_their_weights_on(tmp_path):
     result = run(cfg, tmp_path, first=3)
     assert result["step"] == 9
     assert [(line["step"], line["phase"]) for line in lines(tmp_path)] == [
-        (2, "vqvae"), (3, "vqvae"), (4, "lm"), (6, "lm"), (8, "lm"), (9, "lm")]
+        (2, "vqvae"),
+        (3, "vqvae"),
+        (4, "lm"),
+        (6, "lm"),
+        (8, "lm"),
+        (9, "lm"),
+    ]
     fresh = trees.flatten(toy.init(jax.random.fold_in(jax.random.key(cfg["seed"]), 0)))
     final = trees.flatten(orbax_io.restore_params(str(tmp_path)))
     np.testing.assert_array_equal(final["visual/lvl_embed"], fresh["visual/lvl_embed"])
@@ -58,7 +65,8 @@ def test_weights_that_are_known_replace_fresh_ones(tmp_path):
     known = {"visual": {"lvl_embed": np.full((2, toy.WIDTH), 7.0, np.float32)}}
     run(toy.config(), tmp_path, load=lambda shapes: known)
     np.testing.assert_array_equal(
-        orbax_io.restore_params(str(tmp_path))["visual"]["lvl_embed"], known["visual"]["lvl_embed"])
+        orbax_io.restore_params(str(tmp_path))["visual"]["lvl_embed"], known["visual"]["lvl_embed"]
+    )
     with pytest.raises(UserError, match="other/leaf"):
         run(toy.config(), tmp_path / "b", load=lambda shapes: {"other": {"leaf": np.zeros(1)}})
 
@@ -117,8 +125,9 @@ def test_large_trained_parameters_must_be_sharded(monkeypatch):
     assert whole == 4 * sum(x.size for x in jax.tree.leaves(shapes)) - kernels
     monkeypatch.setattr(program, "_LARGE", 0)
     with pytest.raises(UserError, match="more than 2% of them: visual/pos_embed"):
-        program.check_replicated(shapes, lambda path: path.startswith(("visual", "connector")), mesh,
-                              sharding.PARAM_RULES)
+        program.check_replicated(
+            shapes, lambda path: path.startswith(("visual", "connector")), mesh, sharding.PARAM_RULES
+        )
     only = lambda path: path.endswith("kernel")  # what is frozen may be whole
     assert program.check_replicated(shapes, only, mesh, sharding.PARAM_RULES) == whole
 
@@ -149,6 +158,7 @@ def test_a_signal_saves_and_the_run_resumes(tmp_path, number):
 
 def test_a_notice_at_the_last_step_of_a_phase_is_not_forgotten(tmp_path, monkeypatch):
     """Several hosts learn of it at one step only, which they have agreed on."""
+
     @contextlib.contextmanager
     def told_once():
         yield lambda step: signal.SIGTERM if step in (3, 9) else 0
@@ -219,6 +229,7 @@ FULL = OSError(28, "No space left on device")
 @pytest.mark.parametrize("where", ["step", "metrics", "frozen"])
 def test_a_full_disk_is_one_line_and_the_run_resumes(tmp_path, monkeypatch, where):
     """The same command with room again goes to the end."""
+
     def fail(*_, **__):
         raise FULL if where != "step" else ValueError(f"RESOURCE_EXHAUSTED: Error writing x: {FULL.strerror}")
 
@@ -237,14 +248,21 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(tmp_path, monkeypatch, wher
     assert run(toy.config(), tmp_path)["step"] == 6
 
 
-@pytest.mark.parametrize("name, content, line", [
-    ("config.json", "[]", "config.json is no configuration of a run"),
-    ("config.json", "{", "config.json is no valid JSON"),
-    ("metrics.jsonl", '{"step": 2}\n{\n{"step": 3}\n', "metrics.jsonl:2"),
-    ("checkpoints/6/meta/metadata", '{"phase": "lm", "data": {"index": 1}, "interval": 3, "frozen": 3}',
-     "step 6 .* state of a run"),
-    ("checkpoints/6/meta/metadata", '{"phase": "lm", "data": {}, "frozen": 3}', "step 6 .* state of a run"),
-    ("checkpoints/6/meta/metadata", '{"phase": "x", "data": {}}', "its checkpoint is of phase 'x'")])
+@pytest.mark.parametrize(
+    "name, content, line",
+    [
+        ("config.json", "[]", "config.json is no configuration of a run"),
+        ("config.json", "{", "config.json is no valid JSON"),
+        ("metrics.jsonl", '{"step": 2}\n{\n{"step": 3}\n', "metrics.jsonl:2"),
+        (
+            "checkpoints/6/meta/metadata",
+            '{"phase": "lm", "data": {"index": 1}, "interval": 3, "frozen": 3}',
+            "step 6 .* state of a run",
+        ),
+        ("checkpoints/6/meta/metadata", '{"phase": "lm", "data": {}, "frozen": 3}', "step 6 .* state of a run"),
+        ("checkpoints/6/meta/metadata", '{"phase": "x", "data": {}}', "its checkpoint is of phase 'x'"),
+    ],
+)
 def test_damaged_files_of_a_workdir_are_one_line(tmp_path, name, content, line):
     run(toy.config(), tmp_path, checksums=False)
     (tmp_path / name).write_text(content)
@@ -257,8 +275,7 @@ def test_samples_are_drawn(tmp_path):
     phase = toy.phases(cfg)[0]
     draw = lambda params: {"grey": np.full((2, 2, 3), 9, np.uint8)}
     loop.run(cfg, str(tmp_path), [type(phase)(**{**vars(phase), "samples": draw})], toy.init, devices=ONE)
-    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
-        "0000004_grey.png", "0000006_grey.png"]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["0000004_grey.png", "0000006_grey.png"]
 
 
 def test_batches_that_do_not_split_are_named(tmp_path):

@@ -1,4 +1,5 @@
 """Adapters: merged == adapted, nothing else learns, and what a run with them leaves behind."""
+
 import shutil
 
 import jax
@@ -20,8 +21,9 @@ EVERYWHERE = (r"(llm|vision)/layers/.*", r"connector/.*")
 def noisy(params, lora):
     """The tree with adapters that add something."""
     added = lora.add(params, jax.random.key(0))
-    draw = lambda name, x: x if not name.endswith("lora_b") else 0.1 * jax.random.normal(
-        jax.random.key(len(name)), x.shape)
+    draw = lambda name, x: (
+        x if not name.endswith("lora_b") else 0.1 * jax.random.normal(jax.random.key(len(name)), x.shape)
+    )
     return trees.map_named(draw, added)
 
 
@@ -47,10 +49,15 @@ def test_merged_weights_give_what_adapted_ones_do():
     assert abs(float(loss(merged)) - float(loss(params))) > 1e-2
     assert float(loss(lora.adapted(trained))) == pytest.approx(float(loss(merged)), rel=1e-5)
     o = "llm/layers/attn/o"
-    flat, by_hand = trees.flatten(trained), 0.5 * np.einsum(
-        "LIr,LrO->LIO", *(trees.flatten(trained)[f"{o}/lora_{side}"] for side in "ab"))
-    np.testing.assert_allclose(trees.flatten(merged)[f"{o}/kernel"] - flat[f"{o}/kernel"],
-                               by_hand.reshape(flat[f"{o}/kernel"].shape), atol=1e-5)
+    flat, by_hand = (
+        trees.flatten(trained),
+        0.5 * np.einsum("LIr,LrO->LIO", *(trees.flatten(trained)[f"{o}/lora_{side}"] for side in "ab")),
+    )
+    np.testing.assert_allclose(
+        trees.flatten(merged)[f"{o}/kernel"] - flat[f"{o}/kernel"],
+        by_hand.reshape(flat[f"{o}/kernel"].shape),
+        atol=1e-5,
+    )
 
 
 def test_mistakes():
@@ -80,8 +87,7 @@ def trained(tmp_path_factory):
     cfg |= {"model": tiny.config(), "init_from": str(start)}
     cfg["data"] |= {"sources": ("shapes:simple:train",), "max_tokens": 96, "system": ""}
     cfg["optim"] |= {"lr": 0.01, "warmup": 0, "schedule": "constant", "weight_decay": 0.5}
-    cfg["train"] |= {"steps": 2, "global_batch": 8, "dtype": "float32", "remat": "none",
-                     "checkpoint_every": 1}
+    cfg["train"] |= {"steps": 2, "global_batch": 8, "dtype": "float32", "remat": "none", "checkpoint_every": 1}
     cfg["train"]["lora"] |= {"rank": 2, "alpha": 4.0, "also": ("visual/lvl_embed",)}
     run.train(cfg, str(root / "w"))
     return root / "w", cfg, tiny.made()[1]

@@ -1,4 +1,5 @@
 """The LM loss: its parts by hand, batches that lack a part, chunks, microbatches, each option."""
+
 import dataclasses
 import functools
 
@@ -44,8 +45,9 @@ def loss(batch, opts=PLAIN, *, norm=None, seed=0, deterministic=True):
 def batch():
     """Rows of two masks, one mask and text alone."""
     model, _ = tiny.made("qwen")
-    return tiny.batch(model, [tiny.sample(0, masks=2), tiny.sample(1), tiny.sample(2, masks=0)],
-                      max_masks=2, max_tokens=128)
+    return tiny.batch(
+        model, [tiny.sample(0, masks=2), tiny.sample(1), tiny.sample(2, masks=0)], max_masks=2, max_tokens=128
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +61,14 @@ def by_hand(batch):
             return model.apply({"params": params}, *args, method=method)
 
         codes = call("tokenize", batch["masks"])
-        hidden = call("hidden", batch["tokens"], batch["positions"], batch["segment_ids"],
-                      call("encode_images", batch["tiles"]), codes)
+        hidden = call(
+            "hidden",
+            batch["tokens"],
+            batch["positions"],
+            batch["segment_ids"],
+            call("encode_images", batch["tiles"]),
+            codes,
+        )
         return codes, jax.nn.log_softmax(call("logits", hidden))
 
     codes, logp = map(np.asarray, run(params))
@@ -70,8 +78,14 @@ def by_hand(batch):
         for t, label in enumerate(batch["labels"][row, 1:]):
             if label == model.vocab.mask_context:
                 c = codes[row].reshape(-1)[seen]
-                code.append((-logp[row, t, model.vocab.first_code + c], c, model.scales.levels[seen % 21],
-                             logp[row, t].argmax() == model.vocab.first_code + c))
+                code.append(
+                    (
+                        -logp[row, t, model.vocab.first_code + c],
+                        c,
+                        model.scales.levels[seen % 21],
+                        logp[row, t].argmax() == model.vocab.first_code + c,
+                    )
+                )
                 seen += 1
             elif label != IGNORE:
                 text.append(-logp[row, t, label])
@@ -112,8 +126,7 @@ def test_gradients_of_a_batch_without_masks_are_finite(batch):
     model, params = tiny.made("qwen")
     text_only = {k: v[2:] for k, v in batch.items()}
     norm = losses.lm_task(model, PLAIN).normalizer(text_only)
-    grads = jax.jit(jax.grad(lambda p: losses.lm_loss(
-        model, p, text_only, jax.random.key(0), norm, PLAIN)[0]))(params)
+    grads = jax.jit(jax.grad(lambda p: losses.lm_loss(model, p, text_only, jax.random.key(0), norm, PLAIN)[0]))(params)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
@@ -121,8 +134,7 @@ def test_the_head_may_leave_out_the_places_without_targets(batch):
     most = int((batch["labels"][:, 1:] != IGNORE).sum(1).max())
     assert most < batch["labels"].shape[1] - 8
     plain = losses.LMOptions(scale_accuracy=True, scale_power=0.5)
-    assert loss(batch, dataclasses.replace(plain, max_labels=most)) == pytest.approx(
-        loss(batch, plain), rel=1e-5)
+    assert loss(batch, dataclasses.replace(plain, max_labels=most)) == pytest.approx(loss(batch, plain), rel=1e-5)
 
 
 def test_chunks_change_nothing(batch):
@@ -144,14 +156,17 @@ def test_chunks_change_nothing(batch):
 def _places(model):
     """Hidden states of two rows, their targets, and a weight for each."""
     keys = jax.random.split(jax.random.key(0), 3)
-    return (jax.random.normal(keys[0], (2, 64, 32)), jax.random.randint(keys[1], (2, 64), 0, model.vocab.size),
-            jax.random.uniform(keys[2], (2, 64)))
+    return (
+        jax.random.normal(keys[0], (2, 64, 32)),
+        jax.random.randint(keys[1], (2, 64), 0, model.vocab.size),
+        jax.random.uniform(keys[2], (2, 64)),
+    )
 
 
 def _nll(model, params, hidden, ids):
     """By the textbook."""
     logits = hidden @ model.apply({"params": params}, method="head_matrix")
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits[..., :model.vocab.size]), ids[..., None], axis=-1)[..., 0]
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits[..., : model.vocab.size]), ids[..., None], axis=-1)[..., 0]
 
 
 @pytest.mark.parametrize("learns, products", [(True, 3), (False, 2)])
@@ -181,8 +196,7 @@ def head_gradients(dtype, head_dtype, chunks):
     def part(x, head, constants):
         return jnp.sum(layers.head_product(x, head, 256) * constants), ()
 
-    got = jax.jit(jax.grad(lambda h: losses.in_chunks(part, 512 // chunks)(x, h, by_word)[0]))(
-        head.astype(head_dtype))
+    got = jax.jit(jax.grad(lambda h: losses.in_chunks(part, 512 // chunks)(x, h, by_word)[0]))(head.astype(head_dtype))
     assert got.dtype == head_dtype
     want = np.einsum("btd,btv->dv", np.asarray(x, np.float64), np.asarray(by_word, np.float64))
     return np.asarray(got, np.float64), want
@@ -205,7 +219,7 @@ def test_microbatches_add_up_to_the_batch(batch):
     """With denominators of the whole batch, though the rows hold 2, 1 and 0 masks."""
     model, _ = tiny.made("qwen")
     norm = losses.lm_task(model, PLAIN).normalizer(batch)
-    parts = [loss({k: v[i:i + 1] for k, v in batch.items()}, norm=norm) for i in range(3)]
+    parts = [loss({k: v[i : i + 1] for k, v in batch.items()}, norm=norm) for i in range(3)]
     for key, value in loss(batch).items():
         assert sum(p[key] for p in parts) == pytest.approx(value, rel=1e-5)
 
@@ -215,8 +229,13 @@ def test_packed_rows_have_the_losses_of_unpacked_ones(form, block_causal):
     """Chat, a picture without a mask, one and two masks, text alone; two rows, in another order."""
     model = variants.build(tiny.config(form, block_causal=block_causal))
     params = tiny.params(model)
-    samples = [tiny.sample(0, masks=2), tiny.sample(1, image=False), tiny.sample(2, masks=0),
-               tiny.sample(3), tiny.sample(4, masks=0, image=False)]
+    samples = [
+        tiny.sample(0, masks=2),
+        tiny.sample(1, image=False),
+        tiny.sample(2, masks=0),
+        tiny.sample(3),
+        tiny.sample(4, masks=0, image=False),
+    ]
     room = dict(max_tokens=224, max_tiles=2, max_masks=3)
     encoder = tiny.encoder(model, **room, sample_tiles=1)
     pieces = [encoder.piece(s, np.random.default_rng(0)) for s in samples]
@@ -231,8 +250,10 @@ def test_packed_rows_have_the_losses_of_unpacked_ones(form, block_causal):
     @jax.jit
     def run(params, batch):
         def value(params):
-            return losses.lm_loss(model, params, batch, jax.random.key(0), task.normalizer(batch), opts,
-                                  deterministic=True)
+            return losses.lm_loss(
+                model, params, batch, jax.random.key(0), task.normalizer(batch), opts, deterministic=True
+            )
+
         if block_causal:
             return value(params)[1].metrics, None
         (_, aux), grads = jax.value_and_grad(value, has_aux=True)(params)
@@ -319,5 +340,5 @@ def test_a_step_moves_all_but_the_frozen(form, batch):
     for name in before:
         same = before[name].tobytes() == np.asarray(after[name]).tobytes()
         assert same == name.startswith(("vision/", "vqvae/")), name
-    padding = after["llm/embed/embedding"][model.vocab.size:]
+    padding = after["llm/embed/embedding"][model.vocab.size :]
     assert not np.any(padding)

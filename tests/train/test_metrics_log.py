@@ -1,4 +1,5 @@
 """The numbers of an interval, also of one that a checkpoint cut in two; lines that are damaged."""
+
 import json
 
 import numpy as np
@@ -24,8 +25,16 @@ def test_padding_tokens_and_samples(monkeypatch):
         now[0] += 1.5
         interval.add({"loss": loss})
     got = interval.mean(lambda steps: steps)
-    assert got == pytest.approx({"loss": 2.0, "seconds_per_step": 2.0, "data_wait": 0.25, "padding": 0.25,
-                                 "tokens_per_second": 12 / 4, "samples_per_second": 7 / 4})
+    assert got == pytest.approx(
+        {
+            "loss": 2.0,
+            "seconds_per_step": 2.0,
+            "data_wait": 0.25,
+            "padding": 0.25,
+            "tokens_per_second": 12 / 4,
+            "samples_per_second": 7 / 4,
+        }
+    )
 
 
 def test_an_open_interval_comes_back_exactly():
@@ -58,8 +67,21 @@ def test_a_last_line_that_was_cut_is_left_out_and_rewritten(tmp_path, cut):
         assert path.read_text() == GOOD
 
 
-@pytest.mark.parametrize("bad", ["{", "[1]", "null", '{"loss": 1}', '{"step": "2"}', '{"step": NaN}', "\0\0", "\udc80",
-                                 "[" * 5000, '{"step": 1' + "0" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "{",
+        "[1]",
+        "null",
+        '{"loss": 1}',
+        '{"step": "2"}',
+        '{"step": NaN}',
+        "\0\0",
+        "\udc80",
+        "[" * 5000,
+        '{"step": 1' + "0" * 5000 + "}",
+    ],
+)
 def test_a_damaged_line_is_named_by_its_number(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes((GOOD + bad + "\n" + GOOD).encode("utf-8", "surrogateescape"))

@@ -1,4 +1,5 @@
 """Optimizers: schedules by hand, Muon per layer matrix, groups, decay and freezing by path."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +11,15 @@ from argenseg_jax.errors import UserError
 from argenseg_jax.train import optim
 from configs import common
 
-PARAMS = trees.unflatten({
-    "llm/layers/attn/q/kernel": jnp.ones((2, 6, 2, 4)),
-    "llm/layers/attn/o/kernel": jnp.ones((2, 2, 4, 6)),
-    "llm/layers/mlp/gate/kernel": jnp.ones((2, 6, 5)),
-    "llm/layers/norm/scale": jnp.ones((2, 6)),
-    "llm/embed/embedding": jnp.ones((7, 6)),
-})
+PARAMS = trees.unflatten(
+    {
+        "llm/layers/attn/q/kernel": jnp.ones((2, 6, 2, 4)),
+        "llm/layers/attn/o/kernel": jnp.ones((2, 2, 4, 6)),
+        "llm/layers/mlp/gate/kernel": jnp.ones((2, 6, 5)),
+        "llm/layers/norm/scale": jnp.ones((2, 6)),
+        "llm/embed/embedding": jnp.ones((7, 6)),
+    }
+)
 
 
 def section(**changes):
@@ -114,8 +117,7 @@ def test_clipping_uses_the_global_norm():
 
 def test_freezing():
     select = optim.trainable(PARAMS, (r"llm/embed/.*",), held=(r".*/scale",))
-    assert [p for p in trees.flatten(PARAMS) if not select(p)] == ["llm/layers/norm/scale",
-                                                                  "llm/embed/embedding"]
+    assert [p for p in trees.flatten(PARAMS) if not select(p)] == ["llm/layers/norm/scale", "llm/embed/embedding"]
     with pytest.raises(UserError, match="'lm/.*' matches no parameter"):
         optim.trainable(PARAMS, ("lm/.*",))
     with pytest.raises(UserError, match="no parameter to train"):

@@ -1,4 +1,5 @@
 """Resumed == uninterrupted, bit for bit, after kill -9 in either phase and while files are written."""
+
 import json
 import os
 import random
@@ -28,8 +29,7 @@ def everything(workdir):
     with orbax_io.Checkpointer(str(workdir), read_only=True) as checkpoints:
         step = checkpoints.latest()
         data = checkpoints.meta(step)["data"]
-    flat = {"params": orbax_io.restore_params(str(workdir), ema=False),
-            "ema": orbax_io.restore_params(str(workdir))}
+    flat = {"params": orbax_io.restore_params(str(workdir), ema=False), "ema": orbax_io.restore_params(str(workdir))}
     return step, data, trees.flatten(flat), orbax_io.read_train(str(workdir))
 
 
@@ -46,14 +46,17 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment, number", [
-    ("batch", 2), ("batch", 7), ("save", 8), ("frozen", 4), ("files", None)])
+@pytest.mark.parametrize("moment, number", [("batch", 2), ("batch", 7), ("save", 8), ("frozen", 4), ("files", None)])
 def test_resume_after_kill_is_bit_exact(moment, number, whole, tmp_path):
     number = number or random.randrange(20, 110)
     print("killed at", moment, number)  # pytest shows it where the test fails
     env = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # as conftest.py sets it here
-    child = subprocess.run([sys.executable, "-m", "tests.train.resume_child", str(tmp_path),
-                            moment, str(number)], env=env, capture_output=True, check=False)
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.train.resume_child", str(tmp_path), moment, str(number)],
+        env=env,
+        capture_output=True,
+        check=False,
+    )
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
     if moment == "save":
         assert orbax_io.newest_step(tmp_path) == 6
@@ -76,6 +79,7 @@ def test_resume_after_kill_is_bit_exact(moment, number, whole, tmp_path):
 @pytest.mark.parametrize("batch", [1, 5, 8])
 def test_a_resumed_run_logs_the_same_numbers(whole, tmp_path, batch):
     """Checkpoints come every 2 steps, lines every 3: what was not logged yet is in the checkpoint."""
+
     class Ending(toy.Data):
         def __next__(self):
             if self.index == batch:

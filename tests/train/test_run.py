@@ -1,4 +1,5 @@
 """init_from: whatever a checkpoint holds is taken over, the rest starts fresh and is named."""
+
 import json
 import shutil
 
@@ -60,7 +61,7 @@ def test_a_released_folder_lacks_what_argenseg_adds(sources, capsys):
         where = words if name in ("llm/embed/embedding", "llm/lm_head/kernel") else ...
         np.testing.assert_array_equal(array[where], want[name][where])
     embed = known["llm/embed/embedding"]
-    np.testing.assert_allclose(embed[OLD_WORDS:model.vocab.size].std(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(embed[OLD_WORDS : model.vocab.size].std(axis=0), 0, atol=1e-6)
     np.testing.assert_allclose(embed[OLD_WORDS], embed[:OLD_WORDS].mean(0), atol=1e-5)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "these start fresh: visual/*, vqvae/*" in said
@@ -80,8 +81,10 @@ def test_other_sizes_start_fresh_and_another_model_is_refused(sources, capsys):
     cfg["llm"]["mlp"] = 40
     source = checkpoint.open_checkpoint(str(sources["workdir"]))
     run.known_weights(source, hf_folder.param_shapes(variants.build(cfg)))
-    assert ("fresh: llm/layers/mlp/down/kernel, llm/layers/mlp/gate/kernel, llm/layers/mlp/up/kernel"
-            in capsys.readouterr().err)
+    assert (
+        "fresh: llm/layers/mlp/down/kernel, llm/layers/mlp/gate/kernel, llm/layers/mlp/up/kernel"
+        in capsys.readouterr().err
+    )
     strange = {"other": {"kernel": jax.ShapeDtypeStruct((3,), np.float32)}}
     with pytest.raises(UserError, match="none of its parameters fits"):
         run.known_weights(source, strange)
@@ -90,6 +93,7 @@ def test_other_sizes_start_fresh_and_another_model_is_refused(sources, capsys):
 def test_training_goes_on_from_a_released_folder(sources, tmp_path):
     """The whole way: `train` with init_from; frozen vision stays what the folder held."""
     from configs import common
+
     cfg = common.base().to_dict()
     cfg |= {"model": tiny.config(), "init_from": str(sources["base"])}
     cfg["data"] |= {"sources": ("shapes:simple:train",), "max_tokens": 96, "system": ""}
@@ -109,6 +113,7 @@ def test_training_goes_on_from_a_released_folder(sources, tmp_path):
 
 def test_a_part_that_is_neither_loaded_nor_trained_is_an_error(sources):
     from configs import common
+
     cfg = common.base().to_dict() | {"model": tiny.config()}
     model = run.build_model(cfg)
     shapes = hf_folder.param_shapes(model)
@@ -136,6 +141,7 @@ def test_a_part_that_is_neither_loaded_nor_trained_is_an_error(sources):
 def test_a_resumed_run_needs_no_init_from(sources, tmp_path):
     """Weights and tokenizer are in the workdir: the checkpoint it began with may be gone."""
     from configs import common
+
     start = tmp_path / "start"
     shutil.copytree(sources["workdir"], start)
     cfg = common.base().to_dict()

@@ -1,4 +1,5 @@
 """The step: accumulation, frozen and held parameters, steps that are not finite, devices."""
+
 import dataclasses
 
 import jax
@@ -47,8 +48,10 @@ def test_accumulation_equals_the_full_batch(count):
 
 def test_frozen_parameters_keep_every_bit_and_have_no_state():
     state, step = build(name="muon", matrices=("connector/.*/kernel",), weight_decay=0.1, ema=0.5)
-    moments = {"/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
-               for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+    moments = {
+        "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
+        for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    }
     assert not any("lvl_embed" in m or "codebook" in m for m in moments)
     assert any("word_embed" in m for m in moments)
     assert "lvl_embed" not in str(jax.tree.structure(state.ema))
@@ -68,8 +71,7 @@ def test_overrides_are_set_directly():
     after, _ = step(state, batch)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 0), 0)
     _, aux = toy.loss(state.params, state.extra, batch, key, {"rows": batch["weight"].sum()})
-    close(after.params["vqvae"]["quantizer"]["codebook"], aux.overrides["vqvae/quantizer/codebook"],
-          rtol=1e-4)
+    close(after.params["vqvae"]["quantizer"]["codebook"], aux.overrides["vqvae/quantizer/codebook"], rtol=1e-4)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted():
@@ -78,8 +80,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
     after, metrics = step(state, bad)
     assert not np.isfinite(metrics["loss"])
     assert (int(after.step), int(after.skipped)) == (1, 1)
-    jax.tree.map(np.testing.assert_array_equal, state.replace(step=0, skipped=0),
-                 after.replace(step=0, skipped=0))
+    jax.tree.map(np.testing.assert_array_equal, state.replace(step=0, skipped=0), after.replace(step=0, skipped=0))
     after, _ = step(after, toy.batch(1))
     assert (int(after.step), int(after.skipped)) == (2, 1)
     assert np.any(after.params["connector"]["fc1"]["kernel"] != state.params["connector"]["fc1"]["kernel"])
@@ -107,12 +108,13 @@ def one_device():
     return state, metrics
 
 
-@pytest.mark.parametrize("sizes", [dict(data=4), dict(fsdp=2, data=2), dict(tensor=4, fsdp=2),
-                                   dict(dcn_data=2, fsdp=2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [dict(data=4), dict(fsdp=2, data=2), dict(tensor=4, fsdp=2), dict(dcn_data=2, fsdp=2)], ids=str
+)
 def test_devices_do_not_change_the_result(sizes, one_device):
     state, step = build(microbatches=2, ema=0.9, eps=STEADY)
     cfg = dict(dcn_data=1, data=1, fsdp=1, tensor=1) | sizes
-    mesh = sharding.make_mesh(cfg, jax.devices()[:int(np.prod(list(cfg.values())))])
+    mesh = sharding.make_mesh(cfg, jax.devices()[: int(np.prod(list(cfg.values())))])
     layout = step_lib.state_shardings(jax.eval_shape(lambda: state), mesh)
     fc1 = layout.params["connector"]["fc1"]["kernel"].spec
     assert fc1 == layout.ema["connector"]["fc1"]["kernel"].spec  # averages lie with their weights

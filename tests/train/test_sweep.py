@@ -1,4 +1,5 @@
 """A sweep's points, the jobs that it writes, its table and plot; and the command on a tiny model."""
+
 import json
 import re
 import subprocess
@@ -22,6 +23,7 @@ def expand(*settings):
     def add_all(add):
         for s in settings:
             add(**s)
+
     return sweep.expand(types.SimpleNamespace(__file__="x.py", sweep=add_all), common.base())
 
 
@@ -34,10 +36,16 @@ def test_points_are_named_after_their_settings():
     assert re.fullmatch(r"init_from=a_b-[0-9a-f]{8}", a.name) and b.name == "init_from=a_b"
 
 
-@pytest.mark.parametrize("settings, text", [
-    ([], "adds no point"), ([{"seed": 1}, {"seed": 1}], "'seed=1' twice"),
-    ([{"train.stepz": 1}], "stepz"), ([{"seed": "one"}], "seed"),
-], ids=str)
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        ([], "adds no point"),
+        ([{"seed": 1}, {"seed": 1}], "'seed=1' twice"),
+        ([{"train.stepz": 1}], "stepz"),
+        ([{"seed": "one"}], "seed"),
+    ],
+    ids=str,
+)
 def test_what_is_wrong_with_a_sweep_is_said(settings, text):
     with pytest.raises(UserError, match=text):
         expand(*settings)
@@ -51,8 +59,13 @@ def commands():
 
 
 def test_a_point_overrides_the_command_line():
-    assert commands()[0][:5] == ["train", "--config=c.py:x=1", "--config.train.steps=3", "--config.seed=1",
-                                 """--config.data.sources=('a b*2', "c'd")"""]
+    assert commands()[0][:5] == [
+        "train",
+        "--config=c.py:x=1",
+        "--config.train.steps=3",
+        "--config.seed=1",
+        """--config.data.sources=('a b*2', "c'd")""",
+    ]
     assert commands()[1][-1] == "--workdir=gs://b/root/optim.name=muon"
 
 
@@ -63,8 +76,13 @@ def test_a_slurm_array_runs_each_point(tmp_path):
     (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     (tmp_path / "srun").chmod(0o755)
     for i, args in enumerate(commands()):
-        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True, env={
-            "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": ".", "SLURM_ARRAY_TASK_ID": str(i)})
+        done = subprocess.run(
+            ["bash", "-c", text],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": ".", "SLURM_ARRAY_TASK_ID": str(i)},
+        )
         assert done.stdout.splitlines()[1:] == ["-m", "argenseg_jax", *args, "--distributed"]
 
 
@@ -97,13 +115,13 @@ def test_the_axis_is_logarithmic_over_a_decade():
 
 
 def test_the_command_writes_jobs_and_collects_nothing(tmp_path, capfd):
-    code, out, _ = command.call(capfd, "sweep", "--config", CONFIG, "--workdir", tmp_path / "s",
-                                "--config.train.steps=2", "--launch=commands")
+    code, out, _ = command.call(
+        capfd, "sweep", "--config", CONFIG, "--workdir", tmp_path / "s", "--config.train.steps=2", "--launch=commands"
+    )
     lines = out.splitlines()
     assert code == 0 and len(lines) == 7 and json.loads(lines[-1]) == {"points": 6, "file": None}
     assert "--config.train.steps=2 --config.optim.lr=0.001 --config.seed=0" in lines[0]
-    code, out, _ = command.call(capfd, "sweep", "--config", CONFIG, "--workdir", tmp_path / "s",
-                                "--launch=nothing")
+    code, out, _ = command.call(capfd, "sweep", "--config", CONFIG, "--workdir", tmp_path / "s", "--launch=nothing")
     assert code == 0 and json.loads(out)["done"] == 0 and (tmp_path / "s" / "sweep.svg").exists()
 
 
@@ -112,12 +130,18 @@ def test_a_sweep_trains_resumes_and_names_the_best(tmp_path):
     """The second call trains nothing, and finds what the first one left."""
     config = tmp_path / "configs" / "two.py"
     config.parent.mkdir()
-    config.write_text("from tests.cli.tiny_config import get_config\n"
-                      "def sweep(add):\n    add(seed=1)\n    add(**{'train.global_batch': 3})\n")
+    config.write_text(
+        "from tests.cli.tiny_config import get_config\n"
+        "def sweep(add):\n    add(seed=1)\n    add(**{'train.global_batch': 3})\n"
+    )
 
     def run():
-        done = subprocess.run([sys.executable, "-m", "argenseg_jax", "sweep", f"--config={config}",
-                               f"--workdir={tmp_path / 's'}"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "argenseg_jax", "sweep", f"--config={config}", f"--workdir={tmp_path / 's'}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         return done, json.loads(done.stdout.splitlines()[-1])
 
     done, result = run()

@@ -1,4 +1,5 @@
 """A small task with every feature that the loop knows: dropout, a held codebook, frozen weights."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -22,11 +23,16 @@ def init(rng: jax.Array) -> dict[str, Any]:
     a, b, c, d = jax.random.split(rng, 4)
     normal = jax.random.normal
     return {
-        "connector": {"norm": {"scale": jnp.ones(WIDTH), "bias": jnp.zeros(WIDTH)},
-                      "fc1": {"kernel": normal(a, (WIDTH, 16)), "bias": jnp.zeros(16)},
-                      "fc2": {"kernel": normal(b, (16, OUT)), "bias": jnp.zeros(OUT)}},
-        "visual": {"word_embed": {"kernel": normal(c, (WIDTH, WIDTH)), "bias": jnp.zeros(WIDTH)},
-                   "lvl_embed": normal(d, (2, WIDTH)), "pos_embed": jnp.zeros((3, WIDTH))},
+        "connector": {
+            "norm": {"scale": jnp.ones(WIDTH), "bias": jnp.zeros(WIDTH)},
+            "fc1": {"kernel": normal(a, (WIDTH, 16)), "bias": jnp.zeros(16)},
+            "fc2": {"kernel": normal(b, (16, OUT)), "bias": jnp.zeros(OUT)},
+        },
+        "visual": {
+            "word_embed": {"kernel": normal(c, (WIDTH, WIDTH)), "bias": jnp.zeros(WIDTH)},
+            "lvl_embed": normal(d, (2, WIDTH)),
+            "pos_embed": jnp.zeros((3, WIDTH)),
+        },
         "vqvae": {"quantizer": {"codebook": jnp.zeros((5, OUT))}},
     }
 
@@ -41,15 +47,23 @@ def loss(params, extra, batch, rng, norm):
     error = jnp.sum((y - batch["y"]) ** 2, -1) * batch["weight"]
     value = jnp.sum(error) / norm["rows"]
     codebook = params["vqvae"]["quantizer"]["codebook"]
-    return value, Aux({"gen_loss": value}, {"vqvae/quantizer/codebook": codebook + jnp.sum(y)},
-                      None if extra is None else {"seen": extra["seen"] + jnp.sum(batch["weight"])})
+    return value, Aux(
+        {"gen_loss": value},
+        {"vqvae/quantizer/codebook": codebook + jnp.sum(y)},
+        None if extra is None else {"seen": extra["seen"] + jnp.sum(batch["weight"])},
+    )
 
 
 def task(name: str = "lm", frozen: tuple[str, ...] = ("vqvae/.*",), *, dropout: bool = True) -> Task:
     fn = loss if dropout else lambda p, e, b, r, n: loss(p, e, b, jax.random.key(0), n)
-    return Task(name, frozen, lambda params: {"seen": jnp.zeros(())},
-                lambda batch: {"rows": jnp.maximum(batch["weight"].sum(), 1.0)}, fn,
-                overridden=("vqvae/quantizer/codebook",))
+    return Task(
+        name,
+        frozen,
+        lambda params: {"seen": jnp.zeros(())},
+        lambda batch: {"rows": jnp.maximum(batch["weight"].sum(), 1.0)},
+        fn,
+        overridden=("vqvae/quantizer/codebook",),
+    )
 
 
 def batch(index: int, rows: int = 8) -> dict[str, np.ndarray]:

@@ -1,4 +1,5 @@
 """What sources of published layouts share: finding files, naming faults, the words of a sample."""
+
 from __future__ import annotations
 
 import contextlib
@@ -99,8 +100,10 @@ class Root(NamedTuple):
         """
         if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
             raise SampleError(f"a file name is expected, not {brief(repr(name), 80)}")
-        paths = [files.inside(self.folder, spelling, self.allow_outside, SampleError)
-                 for spelling in self._spellings(os.fspath(name))]
+        paths = [
+            files.inside(self.folder, spelling, self.allow_outside, SampleError)
+            for spelling in self._spellings(os.fspath(name))
+        ]
         return next((p for p in paths if files.kind_of(p, SampleError)), paths[0]) if len(paths) > 1 else paths[0]
 
     def _spellings(self, name: str) -> list[str]:
@@ -116,8 +119,9 @@ class Root(NamedTuple):
         return list(dict.fromkeys(found))
 
 
-def frames(root: Root, video: str, conversation: Sequence[Mapping[str, str]],
-           most: int = 32) -> tuple[list[str], list[dict[str, str]]]:
+def frames(
+    root: Root, video: str, conversation: Sequence[Mapping[str, str]], most: int = 32
+) -> tuple[list[str], list[dict[str, str]]]:
     """A folder of frames as images: (paths below root, turns with `<video>` as InternVL writes it).
 
     At most `most` frames, evenly spaced. A text without `<video>` has it in front.
@@ -171,8 +175,9 @@ def records(content: Any, key: str, path: Any) -> list[Mapping[str, Any]]:
     if not isinstance(found, list):
         raise UserError(f"{path}: key `{key}` must be a list of objects")
     if (wrong := next((k for k, r in enumerate(found) if not isinstance(r, Mapping)), None)) is not None:
-        raise UserError(f"{path}: key `{key}` must be a list of objects; entry {wrong} is "
-                        f"{brief(repr(found[wrong]), 60)}")
+        raise UserError(
+            f"{path}: key `{key}` must be a list of objects; entry {wrong} is {brief(repr(found[wrong]), 60)}"
+        )
     return found
 
 
@@ -207,8 +212,9 @@ def by_id(entries: Sequence[Mapping[str, Any]], where: str) -> dict[int | str, M
     return found
 
 
-def classes(categories: Sequence[Mapping[str, Any]], where: str
-            ) -> tuple[dict[int | str, str], dict[int | str, int | str]]:
+def classes(
+    categories: Sequence[Mapping[str, Any]], where: str
+) -> tuple[dict[int | str, str], dict[int | str, int | str]]:
     """({category id: name}, {category id: the first id of that name}): two of one name are one question."""
     known = by_id(categories, where)
     names = each(list(known.values()), lambda c: spoken(text(c["name"], "the name")), where)

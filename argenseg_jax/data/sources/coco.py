@@ -1,10 +1,11 @@
 """COCO-style annotations: COCO instances, and "segment {class}" from PACO-LVIS, PASCAL-Part, one's own.
 
-    coco/{annotations/instances_val2017.json, val2017/*.jpg}
-    paco/annotations/paco_lvis_v1_val.json, pictures as in COCO (val2017/*.jpg)
-    pascal_part/train.json (as VLPart and LISA publish it), VOCdevkit/VOC2010/JPEGImages/*.jpg
-    own: see data/sources/own.py
+coco/{annotations/instances_val2017.json, val2017/*.jpg}
+paco/annotations/paco_lvis_v1_val.json, pictures as in COCO (val2017/*.jpg)
+pascal_part/train.json (as VLPart and LISA publish it), VOCdevkit/VOC2010/JPEGImages/*.jpg
+own: see data/sources/own.py
 """
+
 from __future__ import annotations
 
 import collections
@@ -20,15 +21,31 @@ from argenseg_jax.data.sources import base, psalm
 
 # family -> (annotation files, folders of pictures); {split} is filled in
 LAYOUTS = {
-    "coco": (("annotations/instances_{split}.json", "instances_{split}.json"),
-             ("{split}", "images/{split}")),
-    "paco": (("annotations/paco_lvis_v1_{split}.json", "paco_lvis_v1_{split}.json",
-              "paco_lvis/annotations/paco_lvis_v1_{split}.json"),
-             ("train2017/..", "val2017/..", "coco/train2017/..", "coco/val2017/..",
-              "../coco/train2017/..", "../coco/val2017/..")),
-    "pascalpart": (("{split}.json", "pascal_part/{split}.json", "vlpart/pascal_part/{split}.json"),
-                   ("VOCdevkit/VOC2010/JPEGImages", "../VOCdevkit/VOC2010/JPEGImages",
-                    "../../VOCdevkit/VOC2010/JPEGImages", "JPEGImages")),
+    "coco": (("annotations/instances_{split}.json", "instances_{split}.json"), ("{split}", "images/{split}")),
+    "paco": (
+        (
+            "annotations/paco_lvis_v1_{split}.json",
+            "paco_lvis_v1_{split}.json",
+            "paco_lvis/annotations/paco_lvis_v1_{split}.json",
+        ),
+        (
+            "train2017/..",
+            "val2017/..",
+            "coco/train2017/..",
+            "coco/val2017/..",
+            "../coco/train2017/..",
+            "../coco/val2017/..",
+        ),
+    ),
+    "pascalpart": (
+        ("{split}.json", "pascal_part/{split}.json", "vlpart/pascal_part/{split}.json"),
+        (
+            "VOCdevkit/VOC2010/JPEGImages",
+            "../VOCdevkit/VOC2010/JPEGImages",
+            "../../VOCdevkit/VOC2010/JPEGImages",
+            "JPEGImages",
+        ),
+    ),
     "own": (("annotations.json",), ("images",)),
 }
 SPLITS = {"coco": "val2017", "paco": "val", "pascalpart": "train", "own": ""}
@@ -59,8 +76,15 @@ class CocoSource(base.Indexed[Objects]):
 
     takes_prompt = True
 
-    def __init__(self, folder: epath.Path, family: str = "coco", split: str = "",
-                 image_root: epath.PathLike = "", prompt: str = psalm.DEFAULT, reading: Reading = Reading()):
+    def __init__(
+        self,
+        folder: epath.Path,
+        family: str = "coco",
+        split: str = "",
+        image_root: epath.PathLike = "",
+        prompt: str = psalm.DEFAULT,
+        reading: Reading = Reading(),
+    ):
         psalm.question([], prompt)
         split = split or SPLITS[family]
         annotations, places = ([p.format(split=split) for p in part] for part in LAYOUTS[family])
@@ -70,13 +94,17 @@ class CocoSource(base.Indexed[Objects]):
         self._images = base.by_id(base.records(content, "images", path), f"{path}: images")
         self._names, same = base.classes(base.records(content, "categories", path), f"{path}: categories")
         self._anns = base.records(content, "annotations", path)
-        keys = base.each(self._anns, lambda a: (base.an_id(a["image_id"]), base.an_id(a["category_id"])),
-                           f"{path}: annotations")
+        keys = base.each(
+            self._anns, lambda a: (base.an_id(a["image_id"]), base.an_id(a["category_id"])), f"{path}: annotations"
+        )
         groups: dict[tuple, list[int]] = collections.defaultdict(list)
         for k, (image_id, category_id) in enumerate(keys):
             groups[image_id, same.get(category_id, category_id)].append(k)
-        entries = [Objects(*key, tuple(groups[key])) for key in sorted(groups, key=base.in_order)
-                   if not all(self._anns[k].get("iscrowd") for k in groups[key])]
+        entries = [
+            Objects(*key, tuple(groups[key]))
+            for key in sorted(groups, key=base.in_order)
+            if not all(self._anns[k].get("iscrowd") for k in groups[key])
+        ]
         root = files.to_path(image_root) if image_root else base.find(folder, f"pictures of {family}", *places)
         self._root = base.Root(root, reading.allow_outside)
         super().__init__(str(path), entries, reading)
@@ -90,19 +118,34 @@ class CocoSource(base.Indexed[Objects]):
         image, height, width = self.sized(info, self._root, "of the entry")
         anns = [self._anns[k] for k in entry.anns]
         single = [a for a in anns if not a.get("iscrowd")]
-        meta = {"files": [info["file_name"]], "kind": name, "sents": [name],
-                **base.ids_of(image_id=entry.image_id, category_id=entry.category_id)}
+        meta = {
+            "files": [info["file_name"]],
+            "kind": name,
+            "sents": [name],
+            **base.ids_of(image_id=entry.image_id, category_id=entry.category_id),
+        }
         if self.family != "coco":
             drawn = rle.objects(single, height, width)
-            return Sample(base.turns(psalm.question([name], psalm.wording(self.prompt))), (image,), (drawn.mask,),
-                          {**meta, **drawn.meta(), "metric": "semantic"})
+            return Sample(
+                base.turns(psalm.question([name], psalm.wording(self.prompt))),
+                (image,),
+                (drawn.mask,),
+                {**meta, **drawn.meta(), "metric": "semantic"},
+            )
         each = rle.each(single, height, width)
-        crowds = [rle.union([a["segmentation"]], height, width).mask for a in anns
-                  if a.get("iscrowd") and not rle.is_empty(a.get("segmentation"))]
+        crowds = [
+            rle.union([a["segmentation"]], height, width).mask
+            for a in anns
+            if a.get("iscrowd") and not rle.is_empty(a.get("segmentation"))
+        ]
         meta |= rle.Drawn(each[0].mask, sum(one.dropped for one in each)).meta()
         asked = f"<image>\n Please segment every {name} in this image, one by one."
         return Sample(
-            base.turns(asked if self.prompt == psalm.DEFAULT else psalm.question([name], self.prompt),
-                         f"Sure, the segmentation results: {', '.join(['<mask>'] * len(each))}."),
-            (image,), tuple(one.mask for one in each),
-            {**meta, "crowds": crowds, "metric": "instances"})
+            base.turns(
+                asked if self.prompt == psalm.DEFAULT else psalm.question([name], self.prompt),
+                f"Sure, the segmentation results: {', '.join(['<mask>'] * len(each))}.",
+            ),
+            (image,),
+            tuple(one.mask for one in each),
+            {**meta, "crowds": crowds, "metric": "instances"},
+        )

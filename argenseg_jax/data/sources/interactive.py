@@ -3,6 +3,7 @@
 `point` and `box` are written into the question in thousandths of the width and height; the other
 prompts, and `point-drawn` and `box-drawn`, are drawn into the picture in one colour.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -70,20 +71,19 @@ class InteractiveSource:
         where = sample.meta.get("line") or sample.meta.get("id")
         masks = [m for m in sample.masks if m.ndim == 2 and (m >= 128).any()]
         if len(sample.images) != 1 or not masks:
-            raise SampleError(f"{where}: an interactive prompt needs one image and a mask that is "
-                              "not empty")
+            raise SampleError(f"{where}: an interactive prompt needs one image and a mask that is not empty")
         mask = masks[0 if central else rng.integers(len(masks))]
         inside = mask >= 128
         if inside.shape != sample.images[0].shape[:2]:
             raise SampleError(f"{where}: the mask is no grey mask at the size of its image")
         image, text = prompted(sample.images[0], inside, self.prompt, rng, central)
         meta = {k: v for k, v in sample.meta.items() if k != "sents"}
-        return Sample(base.turns(text), (image,), (mask,),
-                      {**meta, "kind": self.prompt, "metric": "interactive"})
+        return Sample(base.turns(text), (image,), (mask,), {**meta, "kind": self.prompt, "metric": "interactive"})
 
 
-def prompted(image: np.ndarray, mask: np.ndarray, prompt: str, rng: np.random.Generator,
-             central: bool = True) -> tuple[np.ndarray, str]:
+def prompted(
+    image: np.ndarray, mask: np.ndarray, prompt: str, rng: np.random.Generator, central: bool = True
+) -> tuple[np.ndarray, str]:
     """(image u8[H, W, 3], question) that ask for the object bool[H, W].
 
     The picture is a copy where something is drawn. `central` puts a point into the middle.
@@ -95,16 +95,21 @@ def prompted(image: np.ndarray, mask: np.ndarray, prompt: str, rng: np.random.Ge
         x, y = innermost(mask) if central else _some(mask, rng, 1)[0]
         if prompt == kind:
             return image, text.format(_thousandths((x + 0.5, y + 0.5), width, height))
-        return _drawn(image, lambda d: d.ellipse(
-            (x - 2 * thick, y - 2 * thick, x + 2 * thick, y + 2 * thick), INK)), text
+        return _drawn(
+            image, lambda d: d.ellipse((x - 2 * thick, y - 2 * thick, x + 2 * thick, y + 2 * thick), INK)
+        ), text
     if kind == "box":
         ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         box = (int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1)
         if prompt == kind:
             return image, text.format(_thousandths(box, width, height))
         # Around the object, not over its outline, unless the picture ends there.
-        corners = (max(box[0] - thick, 0), max(box[1] - thick, 0),
-                   min(box[2] - 1 + thick, width - 1), min(box[3] - 1 + thick, height - 1))
+        corners = (
+            max(box[0] - thick, 0),
+            max(box[1] - thick, 0),
+            min(box[2] - 1 + thick, width - 1),
+            min(box[3] - 1 + thick, height - 1),
+        )
         return _drawn(image, lambda d: d.rectangle(corners, outline=INK, width=thick)), text
     if kind == "scribble":
         area = _scribble(mask, rng, thick)

@@ -1,4 +1,5 @@
 """The official data: JSONL, one sample a line, and meta JSON, which mixes such files."""
+
 from __future__ import annotations
 
 import codecs
@@ -18,9 +19,13 @@ from argenseg_jax.errors import SampleError, UserError, brief, located
 MOST_TIMES = 1e9  # that a data set is repeated; sums of weights stay finite, and none disappears beside them
 _BLANK = tuple(b" \t\r\n\v\f")
 # Encodings by the first bytes of a file: (name, bytes of a unit). UTF-16's mark begins as UTF-32's.
-_MARKS = {codecs.BOM_UTF32_LE: ("utf-32-le", 4), codecs.BOM_UTF32_BE: ("utf-32-be", 4),
-          codecs.BOM_UTF16_LE: ("utf-16-le", 2), codecs.BOM_UTF16_BE: ("utf-16-be", 2)}
-_HINT = "; a JSONL file has one sample a line, {\"conversations\": ...}"
+_MARKS = {
+    codecs.BOM_UTF32_LE: ("utf-32-le", 4),
+    codecs.BOM_UTF32_BE: ("utf-32-be", 4),
+    codecs.BOM_UTF16_LE: ("utf-16-le", 2),
+    codecs.BOM_UTF16_BE: ("utf-16-be", 2),
+}
+_HINT = '; a JSONL file has one sample a line, {"conversations": ...}'
 
 
 class Source(Protocol):
@@ -41,8 +46,10 @@ class Part(NamedTuple):
     def repeated(self, times: float, name: str) -> Part:
         """The part counted `times` times; below 1 only the first part of its samples is used."""
         if not 1 / MOST_TIMES <= times <= MOST_TIMES:
-            raise UserError(f"{name}: the weight (repeat_time) must be above 0 (from {1 / MOST_TIMES:g} to "
-                            f"{MOST_TIMES:g}), not {times:g}")
+            raise UserError(
+                f"{name}: the weight (repeat_time) must be above 0 (from {1 / MOST_TIMES:g} to "
+                f"{MOST_TIMES:g}), not {times:g}"
+            )
         length = min(self.length, max(1, int(self.length * times))) if times < 1 else self.length
         return Part(self.source, length, self.weight * times)
 
@@ -62,8 +69,13 @@ class JsonlSource(base.Indexed[int]):
       reading: see data/reader.py.
     """
 
-    def __init__(self, path: epath.PathLike, image_root: epath.PathLike, extra: Mapping[str, Any] | None = None,
-                 reading: Reading = Reading()):
+    def __init__(
+        self,
+        path: epath.PathLike,
+        image_root: epath.PathLike,
+        extra: Mapping[str, Any] | None = None,
+        reading: Reading = Reading(),
+    ):
         self.path, self.extra = files.to_path(path), dict(extra or {})
         self._root = base.Root(files.to_path(image_root), reading.allow_outside)
         self._encoding, self._offsets, self._lines = _index_lines(self.path)
@@ -111,9 +123,16 @@ class JsonlSource(base.Indexed[int]):
         for key in ("kind", "metric"):
             if record.get(key) is not None:
                 base.text(record[key], f"`{key}`")
-        meta = {"source": str(self.path), "id": record.get("id"), "kind": record.get("kind"), "files": names,
-                "reference": record.get("reference"), "metric": record.get("metric"), **self.extra,
-                **base.ids_of(image_id=record.get("image_id"), category_id=record.get("category_id"))}
+        meta = {
+            "source": str(self.path),
+            "id": record.get("id"),
+            "kind": record.get("kind"),
+            "files": names,
+            "reference": record.get("reference"),
+            "metric": record.get("metric"),
+            **self.extra,
+            **base.ids_of(image_id=record.get("image_id"), category_id=record.get("category_id")),
+        }
         if record.get("seg_info"):
             mask, name = panoptic.draw_official(self.reader.ids(paths[0]), record["seg_info"], rng)
             masks, turns = (mask,), panoptic.fill(turns, name)
@@ -138,8 +157,10 @@ class MetaSource:
     def __init__(self, path: epath.Path, content: Any, reading: Reading = Reading()):
         self.path, self.parts = path, []
         if not isinstance(content, dict) or not all(isinstance(e, dict) for e in content.values()):
-            raise UserError(f"{path}: a meta JSON is an object {{name: {{root, annotation, ...}}}}; samples are "
-                            "JSONL: one a line, in a file that ends with .jsonl")
+            raise UserError(
+                f"{path}: a meta JSON is an object {{name: {{root, annotation, ...}}}}; samples are "
+                "JSONL: one a line, in a file that ends with .jsonl"
+            )
         for name, entry in content.items():
             with located(f"{path}: data set '{brief(name, 60)}'", "entry {root, annotation, ...}", UserError):
                 self.parts.append(self._part(name, entry, reading))
@@ -195,8 +216,9 @@ def _listed(value: Any, key: str) -> list[str]:
     if value in (None, ""):
         return []
     if not isinstance(value, (str, list)):
-        raise SampleError(f"not a sample: `{key}` is {brief(repr(value), 60)}, where a file name or a list of "
-                          "them is expected")
+        raise SampleError(
+            f"not a sample: `{key}` is {brief(repr(value), 60)}, where a file name or a list of them is expected"
+        )
     return [value] if isinstance(value, str) else value
 
 

@@ -1,10 +1,11 @@
 """ADE20K, COCO-Stuff and one's own: pictures whose label maps give every pixel a class.
 
-    ADEChallengeData2016/{images,annotations}/{training,validation}/*.{jpg,png}, objectInfo150.txt
-    cocostuff/{train2017,val2017}/*.jpg, stuffthingmaps/{train2017,val2017}/*.png, labels.txt
-    (or images/SPLIT and annotations/SPLIT, as in the official COCO-Stuff repository)
-    own: see data/sources/own.py
+ADEChallengeData2016/{images,annotations}/{training,validation}/*.{jpg,png}, objectInfo150.txt
+cocostuff/{train2017,val2017}/*.jpg, stuffthingmaps/{train2017,val2017}/*.png, labels.txt
+(or images/SPLIT and annotations/SPLIT, as in the official COCO-Stuff repository)
+own: see data/sources/own.py
 """
+
 from __future__ import annotations
 
 import re
@@ -22,9 +23,13 @@ from argenseg_jax.errors import SampleError, UserError
 # family -> (pictures, maps, class names, value of the first class, values that are no class)
 LAYOUTS = {
     "ade20k": (("images/{split}",), ("annotations/{split}",), ("objectInfo150.txt",), 1, (0,)),
-    "cocostuff": (("{split}", "images/{split}", "../coco/{split}"),
-                  ("stuffthingmaps/{split}", "annotations/{split}", "stuffthingmaps_trainval2017/{split}"),
-                  ("labels.txt", "cocostuff_classes.txt"), 0, (255,)),
+    "cocostuff": (
+        ("{split}", "images/{split}", "../coco/{split}"),
+        ("stuffthingmaps/{split}", "annotations/{split}", "stuffthingmaps_trainval2017/{split}"),
+        ("labels.txt", "cocostuff_classes.txt"),
+        0,
+        (255,),
+    ),
     "own": (("images",), ("labels",), ("classes.txt",), 1, (0, 255)),
 }
 SPLITS = {"ade20k": "validation", "cocostuff": "val2017", "own": ""}
@@ -34,7 +39,7 @@ ASKED = ("", "shown", "every")  # which classes of a picture are asked: one that
 
 
 class LabelMapSource(base.Indexed[tuple]):
-    """"Segment {class}" from label maps.
+    """ "Segment {class}" from label maps.
 
     One sample per picture, its class drawn among those that it shows (`draw`). Asked for `shown`: one
     per picture and class that it shows (all maps are read to know them). Asked for `every`: one per
@@ -52,8 +57,15 @@ class LabelMapSource(base.Indexed[tuple]):
 
     takes_prompt = True
 
-    def __init__(self, folder: epath.Path, family: str, split: str = "", asked: str = "",
-                 prompt: str = psalm.DEFAULT, reading: Reading = Reading()):
+    def __init__(
+        self,
+        folder: epath.Path,
+        family: str,
+        split: str = "",
+        asked: str = "",
+        prompt: str = psalm.DEFAULT,
+        reading: Reading = Reading(),
+    ):
         check_asked(asked, f"{family}:{folder}:{split}")
         psalm.question([], prompt)
         self.prompt = prompt
@@ -88,10 +100,18 @@ class LabelMapSource(base.Indexed[tuple]):
             value = shown[rng.integers(len(shown))]
         name, ignored = self.names[value], np.isin(labels, self._none)
         mask = np.isin(labels, [k for k, first in self._same.items() if first == value])
-        return Sample(base.turns(psalm.question([name], psalm.wording(self.prompt))), (image,),
-                      (mask.astype(np.uint8) * 255,),
-                      {"files": [path.name], "kind": name, "sents": [name], "metric": "semantic",
-                       "ignore_mask": ignored.astype(np.uint8) * 255})
+        return Sample(
+            base.turns(psalm.question([name], psalm.wording(self.prompt))),
+            (image,),
+            (mask.astype(np.uint8) * 255,),
+            {
+                "files": [path.name],
+                "kind": name,
+                "sents": [name],
+                "metric": "semantic",
+                "ignore_mask": ignored.astype(np.uint8) * 255,
+            },
+        )
 
     def _map(self, picture: epath.Path) -> epath.Path:
         """The label map of a picture."""
@@ -150,8 +170,9 @@ def read_names(path: epath.Path, first: int) -> dict[int, str]:
     else:
         found = list(enumerate(lines, 1))
     if not found:
-        raise UserError(f"{path}: no class names; looked for a table with Idx and Name, lines "
-                        "`1: person`, or one name a line")
+        raise UserError(
+            f"{path}: no class names; looked for a table with Idx and Name, lines `1: person`, or one name a line"
+        )
     names: dict[int, str] = {}
     for value, name in found:
         spoken = base.spoken(name.replace(":", " "))

@@ -1,7 +1,8 @@
 """Anomaly detection in the layout of MVTec AD.
 
-    CATEGORY/{train/good, test/good, test/DEFECT}/000.png, ground_truth/DEFECT/000_mask.png
+CATEGORY/{train/good, test/good, test/DEFECT}/000.png, ground_truth/DEFECT/000_mask.png
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -39,14 +40,28 @@ class AnomalySource(base.Indexed[Part]):
 
     takes_prompt = True
 
-    def __init__(self, folder: epath.Path, split: str = "test", category: str = "",
-                 prompt: str = psalm.DEFAULT, reading: Reading = Reading()):
+    def __init__(
+        self,
+        folder: epath.Path,
+        split: str = "test",
+        category: str = "",
+        prompt: str = psalm.DEFAULT,
+        reading: Reading = Reading(),
+    ):
         psalm.question([], prompt)
         self.prompt = prompt
-        roots = [folder / category] if category else (
-            [folder] if files.kind_of(folder / split) == "folder" else base.subfolders(folder))
-        entries = [Part(root, kind.name, picture) for root in roots if files.kind_of(root / split) == "folder"
-                   for kind in base.subfolders(root / split) for picture in base.pictures(kind)]
+        roots = (
+            [folder / category]
+            if category
+            else ([folder] if files.kind_of(folder / split) == "folder" else base.subfolders(folder))
+        )
+        entries = [
+            Part(root, kind.name, picture)
+            for root in roots
+            if files.kind_of(root / split) == "folder"
+            for kind in base.subfolders(root / split)
+            for picture in base.pictures(kind)
+        ]
         if not entries:
             looked = f"{category or 'CATEGORY'}/{split}/good/*.png"
             raise UserError(f"{folder}: no pictures of anomaly detection; looked for {looked}")
@@ -68,6 +83,14 @@ class AnomalySource(base.Indexed[Part]):
                 raise SampleError(f"{path.name} shows no defect")
         name = base.spoken(entry.category.name)
         asked = QUESTION.format(name) if self.prompt == psalm.DEFAULT else psalm.question([name], self.prompt)
-        return Sample(base.turns(asked), (image,), (mask,),
-                      {"files": [entry.path.name], "kind": f"{name}, {base.spoken(entry.defect)}",
-                       "sents": [name], "metric": "anomaly"})
+        return Sample(
+            base.turns(asked),
+            (image,),
+            (mask,),
+            {
+                "files": [entry.path.name],
+                "kind": f"{name}, {base.spoken(entry.defect)}",
+                "sents": [name],
+                "metric": "anomaly",
+            },
+        )

@@ -1,11 +1,12 @@
 """A folder of one's own pictures and masks, in any of three forms, as "segment {class}".
 
-    FOLDER/images/*.{jpg,png,...}    and one of
-    FOLDER/masks/CLASS/NAME.png      a black and white mask per class and picture images/NAME.jpg
-    FOLDER/labels/NAME.png           a class number per pixel (0 and 255: none), and the names of
-    FOLDER/classes.txt               1, 2, ..., one a line (or lines `3: river`)
-    FOLDER/annotations.json          polygons or run lengths of COCO; file names as in images/
+FOLDER/images/*.{jpg,png,...}    and one of
+FOLDER/masks/CLASS/NAME.png      a black and white mask per class and picture images/NAME.jpg
+FOLDER/labels/NAME.png           a class number per pixel (0 and 255: none), and the names of
+FOLDER/classes.txt               1, 2, ..., one a line (or lines `3: river`)
+FOLDER/annotations.json          polygons or run lengths of COCO; file names as in images/
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -46,8 +47,9 @@ class MaskFolders(base.Indexed[Masked]):
             for mask in base.pictures(kind):
                 found = pictures.get(base.stem(mask), ())
                 if len(found) != 1:
-                    raise UserError(f"{mask}: {'several pictures' if found else 'no picture'} of this name in "
-                                    f"{folder / 'images'}")
+                    raise UserError(
+                        f"{mask}: {'several pictures' if found else 'no picture'} of this name in {folder / 'images'}"
+                    )
                 entries.append(Masked(found[0], base.spoken(kind.name), mask))
         if not entries:
             raise UserError(f"{folder}: no masks; looked for masks/CLASS/*.png")
@@ -59,21 +61,28 @@ class MaskFolders(base.Indexed[Masked]):
     def made(self, entry: Masked) -> Sample:
         image, mask = self.reader.image(entry.picture), self.reader.mask(entry.mask)
         transforms.check_sizes(image, [mask], [entry.mask.name], [entry.picture, entry.mask])
-        return Sample(base.turns(psalm.question([entry.name], psalm.wording(self.prompt))), (image,), (mask,),
-                      {"files": [entry.picture.name], "kind": entry.name, "sents": [entry.name],
-                       "metric": "semantic"})
+        return Sample(
+            base.turns(psalm.question([entry.name], psalm.wording(self.prompt))),
+            (image,),
+            (mask,),
+            {"files": [entry.picture.name], "kind": entry.name, "sents": [entry.name], "metric": "semantic"},
+        )
 
 
 def open_own(folder: epath.Path, prompt: str = psalm.DEFAULT, reading: Reading = Reading()) -> base.Indexed:
     """The source of whichever form the folder has; UserError where it is none of them, or several."""
-    forms = {"annotations.json": lambda: CocoSource(folder, "own", prompt=prompt, reading=reading),
-             "labels": lambda: LabelMapSource(folder, "own", asked="shown", prompt=prompt, reading=reading),
-             "masks": lambda: MaskFolders(folder, prompt, reading)}
+    forms = {
+        "annotations.json": lambda: CocoSource(folder, "own", prompt=prompt, reading=reading),
+        "labels": lambda: LabelMapSource(folder, "own", asked="shown", prompt=prompt, reading=reading),
+        "masks": lambda: MaskFolders(folder, prompt, reading),
+    }
     found = [name for name in forms if files.kind_of(folder / name)]
     if len(found) != 1:
-        raise UserError(f"{folder}: {'no' if not found else 'several'} annotations; looked for one of "
-                        f"masks/CLASS/*.png, labels/*.png with classes.txt, annotations.json; found "
-                        f"{', '.join(found) or 'none of them'}")
+        raise UserError(
+            f"{folder}: {'no' if not found else 'several'} annotations; looked for one of "
+            f"masks/CLASS/*.png, labels/*.png with classes.txt, annotations.json; found "
+            f"{', '.join(found) or 'none of them'}"
+        )
     _images(folder)
     return forms[found[0]]()
 

@@ -4,6 +4,7 @@ In the official JSONL such maps come with `seg_info`; COCO's own layout is a sou
 
     coco/annotations/panoptic_val2017.json, annotations/panoptic_val2017/*.png, val2017/*.jpg
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -26,17 +27,62 @@ _THINGS = (
     "baseball glove,skateboard,surfboard,tennis racket,bottle,,wine glass,cup,fork,knife,spoon,bowl,banana,apple,"
     "sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,,"
     "dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
-    "refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,toothbrush").split(",")
+    "refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+).split(",")
 _STUFF = {
-    92: "banner", 93: "blanket", 95: "bridge", 100: "cardboard", 107: "counter", 109: "curtain",
-    112: "door", 118: "wood floor", 119: "flower", 122: "fruit", 125: "gravel", 128: "house",
-    130: "light", 133: "mirror", 138: "net", 141: "pillow", 144: "platform", 145: "playing field",
-    147: "railroad", 148: "river", 149: "road", 151: "roof", 154: "sand", 155: "sea", 156: "shelf",
-    159: "snow", 161: "stairs", 166: "tent", 168: "towel", 171: "brick wall", 175: "stone wall",
-    176: "tile wall", 177: "wood wall", 178: "water", 180: "window blind", 181: "window",
-    184: "tree", 185: "fence", 186: "ceiling", 187: "sky", 188: "cabinet", 189: "table",
-    190: "floor", 191: "pavement", 192: "mountain", 193: "grass", 194: "dirt", 195: "paper", 196: "food",
-    197: "building", 198: "rock", 199: "wall", 200: "rug",
+    92: "banner",
+    93: "blanket",
+    95: "bridge",
+    100: "cardboard",
+    107: "counter",
+    109: "curtain",
+    112: "door",
+    118: "wood floor",
+    119: "flower",
+    122: "fruit",
+    125: "gravel",
+    128: "house",
+    130: "light",
+    133: "mirror",
+    138: "net",
+    141: "pillow",
+    144: "platform",
+    145: "playing field",
+    147: "railroad",
+    148: "river",
+    149: "road",
+    151: "roof",
+    154: "sand",
+    155: "sea",
+    156: "shelf",
+    159: "snow",
+    161: "stairs",
+    166: "tent",
+    168: "towel",
+    171: "brick wall",
+    175: "stone wall",
+    176: "tile wall",
+    177: "wood wall",
+    178: "water",
+    180: "window blind",
+    181: "window",
+    184: "tree",
+    185: "fence",
+    186: "ceiling",
+    187: "sky",
+    188: "cabinet",
+    189: "table",
+    190: "floor",
+    191: "pavement",
+    192: "mountain",
+    193: "grass",
+    194: "dirt",
+    195: "paper",
+    196: "food",
+    197: "building",
+    198: "rock",
+    199: "wall",
+    200: "rug",
 }
 COCO_NAMES = {k: name for k, name in enumerate(_THINGS, start=1) if name} | _STUFF
 CONTIGUOUS = [COCO_NAMES[k] for k in sorted(COCO_NAMES)]  # the 133 names by their contiguous ids
@@ -53,7 +99,7 @@ class Map(NamedTuple):
 
 
 class PanopticSource(base.Indexed[Map]):
-    """"Segment {class}" from COCO panoptic: things and stuff, all segments of a class together.
+    """ "Segment {class}" from COCO panoptic: things and stuff, all segments of a class together.
 
     One sample per picture, its class drawn among those that it shows (`draw`), or as label_maps.ASKED
     says. Crowds are to be ignored: `meta['ignore_mask']`.
@@ -69,8 +115,15 @@ class PanopticSource(base.Indexed[Map]):
 
     takes_prompt = True
 
-    def __init__(self, folder: epath.Path, split: str = "val2017", asked: str = "",
-                 image_root: epath.PathLike = "", prompt: str = psalm.DEFAULT, reading: Reading = Reading()):
+    def __init__(
+        self,
+        folder: epath.Path,
+        split: str = "val2017",
+        asked: str = "",
+        image_root: epath.PathLike = "",
+        prompt: str = psalm.DEFAULT,
+        reading: Reading = Reading(),
+    ):
         psalm.question([], prompt)
         self.prompt = prompt
         label_maps.check_asked(asked, f"panoptic:{folder}:{split}")
@@ -82,12 +135,22 @@ class PanopticSource(base.Indexed[Map]):
         self.names, self._same = _classes(base.records(content, "categories", path), f"{path}: categories")
         annotations = base.records(content, "annotations", path)
         shown = base.each(annotations, _segments, f"{path}: annotations")
-        entries = [Map(a["image_id"], base.look_up(images, a["image_id"], f"image (annotations[{k}] of {path})"),
-                       a.get("file_name"), segments, category)
-                   for k, (a, segments) in enumerate(zip(annotations, shown, strict=True))
-                   for category in self._asked(asked, segments)]
-        root = files.to_path(image_root) if image_root else base.find(
-            folder, "pictures of COCO", split, f"images/{split}", f"../{split}")
+        entries = [
+            Map(
+                a["image_id"],
+                base.look_up(images, a["image_id"], f"image (annotations[{k}] of {path})"),
+                a.get("file_name"),
+                segments,
+                category,
+            )
+            for k, (a, segments) in enumerate(zip(annotations, shown, strict=True))
+            for category in self._asked(asked, segments)
+        ]
+        root = (
+            files.to_path(image_root)
+            if image_root
+            else base.find(folder, "pictures of COCO", split, f"images/{split}", f"../{split}")
+        )
         self._maps, self._root = (base.Root(f, reading.allow_outside) for f in (maps, root))
         super().__init__(str(path), entries, reading)
 
@@ -112,8 +175,11 @@ class PanopticSource(base.Indexed[Map]):
         image = self.reader.image(picture)
         ids = as_ids(self.reader.ids(file))
         transforms.check_sizes(image, [ids], [entry.file], [picture, file])
-        single = [{"id": s["id"], "category_id": self._same.get(s["category_id"], s["category_id"])}
-                  for s in entry.segments if not s.get("iscrowd")]
+        single = [
+            {"id": s["id"], "category_id": self._same.get(s["category_id"], s["category_id"])}
+            for s in entry.segments
+            if not s.get("iscrowd")
+        ]
         names = {s["category_id"]: base.look_up(self.names, s["category_id"], "category") for s in single}
         if entry.category is None:
             mask, category = draw_class(ids, single, rng)
@@ -122,10 +188,19 @@ class PanopticSource(base.Indexed[Map]):
             mask = _union(ids, [s["id"] for s in single if s["category_id"] == category])
         name = names[category] if category in names else base.look_up(self.names, category, "category")
         crowds = [s["id"] for s in entry.segments if s.get("iscrowd")]
-        return Sample(base.turns(psalm.question([name], psalm.wording(self.prompt))), (image,), (mask,),
-                      {"files": [entry.image["file_name"]], "kind": name, "sents": [name], "metric": "semantic",
-                       "ignore_mask": _union(ids, crowds),
-                       **base.ids_of(image_id=entry.image_id, category_id=category)})
+        return Sample(
+            base.turns(psalm.question([name], psalm.wording(self.prompt))),
+            (image,),
+            (mask,),
+            {
+                "files": [entry.image["file_name"]],
+                "kind": name,
+                "sents": [name],
+                "metric": "semantic",
+                "ignore_mask": _union(ids, crowds),
+                **base.ids_of(image_id=entry.image_id, category_id=category),
+            },
+        )
 
 
 def _classes(categories: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[Any, str], dict[Any, Any]]:
@@ -161,8 +236,9 @@ def _union(ids: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
     return np.isin(ids, chosen).astype(np.uint8) * 255
 
 
-def draw_class(ids: np.ndarray, segments: Sequence[Mapping[str, Any]],
-               rng: np.random.Generator) -> tuple[np.ndarray, Any]:
+def draw_class(
+    ids: np.ndarray, segments: Sequence[Mapping[str, Any]], rng: np.random.Generator
+) -> tuple[np.ndarray, Any]:
     """Draws one class that the map shows.
 
     Args:
@@ -196,8 +272,10 @@ def draw_official(ids: np.ndarray, seg_info: Any, rng: np.random.Generator) -> t
     if named:
         return mask, base.text(named, "the name")
     if not isinstance(chosen, int) or not 0 <= chosen < len(CONTIGUOUS):
-        raise SampleError(f"category_id {chosen} is none of the contiguous ids 0..{len(CONTIGUOUS) - 1} of "
-                          "COCO's panoptic categories: give the segment a `name`")
+        raise SampleError(
+            f"category_id {chosen} is none of the contiguous ids 0..{len(CONTIGUOUS) - 1} of "
+            "COCO's panoptic categories: give the segment a `name`"
+        )
     return mask, CONTIGUOUS[chosen]
 
 

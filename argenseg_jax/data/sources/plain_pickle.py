@@ -5,6 +5,7 @@ so could run code, is refused; that is what makes files from strangers readable.
 bounded size and depth when it is given out: a pickle of 250 bytes can refer to the same tuple 2**40
 times, which whoever walks, hashes or prints it would follow.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -25,12 +26,36 @@ _BITS = 128  # of a whole number
 _KEYS = (str, bytes, int, float, bool, type(None))
 _CONTAINERS = frozenset((list, tuple, dict))
 _MARK = object()
-_VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
-           "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE",
-           "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
+_VALUES = {
+    "INT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "FLOAT",
+    "BINFLOAT",
+    "STRING",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "UNICODE",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+}
 _CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_LIST": list,
-    "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "MARK": lambda: _MARK}
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_TUPLE": tuple,
+    "MARK": lambda: _MARK,
+}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -136,8 +161,10 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         stack.pop()
     else:
         shown = argument[:60] if isinstance(argument, (str, bytes)) else "" if argument is None else "a number"
-        raise UserError(f"the pickle holds more than plain data (opcode {name}: {brief(shown, 60)}); it is "
-                        "refused, because such files can run code")
+        raise UserError(
+            f"the pickle holds more than plain data (opcode {name}: {brief(shown, 60)}); it is "
+            "refused, because such files can run code"
+        )
 
 
 def _since_mark(stack: list[Any]) -> list[Any]:
@@ -147,7 +174,7 @@ def _since_mark(stack: list[Any]) -> list[Any]:
         at -= 1
         if at < 0:
             raise ValueError("no mark")
-    items = stack[at + 1:]
+    items = stack[at + 1 :]
     del stack[at:]
     return items
 

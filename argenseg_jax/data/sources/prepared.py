@@ -1,4 +1,5 @@
 """A folder that `prepare` has written, as a source: checked, read at random, a mixture if it was one."""
+
 from __future__ import annotations
 
 import hashlib
@@ -39,8 +40,10 @@ class PreparedSource:
             raise UserError(fault)
         self._samples = TfdsSource(self.path, max_pixels=max_pixels)
         if len(self._samples) != sum(shard["samples"] for shard in self.manifest["shards"]):
-            raise UserError(f"{self.path}: {MANIFEST} and dataset_info.json count other samples; prepare the "
-                            "data again, or copy the folder again")
+            raise UserError(
+                f"{self.path}: {MANIFEST} and dataset_info.json count other samples; prepare the "
+                "data again, or copy the folder again"
+            )
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -51,8 +54,10 @@ class PreparedSource:
         try:
             return self._samples[index]
         except SampleError as error:
-            raise SampleError(f"{self.path / self._shard(index)}: sample {index} cannot be read "
-                              f"({brief(error)}); see `prepare --verify`") from None
+            raise SampleError(
+                f"{self.path / self._shard(index)}: sample {index} cannot be read "
+                f"({brief(error)}); see `prepare --verify`"
+            ) from None
 
     @property
     def codes(self) -> Mapping[str, Any] | None:
@@ -113,20 +118,41 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     """The content of prepared.json; UserError where there is none, or a part of it is missing."""
     if not (folder / MANIFEST).exists():
         done = len(list((folder / SHARDS).glob("*.json"))) if (folder / SHARDS).exists() else 0
-        begun = f"`prepare` has not finished it ({done} shards so far): run the same command again" if (
-            folder / PLAN).exists() else f"looked for {MANIFEST}, which `prepare` writes"
+        begun = (
+            f"`prepare` has not finished it ({done} shards so far): run the same command again"
+            if (folder / PLAN).exists()
+            else f"looked for {MANIFEST}, which `prepare` writes"
+        )
         raise UserError(f"{folder}: no prepared data set; {begun}")
     manifest = files.read_json(folder / MANIFEST)
     with located(str(folder / MANIFEST), "manifest as `prepare` writes it", UserError):
         if manifest["format"] != FORMAT:
-            raise UserError(f"format {brief(manifest['format'], 40)}, this version reads {FORMAT}: prepare "
-                            "the data again")
+            raise UserError(
+                f"format {brief(manifest['format'], 40)}, this version reads {FORMAT}: prepare the data again"
+            )
         shards, parts = manifest["shards"], manifest["parts"]
-        _check(all(isinstance(s["file"], str) and "/" not in s["file"] and isinstance(s["sha256"], str)
-                   and _is_count(s["samples"]) and _is_count(s["bytes"]) for s in shards), "shards")
-        _check(all(_is_count(p["samples"]) and isinstance(p["weight"], (int, float)) and p["weight"] >= 0
-                   and (p["weight"] > 0 or not p["samples"]) for p in parts)
-               and sum(p["samples"] for p in parts) == sum(s["samples"] for s in shards) > 0, "parts")
+        _check(
+            all(
+                isinstance(s["file"], str)
+                and "/" not in s["file"]
+                and isinstance(s["sha256"], str)
+                and _is_count(s["samples"])
+                and _is_count(s["bytes"])
+                for s in shards
+            ),
+            "shards",
+        )
+        _check(
+            all(
+                _is_count(p["samples"])
+                and isinstance(p["weight"], (int, float))
+                and p["weight"] >= 0
+                and (p["weight"] > 0 or not p["samples"])
+                for p in parts
+            )
+            and sum(p["samples"] for p in parts) == sum(s["samples"] for s in shards) > 0,
+            "parts",
+        )
         _check(manifest["codes"] is None or isinstance(manifest["codes"], Mapping), "codes")
         for key in ("resize", "samples", "broken"):
             _check(_is_count(manifest[key]), key)

@@ -1,7 +1,8 @@
 """PSALM evaluation files: expressions with polygon or RLE ground truth.
 
-    [{image_info: {file_name, height, width}, instruction: [{sent}], anns: [{segmentation}]}]
+[{image_info: {file_name, height, width}, instruction: [{sent}], anns: [{segmentation}]}]
 """
+
 from __future__ import annotations
 
 import re
@@ -20,10 +21,9 @@ from argenseg_jax.errors import SampleError, UserError
 # {sents} is every expression as " s."; {sent} has them as "s. s", fit for the middle of a sentence.
 PROMPTS = {
     "referring": "<image>\n Given the following instructions: {sents}; please perform referring "
-                 "segmentation on this image.",
+    "segmentation on this image.",
     "semantic": "<image>\n Please segment {sent} in this image.",
-    "reasoning": "<image>\n Please perform instance segmentation following the instructions below: "
-                 "{sents}.",
+    "reasoning": "<image>\n Please perform instance segmentation following the instructions below: {sents}.",
 }
 DEFAULT = "referring"
 
@@ -32,8 +32,7 @@ def question(sents: Sequence[str], prompt: str = "referring") -> str:
     """The human turn: `prompt` is a name in PROMPTS, or a text with {sent} or {sents}."""
     template = PROMPTS.get(prompt, prompt)
     if not isinstance(template, str) or not re.search(r"\{sents?\}", template):
-        raise UserError(f"eval.prompt: '{prompt}' is none of {', '.join(PROMPTS)} "
-                        "and has no {sent}")
+        raise UserError(f"eval.prompt: '{prompt}' is none of {', '.join(PROMPTS)} and has no {{sent}}")
     whole = "".join(f" {s}." for s in sents)
     return template.replace("{sents}", whole).replace("{sent}", ". ".join(sents))
 
@@ -53,8 +52,14 @@ class PsalmSource(base.Indexed[int]):
     what = "PSALM entry"
     takes_prompt = True
 
-    def __init__(self, path: epath.Path, content: Sequence[Mapping[str, Any]], image_root,
-                 prompt: str = DEFAULT, reading: Reading = Reading()):
+    def __init__(
+        self,
+        path: epath.Path,
+        content: Sequence[Mapping[str, Any]],
+        image_root,
+        prompt: str = DEFAULT,
+        reading: Reading = Reading(),
+    ):
         """Wraps the parsed file; image_root is the directory that file names start from."""
         if not isinstance(content, list):
             raise UserError(f"{path}: a PSALM file is a list of {{image_info, instruction, anns}}")
@@ -63,8 +68,10 @@ class PsalmSource(base.Indexed[int]):
         self._root = base.Root(epath.Path(image_root), reading.allow_outside)
         asked = [k for k, entry in enumerate(content) if not _is_silent(entry)]
         if len(asked) < len(content):
-            print(f"{path}: {len(content) - len(asked)} of {len(content)} entries have no expression and are "
-                  "left out", file=sys.stderr)
+            print(
+                f"{path}: {len(content) - len(asked)} of {len(content)} entries have no expression and are left out",
+                file=sys.stderr,
+            )
         super().__init__(str(path), asked, reading)
 
     def from_(self, entry: int) -> str:
@@ -73,19 +80,28 @@ class PsalmSource(base.Indexed[int]):
     def made(self, entry: int) -> Sample:
         content = self._content[entry]
         if not isinstance(content, Mapping) or "image_info" not in content:
-            raise SampleError("not a PSALM entry, {image_info, instruction, anns}; data of one conversation each "
-                              "are JSONL: one sample a line, in a file that ends with .jsonl")
+            raise SampleError(
+                "not a PSALM entry, {image_info, instruction, anns}; data of one conversation each "
+                "are JSONL: one sample a line, in a file that ends with .jsonl"
+            )
         info, sents = content["image_info"], [base.text(i["sent"], "`sent`") for i in content["instruction"]]
         image, height, width = self.sized(info, self._root, "of image_info")
         drawn = rle.union([a["segmentation"] for a in content["anns"]], height, width)
-        return Sample(base.turns(question(sents, self.prompt)), (image,), (drawn.mask,),
-                      {"id": entry, "files": [info["file_name"]], "sents": sents,
-                       **base.ids_of(image_id=info.get("id")), **drawn.meta()})
+        return Sample(
+            base.turns(question(sents, self.prompt)),
+            (image,),
+            (drawn.mask,),
+            {
+                "id": entry,
+                "files": [info["file_name"]],
+                "sents": sents,
+                **base.ids_of(image_id=info.get("id")),
+                **drawn.meta(),
+            },
+        )
 
 
 def _is_silent(entry: Any) -> bool:
     """Whether an entry asks nothing."""
     asked = entry.get("instruction") if isinstance(entry, Mapping) else None
-    return isinstance(asked, list) and not any(
-        not isinstance(i, Mapping) or i.get("sent", "?") != "" for i in asked)
-
+    return isinstance(asked, list) and not any(not isinstance(i, Mapping) or i.get("sent", "?") != "" for i in asked)

@@ -1,7 +1,8 @@
 """ReasonSeg (LISA): SPLIT/*.jpg beside SPLIT/*.json with a question and polygons.
 
-    {shapes: [{label: target | ignore..., points: [[x, y], ...]}], text: [...], is_sentence: bool}
+{shapes: [{label: target | ignore..., points: [[x, y], ...]}], text: [...], is_sentence: bool}
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -32,8 +33,9 @@ class ReasonSegSource(base.Indexed[Pair]):
 
     takes_prompt = True
 
-    def __init__(self, folder: epath.Path, split: str = "val", prompt: str = psalm.DEFAULT,
-                 reading: Reading = Reading()):
+    def __init__(
+        self, folder: epath.Path, split: str = "val", prompt: str = psalm.DEFAULT, reading: Reading = Reading()
+    ):
         """folder: ReasonSeg; split: train, val, test; prompt: see psalm.question, by default by the kind of text."""
         psalm.question([], prompt)
         self.prompt = prompt
@@ -58,10 +60,18 @@ class ReasonSegSource(base.Indexed[Pair]):
         base.text(*texts[:1], "the text")
         own = "reasoning" if sentence else "semantic"
         question = psalm.question(texts[:1], own if self.prompt == psalm.DEFAULT else self.prompt)
-        return Sample(base.turns(question), (image,), ((labels == 1).astype(np.uint8) * 255,),
-                      {"files": [entry.picture.name], "sents": texts[:1], "metric": "referring",
-                       "kind": "long query" if sentence else "short query",
-                       "ignore_mask": (labels == IGNORED).astype(np.uint8) * 255})
+        return Sample(
+            base.turns(question),
+            (image,),
+            ((labels == 1).astype(np.uint8) * 255,),
+            {
+                "files": [entry.picture.name],
+                "sents": texts[:1],
+                "metric": "referring",
+                "kind": "long query" if sentence else "short query",
+                "ignore_mask": (labels == IGNORED).astype(np.uint8) * 255,
+            },
+        )
 
 
 def draw_shapes(shapes: Sequence[Mapping[str, Any]], height: int, width: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 TensorFlow is not needed for either. `Samples` is the builder that TFDS drives by itself; the command
 `prepare` (data/prepare.py) writes the same records shard by shard.
 """
+
 from __future__ import annotations
 
 import io
@@ -33,17 +34,18 @@ def features(num_codes: int = 0) -> tfds.features.FeaturesDict:
     Args:
       num_codes: N, codes of a mask, where the records hold them: i32[M, N] under `codes`.
     """
-    text, pictures = tfds.features.Text(), tfds.features.Sequence(
-        tfds.features.Image(encoding_format="png"))
+    text, pictures = tfds.features.Text(), tfds.features.Sequence(tfds.features.Image(encoding_format="png"))
     codes = {CODES: tfds.features.Tensor(shape=(None, num_codes), dtype=np.int32)} if num_codes else {}
-    return tfds.features.FeaturesDict({
-        "conversations": tfds.features.Sequence({"from": text, "value": text}),
-        "images": pictures,
-        "masks": pictures,
-        "meta": text,  # JSON
-        META_IMAGES: pictures,  # the arrays of meta; the JSON says {key: how many, None = not a list}
-        **codes,
-    })
+    return tfds.features.FeaturesDict(
+        {
+            "conversations": tfds.features.Sequence({"from": text, "value": text}),
+            "images": pictures,
+            "masks": pictures,
+            "meta": text,  # JSON
+            META_IMAGES: pictures,  # the arrays of meta; the JSON says {key: how many, None = not a list}
+            **codes,
+        }
+    )
 
 
 def encode(sample: Sample) -> dict[str, Any]:
@@ -51,8 +53,9 @@ def encode(sample: Sample) -> dict[str, Any]:
     arrays = {name: value for name, value in sample.meta.items() if _holds_arrays(value)}
     meta = {name: value for name, value in sample.meta.items() if name not in arrays}
     if arrays:
-        meta[META_IMAGES] = {name: None if isinstance(value, np.ndarray) else len(value)
-                             for name, value in arrays.items()}
+        meta[META_IMAGES] = {
+            name: None if isinstance(value, np.ndarray) else len(value) for name, value in arrays.items()
+        }
     if colours := [k for k, mask in enumerate(sample.masks) if mask.ndim == 3 and _grey(mask).ndim == 2]:
         meta[COLOURS] = colours
     flat = [a for value in arrays.values() for a in ([value] if isinstance(value, np.ndarray) else value)]
@@ -76,8 +79,10 @@ def decode(record: Mapping[str, Any], max_pixels: int = images.MAX_PIXELS) -> Sa
     colours = set(meta.pop(COLOURS, ()))
     shown, masks = (tuple(_pictures(record[c], c, max_pixels)) for c in ("images", "masks"))
     return Sample(
-        conversations=[{"from": who.decode(), "value": value.decode()}
-                       for who, value in zip(turns["from"], turns["value"], strict=True)],
+        conversations=[
+            {"from": who.decode(), "value": value.decode()}
+            for who, value in zip(turns["from"], turns["value"], strict=True)
+        ],
         images=shown,
         masks=tuple(mask if k in colours else _grey(mask) for k, mask in enumerate(masks)),
         meta=meta,
@@ -108,15 +113,15 @@ class Samples(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.1.0")
     url_infos = {}  # nothing is downloaded; to look for checksums TFDS would need a further package
 
-    def __init__(self, *, sources: Mapping[str, Sequence[Sample]], data_dir: epath.PathLike,
-                 num_codes: int = 0, **kwargs: Any):
+    def __init__(
+        self, *, sources: Mapping[str, Sequence[Sample]], data_dir: epath.PathLike, num_codes: int = 0, **kwargs: Any
+    ):
         self.sources, self.samples, self.broken = dict(sources), 0, []
         self.num_codes = num_codes
         super().__init__(data_dir=data_dir, file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return _Info(builder=self, description=__doc__, disable_shuffling=True,
-                                     features=features(self.num_codes))
+        return _Info(builder=self, description=__doc__, disable_shuffling=True, features=features(self.num_codes))
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator[tuple[int, dict]]]:
         return {split: self._generate_examples(source) for split, source in self.sources.items()}
@@ -146,8 +151,10 @@ class TfdsSource:
         self._records = tfds_folder.open_split(path, split)
         columns = tfds_folder.columns(path)
         if missing := set(features()) - set(columns):
-            raise UserError(f"{path}: the records have no {', '.join(sorted(missing))}; looked for "
-                            f"{', '.join(features())}; they have {', '.join(columns)}")
+            raise UserError(
+                f"{path}: the records have no {', '.join(sorted(missing))}; looked for "
+                f"{', '.join(features())}; they have {', '.join(columns)}"
+            )
         self._num_codes = _num_codes(columns, self.path)
         self._raw = _raw_features(self._num_codes)
 
@@ -172,9 +179,12 @@ class TfdsSource:
 def _raw_features(num_codes: int) -> tfds.features.FeaturesDict:
     """As `features`, but pictures stay bytes: they are decoded here, with limits, and as nothing but PNG."""
     pictures = tfds.features.Sequence(tfds.features.Text())
-    return tfds.features.FeaturesDict({
-        name: pictures if name in ("images", "masks", META_IMAGES) else column
-        for name, column in features(num_codes).items()})
+    return tfds.features.FeaturesDict(
+        {
+            name: pictures if name in ("images", "masks", META_IMAGES) else column
+            for name, column in features(num_codes).items()
+        }
+    )
 
 
 def _num_codes(columns: Mapping[str, Any], path: epath.Path) -> int:

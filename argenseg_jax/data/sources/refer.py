@@ -1,8 +1,9 @@
 """RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO as published: refs(*).p or grefs(*).json, instances.json.
 
-    refer_seg/refcoco/{refs(unc).p, instances.json}      refer_seg/grefcoco/{grefs(unc).json, ...}
-    refer_seg/images/mscoco/images/train2014/COCO_train2014_*.jpg
+refer_seg/refcoco/{refs(unc).p, instances.json}      refer_seg/grefcoco/{grefs(unc).json, ...}
+refer_seg/images/mscoco/images/train2014/COCO_train2014_*.jpg
 """
+
 from __future__ import annotations
 
 import re
@@ -18,8 +19,14 @@ from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources import base, plain_pickle, psalm
 from argenseg_jax.errors import UserError, brief
 
-_IMAGES = ("../images/mscoco/images/train2014", "../images/train2014", "../train2014",
-           "images/train2014", "train2014", "../../coco/train2014")
+_IMAGES = (
+    "../images/mscoco/images/train2014",
+    "../images/train2014",
+    "../train2014",
+    "images/train2014",
+    "train2014",
+    "../../coco/train2014",
+)
 
 
 class Expression(NamedTuple):
@@ -45,9 +52,15 @@ class ReferSource(base.Indexed[Expression]):
 
     takes_prompt = True
 
-    def __init__(self, folder: epath.Path, split: str = "val", split_by: str = "",
-                 image_root: epath.PathLike = "", prompt: str = "referring",
-                 reading: Reading = Reading()):
+    def __init__(
+        self,
+        folder: epath.Path,
+        split: str = "val",
+        split_by: str = "",
+        image_root: epath.PathLike = "",
+        prompt: str = "referring",
+        reading: Reading = Reading(),
+    ):
         psalm.question([], prompt)
         self.prompt, self.split = prompt, split
         path = _refs_file(folder, split_by)
@@ -58,8 +71,7 @@ class ReferSource(base.Indexed[Expression]):
         self._images = base.by_id(base.records(whole, "images", where), f"{where}: images")
         self._anns = base.by_id(base.records(whole, "annotations", where), f"{where}: annotations")
         refs = base.records({"refs": content}, "refs", path)
-        found = base.each(refs, lambda ref: (base.text(ref["split"], "the split"), _expressions(ref)),
-                            f"{path}: refs")
+        found = base.each(refs, lambda ref: (base.text(ref["split"], "the split"), _expressions(ref)), f"{path}: refs")
         entries = [expression for name, mine in found if name == split for expression in mine]
         if not entries:
             known = sorted({name for name, _ in found})
@@ -78,20 +90,33 @@ class ReferSource(base.Indexed[Expression]):
         drawn = rle.objects(anns, height, width)
         category = anns[0].get("category_id") if anns else None
         sents = [base.text(entry.sent, "`sent`")]
-        return Sample(base.turns(psalm.question(sents, self.prompt)), (image,), (drawn.mask,),
-                      {"files": [info["file_name"]], "sents": sents,
-                       "metric": "grefcoco" if self._general else "referring", **drawn.meta(),
-                       **base.ids_of(image_id=entry.image_id, category_id=category)})
+        return Sample(
+            base.turns(psalm.question(sents, self.prompt)),
+            (image,),
+            (drawn.mask,),
+            {
+                "files": [info["file_name"]],
+                "sents": sents,
+                "metric": "grefcoco" if self._general else "referring",
+                **drawn.meta(),
+                **base.ids_of(image_id=entry.image_id, category_id=category),
+            },
+        )
 
 
 def _refs_file(folder: epath.Path, split_by: str) -> epath.Path:
-    names = {found[1] or found[2]: path for path in files.listed(folder)
-             if (found := re.fullmatch(r"refs\((.*)\)\.p|grefs\((.*)\)\.json", path.name))}
+    names = {
+        found[1] or found[2]: path
+        for path in files.listed(folder)
+        if (found := re.fullmatch(r"refs\((.*)\)\.p|grefs\((.*)\)\.json", path.name))
+    }
     if not names:
         raise UserError(f"{folder}: no referring expressions; looked for refs(*).p, grefs(*).json")
     if split_by not in names and (split_by or len(names) > 1):
-        raise UserError(f"{folder}: expressions split by {', '.join(names)}; name one of them, such "
-                        f"as refer:{folder}:val:{next(iter(names))}")
+        raise UserError(
+            f"{folder}: expressions split by {', '.join(names)}; name one of them, such "
+            f"as refer:{folder}:val:{next(iter(names))}"
+        )
     return names[split_by] if split_by else next(iter(names.values()))
 
 
@@ -100,5 +125,4 @@ def _expressions(ref: Mapping[str, Any]) -> list[Expression]:
     ids = ref["ann_id"]
     ids = ids if isinstance(ids, list) else [ids]
     anns = () if ref.get("no_target") else tuple(base.an_id(k) for k in ids if k != -1)
-    return [Expression(ref["ref_id"], s["sent"], base.an_id(ref["image_id"]), anns)
-            for s in ref["sentences"]]
+    return [Expression(ref["ref_id"], s["sent"], base.an_id(ref["image_id"]), anns) for s in ref["sentences"]]

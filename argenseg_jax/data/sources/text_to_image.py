@@ -1,8 +1,9 @@
 """Text-to-image pairs: `<mask>` holds a picture. A caption beside each picture, or a folder per class.
 
-    FOLDER[/00000]/000.jpg with 000.txt (as img2dataset writes its `files` output)
-    FOLDER/CLASS/*.jpg, optionally LOC_synset_mapping.txt (`n01440764 tench, Tinca tinca`), as ImageNet
+FOLDER[/00000]/000.jpg with 000.txt (as img2dataset writes its `files` output)
+FOLDER/CLASS/*.jpg, optionally LOC_synset_mapping.txt (`n01440764 tench, Tinca tinca`), as ImageNet
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -47,15 +48,14 @@ class PairSource(base.Indexed[Pair]):
         paths = sorted([*first, *(p for f in inner for p in files.listed(f))])  # no layout is deeper
         found = [p for p in paths if p.suffix.lower() in base.PICTURES]
         captions = {(p.parent, base.stem(p)): p for p in paths if p.suffix == ".txt"}
-        entries = [Pair(p, captions[p.parent, base.stem(p)], "") for p in found
-                   if (p.parent, base.stem(p)) in captions]
+        entries = [Pair(p, captions[p.parent, base.stem(p)], "") for p in found if (p.parent, base.stem(p)) in captions]
         if not entries:
             names = _class_names(root, folder)
-            entries = [Pair(p, None, names.get(p.parent.name, base.spoken(p.parent.name)))
-                       for p in found if p.parent != root]
+            entries = [
+                Pair(p, None, names.get(p.parent.name, base.spoken(p.parent.name))) for p in found if p.parent != root
+            ]
         if not entries:
-            raise UserError(f"{root}: no text-to-image pairs; looked for X.jpg beside X.txt, "
-                            "and for CLASS/*.jpg")
+            raise UserError(f"{root}: no text-to-image pairs; looked for X.jpg beside X.txt, and for CLASS/*.jpg")
         super().__init__(str(root), entries, reading)
 
     def from_(self, entry: Pair) -> str:
@@ -67,9 +67,12 @@ class PairSource(base.Indexed[Pair]):
         text = " ".join(text.split()).rstrip(".")
         if not text:
             raise SampleError(f"{caption.name if caption else 'the class name'} is empty")
-        return Sample(base.turns(QUESTION.format(text), ANSWER), (), (self.reader.image(entry.picture),),
-                      {"files": [entry.picture.name], "kind": entry.name or None, "sents": [text],
-                       "metric": "fidelity"})
+        return Sample(
+            base.turns(QUESTION.format(text), ANSWER),
+            (),
+            (self.reader.image(entry.picture),),
+            {"files": [entry.picture.name], "kind": entry.name or None, "sents": [text], "metric": "fidelity"},
+        )
 
 
 def _class_names(*folders: epath.Path) -> dict[str, str]:

@@ -7,6 +7,7 @@
 Nothing is imported for a folder here: the two files are read as JSON, the classes are compared with
 those that are in use, and the records are decoded by features that the caller brings.
 """
+
 from __future__ import annotations
 
 import bisect
@@ -25,10 +26,17 @@ from argenseg_jax import files
 from argenseg_jax.errors import UserError, brief, located
 
 FEATURES, INFO, FORMAT = "features.json", "dataset_info.json", "array_record"
-_CLASSES = (tfds.features.FeaturesDict, tfds.features.Sequence, tfds.features.Image, tfds.features.Text,
-            tfds.features.Tensor, tfds.features.Scalar, tfds.features.BBoxFeature, tfds.features.ClassLabel)
-KNOWN = frozenset(name for c in _CLASSES
-                  for name in (f"{c.__module__}.{c.__name__}", *vars(c).get("ALIASES", ())))
+_CLASSES = (
+    tfds.features.FeaturesDict,
+    tfds.features.Sequence,
+    tfds.features.Image,
+    tfds.features.Text,
+    tfds.features.Tensor,
+    tfds.features.Scalar,
+    tfds.features.BBoxFeature,
+    tfds.features.ClassLabel,
+)
+KNOWN = frozenset(name for c in _CLASSES for name in (f"{c.__module__}.{c.__name__}", *vars(c).get("ALIASES", ())))
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type", "protoCls", "proto_cls")
 _TEMPLATE = re.compile(r"(?:[\w.-]|\{(?:DATASET|SPLIT|FILEFORMAT|SHARD_INDEX|NUM_SHARDS|SHARD_X_OF_Y)\})*")
 _NAME = re.compile(r"[\w.+-]+")
@@ -44,8 +52,10 @@ def columns(folder: epath.PathLike) -> dict[str, Any]:
     tree = files.read_json(path)
     for name in _class_names(tree):
         if not isinstance(name, str) or name not in KNOWN:
-            raise UserError(f"{path}: names the class {brief(name, 80)!r}, which is none of the features "
-                            "of TFDS that are read here; nothing is imported for a data set")
+            raise UserError(
+                f"{path}: names the class {brief(name, 80)!r}, which is none of the features "
+                "of TFDS that are read here; nothing is imported for a data set"
+            )
     with located(str(path), "description of features by TFDS", UserError):
         return {str(name): entry for name, entry in dict(tree["featuresDict"]["features"]).items()}
 
@@ -68,17 +78,20 @@ def open_split(folder: epath.PathLike, split: str) -> Records:
     folder = epath.Path(folder)
     path = folder / INFO
     if not path.exists():
-        raise UserError(f"{folder}: no data set; looked for {INFO} (the version folder of a TFDS data set) "
-                        "and prepared.json (of `prepare`); other layouts need their name in front, such as "
-                        "own:FOLDER")
+        raise UserError(
+            f"{folder}: no data set; looked for {INFO} (the version folder of a TFDS data set) "
+            "and prepared.json (of `prepare`); other layouts need their name in front, such as "
+            "own:FOLDER"
+        )
     info = files.read_json(path)
     with located(str(path), "description of a data set by TFDS", UserError):
         formats = [info.get("fileFormat"), *info.get("alternativeFileFormats", [])]
         if FORMAT not in formats:
-            raise UserError(f"no random access to files of format {brief(formats[0], 40)}; build the data "
-                            f"set with file_format='{FORMAT}'")
-        splits = tfds.core.SplitDict([_split(entry, _named(info["name"], "name"), folder)
-                                      for entry in info["splits"]])
+            raise UserError(
+                f"no random access to files of format {brief(formats[0], 40)}; build the data "
+                f"set with file_format='{FORMAT}'"
+            )
+        splits = tfds.core.SplitDict([_split(entry, _named(info["name"], "name"), folder) for entry in info["splits"]])
         if split.partition("[")[0] not in splits:
             raise UserError(f"no split {split!r}; it has {', '.join(splits)}")
         try:
@@ -91,14 +104,20 @@ def open_split(folder: epath.PathLike, split: str) -> Records:
 def _split(entry: Mapping[str, Any], data_set: str, folder: epath.Path) -> tfds.core.SplitInfo:
     name, template = _named(entry["name"], "split"), entry.get("filepathTemplate") or ""
     if not isinstance(template, str) or not _TEMPLATE.fullmatch(template):
-        raise UserError(f"filepathTemplate {brief(template, 80)!r} of split {name!r}: a file name in this "
-                        "folder is expected")
+        raise UserError(
+            f"filepathTemplate {brief(template, 80)!r} of split {name!r}: a file name in this folder is expected"
+        )
     lengths = [int(length) for length in entry["shardLengths"]]
     if not lengths or not all(0 <= length < 2**40 for length in lengths):
         raise UserError(f"shardLengths of split {name!r}: the number of records of each shard is expected")
     return tfds.core.SplitInfo(
-        name=name, shard_lengths=lengths, num_bytes=0, filename_template=tfds.core.ShardedFileTemplate(
-            data_dir=folder, dataset_name=data_set, split=name, filetype_suffix=FORMAT, template=template))
+        name=name,
+        shard_lengths=lengths,
+        num_bytes=0,
+        filename_template=tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=data_set, split=name, filetype_suffix=FORMAT, template=template
+        ),
+    )
 
 
 def _named(name: Any, what: str) -> str:
@@ -151,9 +170,9 @@ class Records(Sequence):
         with self._lock:
             if k not in self._opened:
                 from array_record.python import array_record_data_source as shards  # compiled code
+
                 path, skip, take = self.spans[k]
-                self._opened[k] = shards.ArrayRecordDataSource(
-                    [_Whole(self._local(path), 0, skip + take, skip + take)])
+                self._opened[k] = shards.ArrayRecordDataSource([_Whole(self._local(path), 0, skip + take, skip + take)])
             return self._opened[k]
 
     def _local(self, path: str) -> str:
@@ -179,6 +198,7 @@ def _has_own_client(path: str) -> bool:
     if not path.startswith("gs://"):
         return False
     import fsspec
+
     try:
         return fsspec.get_filesystem_class("gcs").__module__.startswith("gcsfs")  # as etils asks for it
     except (ImportError, ValueError):

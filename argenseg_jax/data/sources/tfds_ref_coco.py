@@ -1,8 +1,9 @@
 """TFDS's own `ref_coco` (RefCOCO, RefCOCO+, RefCOCOg), built with file_format='array_record'.
 
-    ref_coco/refcoco_unc/1.1.0/{dataset_info.json, features.json, *.array_record*}
-    a record: image, image/id, objects: {id, mask, refexp: {refexp_id, raw}, ...}, coco_annotations
+ref_coco/refcoco_unc/1.1.0/{dataset_info.json, features.json, *.array_record*}
+a record: image, image/id, objects: {id, mask, refexp: {refexp_id, raw}, ...}, coco_annotations
 """
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -23,8 +24,13 @@ _F = tfds.features
 _REFEXP = {"refexp": _F.Sequence({"refexp_id": np.int64, "raw": _F.Text()})}
 # The part of a record that says how many expressions there are; and all that is read, pictures as bytes.
 WORDS = _F.FeaturesDict({"objects": _F.Sequence(_REFEXP)})
-WHOLE = _F.FeaturesDict({"image": _F.Text(), "image/id": np.int64, "objects": _F.Sequence(
-    {**_REFEXP, "mask": _F.Text(), "label": np.int64})})
+WHOLE = _F.FeaturesDict(
+    {
+        "image": _F.Text(),
+        "image/id": np.int64,
+        "objects": _F.Sequence({**_REFEXP, "mask": _F.Text(), "label": np.int64}),
+    }
+)
 
 
 class Phrase(NamedTuple):
@@ -46,8 +52,9 @@ class RefCocoSource(base.Indexed[Phrase]):
 
     takes_prompt = True
 
-    def __init__(self, folder: epath.PathLike, split: str = "train", prompt: str = "referring",
-                 reading: Reading = Reading()):
+    def __init__(
+        self, folder: epath.PathLike, split: str = "train", prompt: str = "referring", reading: Reading = Reading()
+    ):
         psalm.question([], prompt)
         self.prompt, split = prompt, {"val": "validation"}.get(split, split)
         self._records = tfds_folder.open_split(folder, split)
@@ -57,8 +64,11 @@ class RefCocoSource(base.Indexed[Phrase]):
         for i in range(len(self._records)):
             with located(f"{folder} ({split}): record {i}", "record of `ref_coco`", UserError, Exception):
                 record = WORDS.deserialize_example_np(self._records[i])
-                entries += [Phrase(i, k, text.decode())
-                            for k, texts in enumerate(record["objects"]["refexp"]["raw"]) for text in texts]
+                entries += [
+                    Phrase(i, k, text.decode())
+                    for k, texts in enumerate(record["objects"]["refexp"]["raw"])
+                    for text in texts
+                ]
         super().__init__(f"{folder} ({split})", entries, reading)
 
     def from_(self, entry: Phrase) -> str:
@@ -71,10 +81,18 @@ class RefCocoSource(base.Indexed[Phrase]):
         shown = decode_picture(objects["mask"][entry.object], "mask", self.reader.max_pixels, ("PNG",))[..., 0]
         transforms.check_sizes(image, [shown], ["of the object"])
         image_id, category_id = int(record["image/id"]), int(objects["label"][entry.object])
-        return Sample(base.turns(psalm.question([entry.words], self.prompt)), (image,),
-                      ((shown > 0).astype(np.uint8) * 255,),
-                      {"files": [f"image {image_id}"], "sents": [entry.words], "metric": "referring",
-                       "image_id": image_id, "category_id": category_id})
+        return Sample(
+            base.turns(psalm.question([entry.words], self.prompt)),
+            (image,),
+            ((shown > 0).astype(np.uint8) * 255,),
+            {
+                "files": [f"image {image_id}"],
+                "sents": [entry.words],
+                "metric": "referring",
+                "image_id": image_id,
+                "category_id": category_id,
+            },
+        )
 
 
 def is_ref_coco(folder: epath.PathLike) -> bool:

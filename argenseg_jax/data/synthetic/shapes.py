@@ -7,6 +7,7 @@ Levels: `simple` has 2-3 objects of 4 colours and 3 shapes; `full` has 2-5 objec
 5 shapes, relations and expressions without a target. A few colour-shape pairs are held out: they
 are drawn, and named, in the split `unseen` only.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -23,11 +24,15 @@ from argenseg_jax.errors import UserError
 
 CANVAS = 64
 COLOURS = {
-    'red': (220, 50, 50), 'green': (50, 180, 70), 'blue': (60, 90, 230),
-    'yellow': (235, 215, 60), 'purple': (155, 60, 190), 'orange': (240, 140, 40),
+    "red": (220, 50, 50),
+    "green": (50, 180, 70),
+    "blue": (60, 90, 230),
+    "yellow": (235, 215, 60),
+    "purple": (155, 60, 190),
+    "orange": (240, 140, 40),
 }
-SIZES = {'small': (6.5, 8.0), 'large': (10.5, 13.0)}  # range of r, in pixels
-SHAPES = ('circle', 'square', 'triangle', 'star', 'ring')
+SIZES = {"small": (6.5, 8.0), "large": (10.5, 13.0)}  # range of r, in pixels
+SHAPES = ("circle", "square", "triangle", "star", "ring")
 # In units of r, so that shapes of one r look equally large: half a side; centre to tip; a hole.
 SQUARE_HALF, TRIANGLE_TIP, STAR_TIP, RING_HOLE = 0.885, 1.24, 1.15, 0.45
 STAR_DENT = 0.5  # in units of the tip
@@ -35,7 +40,7 @@ MAX_ROTATION = 0.5  # radians
 MIN_DISTANCE = 0.88  # between centres, in units of r1 + r2: shapes may touch
 COLOUR_SD, NOISE_SD = 10.0, 8.0  # of an object's colour, and of every pixel
 
-SPLITS = {'train': 2**31 - 1, 'val': 200, 'test': 500, 'unseen': 500}  # default sizes
+SPLITS = {"train": 2**31 - 1, "val": 200, "test": 500, "unseen": 500}  # default sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +57,30 @@ class Level:
     @functools.cached_property
     def seen(self) -> list[tuple[str, str]]:
         """The colour-shape pairs that are not held out."""
-        return [pair for pair in itertools.product(self.colours, self.shapes)
-                if pair not in self.held_out]
+        return [pair for pair in itertools.product(self.colours, self.shapes) if pair not in self.held_out]
 
 
 LEVELS = {
-    level.name: level for level in (
-        Level('simple', tuple(COLOURS)[:4], SHAPES[:3], 3,
-              frozenset({('red', 'triangle'), ('blue', 'circle')}),
-              dict(cs=15, ext=11, allc=11, alls=11, zcs=7, zs=4, exc=4)),
-        Level('full', tuple(COLOURS), SHAPES, 5,
-              frozenset({('red', 'triangle'), ('green', 'star'), ('blue', 'circle'),
-                         ('yellow', 'ring'), ('purple', 'square')}),
-              dict(cs=10, ext=10, exc=10, zcs=9, alls=6, zs=4, rel=4, allc=4, none=4)),
+    level.name: level
+    for level in (
+        Level(
+            "simple",
+            tuple(COLOURS)[:4],
+            SHAPES[:3],
+            3,
+            frozenset({("red", "triangle"), ("blue", "circle")}),
+            dict(cs=15, ext=11, allc=11, alls=11, zcs=7, zs=4, exc=4),
+        ),
+        Level(
+            "full",
+            tuple(COLOURS),
+            SHAPES,
+            5,
+            frozenset(
+                {("red", "triangle"), ("green", "star"), ("blue", "circle"), ("yellow", "ring"), ("purple", "square")}
+            ),
+            dict(cs=10, ext=10, exc=10, zcs=9, alls=6, zs=4, rel=4, allc=4, none=4),
+        ),
     )
 }
 
@@ -111,16 +127,16 @@ class Expression:
 
 def _inside(obj: Object, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """bool[h, w]: which pixel centres, x f32[1, w] and y f32[h, 1] from the centre, it covers."""
-    if obj.shape in ('circle', 'ring'):
+    if obj.shape in ("circle", "ring"):
         square = x * x + y * y
         inside = square <= obj.r**2
-        return inside & (square >= (RING_HOLE * obj.r) ** 2) if obj.shape == 'ring' else inside
-    if obj.shape == 'square':
+        return inside & (square >= (RING_HOLE * obj.r) ** 2) if obj.shape == "ring" else inside
+    if obj.shape == "square":
         cos, sin, half = math.cos(obj.angle), math.sin(obj.angle), SQUARE_HALF * obj.r
         return (np.abs(cos * x + sin * y) <= half) & (np.abs(cos * y - sin * x) <= half)
-    points = 3 if obj.shape == 'triangle' else 5
+    points = 3 if obj.shape == "triangle" else 5
     angles = obj.angle - np.pi / 2 + 2 * np.pi / points * np.arange(points)  # the tips; first is up
-    if obj.shape == 'triangle':  # each side lies opposite a tip, at half its distance
+    if obj.shape == "triangle":  # each side lies opposite a tip, at half its distance
         sides = [math.cos(a) * x + math.sin(a) * y for a in angles]
         return np.minimum(np.minimum(sides[0], sides[1]), sides[2]) >= -TRIANGLE_TIP * obj.r / 2
     # A star folds onto half a point: `along` the nearest tip's axis and `aside` of it.
@@ -137,14 +153,12 @@ def _inside(obj: Object, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def silhouette(shape: str, x: float, y: float, r: float) -> np.ndarray:
     """bool[H, W]: an upright shape around (x, y), cut off at the edge of the canvas."""
     across = np.arange(CANVAS, dtype=np.float32)
-    return _inside(Object('', shape, '', x, y, r, 0.0), across[None] - np.float32(x),
-                   across[:, None] - np.float32(y))
+    return _inside(Object("", shape, "", x, y, r, 0.0), across[None] - np.float32(x), across[:, None] - np.float32(y))
 
 
 def _reach(shape: str, r: float) -> float:
     """Radius of the circle around a shape."""
-    return r * {'square': SQUARE_HALF * math.sqrt(2), 'triangle': TRIANGLE_TIP,
-                'star': STAR_TIP}.get(shape, 1.0)
+    return r * {"square": SQUARE_HALF * math.sqrt(2), "triangle": TRIANGLE_TIP, "star": STAR_TIP}.get(shape, 1.0)
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
@@ -177,7 +191,7 @@ def _place(rng: np.random.Generator, level: Level, held_out: bool) -> list[Objec
             pairs = sorted(level.held_out) if held_out and i == 0 else level.seen
             pair, big, extra, turn = rng.random(4).tolist()  # one call: numpy's cost is per call
             colour, shape = pairs[int(pair * len(pairs))]
-            size = 'large' if big < 0.5 else 'small'
+            size = "large" if big < 0.5 else "small"
             low, high = SIZES[size]
             r, angle = low + extra * (high - low), (2 * turn - 1) * MAX_ROTATION
             for x, y in rng.uniform(r, CANVAS - 1 - r, (20, 2)).tolist():
@@ -206,7 +220,7 @@ def scene(rng: np.random.Generator, level: str | Level, held_out: bool = False) 
         masks[i, top:bottom, left:right] = inside
         colour = COLOURS[obj.colour] + COLOUR_SD * rng.standard_normal(3)
         canvas[:, top:bottom, left:right][:, inside] = colour[:, None]
-    canvas += _noise_table().take(rng.integers(0, 4096, canvas.shape, np.uint16), mode='wrap')
+    canvas += _noise_table().take(rng.integers(0, 4096, canvas.shape, np.uint16), mode="wrap")
     image = np.clip(canvas, 0, 255, out=canvas).astype(np.uint8).transpose(1, 2, 0)
     return Scene(level, np.ascontiguousarray(image), tuple(objects), masks)
 
@@ -217,15 +231,14 @@ def scene(rng: np.random.Generator, level: str | Level, held_out: bool = False) 
 
 Candidates = list[tuple[str, tuple[int, ...]]]
 MARGIN = 4.0  # pixels by which an extreme or a relation must hold, so that an eye can tell
-DIRECTIONS = {'leftmost': ('x', -1), 'rightmost': ('x', 1), 'topmost': ('y', -1),
-              'bottommost': ('y', 1)}
-RELATIONS = {'above': ('y', -1), 'below': ('y', 1), 'left of': ('x', -1), 'right of': ('x', 1)}
+DIRECTIONS = {"leftmost": ("x", -1), "rightmost": ("x", 1), "topmost": ("y", -1), "bottommost": ("y", 1)}
+RELATIONS = {"above": ("y", -1), "below": ("y", 1), "left of": ("x", -1), "right of": ("x", 1)}
 
 
 def unique(scene: Scene, *fields: str) -> Candidates:
-    """"the {fields}" for every object that no other equals in these fields."""
-    names = [' '.join(getattr(o, f) for f in fields) for o in scene.objects]
-    return [(f'the {name}', (i,)) for i, name in enumerate(names) if names.count(name) == 1]
+    """ "the {fields}" for every object that no other equals in these fields."""
+    names = [" ".join(getattr(o, f) for f in fields) for o in scene.objects]
+    return [(f"the {name}", (i,)) for i, name in enumerate(names) if names.count(name) == 1]
 
 
 def groups(scene: Scene, field: str) -> dict[str, tuple[int, ...]]:
@@ -238,25 +251,24 @@ def groups(scene: Scene, field: str) -> dict[str, tuple[int, ...]]:
 
 
 def extremes(scene: Scene) -> Candidates:
-    """"the leftmost {shape}", or "... object" over everything where the shape occurs once."""
+    """ "the leftmost {shape}", or "... object" over everything where the shape occurs once."""
     found = []
     everything = tuple(range(len(scene.objects)))
-    for shape, group in groups(scene, 'shape').items():
-        noun, group = (shape, group) if len(group) > 1 else ('object', everything)
+    for shape, group in groups(scene, "shape").items():
+        noun, group = (shape, group) if len(group) > 1 else ("object", everything)
         for word, (axis, sign) in DIRECTIONS.items():
             order = sorted(group, key=lambda i: -sign * getattr(scene.objects[i], axis))
-            gap = sign * (getattr(scene.objects[order[0]], axis)
-                          - getattr(scene.objects[order[1]], axis))
+            gap = sign * (getattr(scene.objects[order[0]], axis) - getattr(scene.objects[order[1]], axis))
             if gap >= MARGIN:
-                found.append((f'the {word} {noun}', (order[0],)))
+                found.append((f"the {word} {noun}", (order[0],)))
     return found
 
 
 def _relations(scene: Scene) -> Candidates:
-    """"the {colour} shape {relation} the {colour} one": the second colour occurs once, and exactly
+    """ "the {colour} shape {relation} the {colour} one": the second colour occurs once, and exactly
     one object of the first stands so, by a clear margin."""
     found = []
-    by_colour = groups(scene, 'colour')
+    by_colour = groups(scene, "colour")
     for other, (anchor, *more) in by_colour.items():
         if more:
             continue
@@ -268,14 +280,17 @@ def _relations(scene: Scene) -> Candidates:
                 gaps = [sign * (getattr(scene.objects[i], axis) - origin) for i in group]
                 holds = [i for i, gap in zip(group, gaps) if gap > 0]
                 if len(holds) == 1 and min(map(abs, gaps)) >= MARGIN:
-                    found.append((f'the {colour} shape {word} the {other} one', tuple(holds)))
+                    found.append((f"the {colour} shape {word} the {other} one", tuple(holds)))
     return found
 
 
 def _excepts(scene: Scene) -> Candidates:
     everything = set(range(len(scene.objects)))
-    return [(f'everything except the {shape}s', tuple(sorted(everything - set(group))))
-            for shape, group in groups(scene, 'shape').items() if len(group) < len(everything)]
+    return [
+        (f"everything except the {shape}s", tuple(sorted(everything - set(group))))
+        for shape, group in groups(scene, "shape").items()
+        if len(group) < len(everything)
+    ]
 
 
 def _absent(scene: Scene) -> Candidates:
@@ -287,51 +302,48 @@ def _absent(scene: Scene) -> Candidates:
         for shape in scene.level.shapes:
             if (colour, shape) not in present:
                 near = colour in colours or shape in shapes
-                found += [(f'the {colour} {shape}', ())] * (4 if near else 1)
+                found += [(f"the {colour} {shape}", ())] * (4 if near else 1)
     return found
 
 
 KINDS: dict[str, Callable[[Scene], Candidates]] = {
-    'cs': lambda s: unique(s, 'colour', 'shape'),
-    'zcs': lambda s: unique(s, 'size', 'colour', 'shape'),
-    'zs': lambda s: unique(s, 'size', 'shape'),
-    'ext': extremes,
-    'rel': _relations,
-    'allc': lambda s: [(f'all {c} shapes', g) for c, g in groups(s, 'colour').items()],
-    'alls': lambda s: [(f'all {n}s', g) for n, g in groups(s, 'shape').items()],
-    'exc': _excepts,
-    'none': _absent,
+    "cs": lambda s: unique(s, "colour", "shape"),
+    "zcs": lambda s: unique(s, "size", "colour", "shape"),
+    "zs": lambda s: unique(s, "size", "shape"),
+    "ext": extremes,
+    "rel": _relations,
+    "allc": lambda s: [(f"all {c} shapes", g) for c, g in groups(s, "colour").items()],
+    "alls": lambda s: [(f"all {n}s", g) for n, g in groups(s, "shape").items()],
+    "exc": _excepts,
+    "none": _absent,
 }
 
 
 def expressions(scene: Scene) -> list[Expression]:
     """Every expression of the level that holds in the scene, each phrase once."""
-    found = {text: (kind, targets) for kind in scene.level.kinds
-             for text, targets in KINDS[kind](scene)}
-    return [Expression(kind, text, targets, scene.union(targets))
-            for text, (kind, targets) in found.items()]
+    found = {text: (kind, targets) for kind in scene.level.kinds for text, targets in KINDS[kind](scene)}
+    return [Expression(kind, text, targets, scene.union(targets)) for text, (kind, targets) in found.items()]
 
 
-def draw_expression(rng: np.random.Generator, scene: Scene, weights: Mapping[str, float],
-                    split: str) -> Expression | None:
+def draw_expression(
+    rng: np.random.Generator, scene: Scene, weights: Mapping[str, float], split: str
+) -> Expression | None:
     """Draws a kind by its weight, then a phrase of it; None where the scene allows no kind.
 
     In `unseen` a held-out pair is among the targets. Elsewhere no phrase names one, except that
     `val` and `test` may ask in vain for it: in training that would teach that it never exists.
     """
-    held_out = [' '.join(pair) for pair in scene.level.held_out]
-    wanted = {i for i, o in enumerate(scene.objects)
-              if (o.colour, o.shape) in scene.level.held_out}
+    held_out = [" ".join(pair) for pair in scene.level.held_out]
+    wanted = {i for i, o in enumerate(scene.objects) if (o.colour, o.shape) in scene.level.held_out}
     open_kinds = {kind: weight for kind, weight in weights.items() if weight > 0}
     while open_kinds:
         names = list(open_kinds)
         ends = np.cumsum(list(open_kinds.values()))
-        kind = names[min(int(np.searchsorted(ends, rng.random() * ends[-1], 'right')),
-                         len(names) - 1)]
+        kind = names[min(int(np.searchsorted(ends, rng.random() * ends[-1], "right")), len(names) - 1)]
         found = KINDS[kind](scene)
-        if split == 'unseen':
+        if split == "unseen":
             found = [item for item in found if wanted.intersection(item[1])]
-        elif split == 'train' and kind == 'none':
+        elif split == "train" and kind == "none":
             found = [item for item in found if not item[0].endswith(tuple(held_out))]
         if found:
             text, targets = found[rng.integers(len(found))]
@@ -345,9 +357,11 @@ def draw_expression(rng: np.random.Generator, scene: Scene, weights: Mapping[str
 
 def conversation(text: str, image_last: bool = False) -> list[dict[str, str]]:
     """The question about one phrase, and its answer."""
-    ask = f'Segment {text}.'
-    return [{'from': 'human', 'value': f'{ask}\n<image>' if image_last else f'<image>\n{ask}'},
-            {'from': 'gpt', 'value': 'Sure, the segmentation result: <mask>.'}]
+    ask = f"Segment {text}."
+    return [
+        {"from": "human", "value": f"{ask}\n<image>" if image_last else f"<image>\n{ask}"},
+        {"from": "gpt", "value": "Sure, the segmentation result: <mask>."},
+    ]
 
 
 class ShapesSource:
@@ -362,17 +376,25 @@ class ShapesSource:
       kind_weights: relative frequency of each expression kind, replacing the level's own.
     """
 
-    def __init__(self, level: str = 'simple', split: str = 'train', size: int | None = None,
-                 seed: int = 0, image_last: bool = False,
-                 kind_weights: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        level: str = "simple",
+        split: str = "train",
+        size: int | None = None,
+        seed: int = 0,
+        image_last: bool = False,
+        kind_weights: Mapping[str, float] | None = None,
+    ):
         self.level = level_of(level)
         if split not in SPLITS:
-            raise UserError(f'shapes: no split {split!r}; choose one of {", ".join(SPLITS)}')
+            raise UserError(f"shapes: no split {split!r}; choose one of {', '.join(SPLITS)}")
         weights = self.level.kinds if kind_weights is None else dict(kind_weights)
         unknown = set(weights) - set(self.level.kinds)
         if unknown or min(weights.values(), default=0) < 0 or sum(weights.values()) <= 0:
-            raise UserError(f'shapes: kind_weights must give a weight >= 0 to some of '
-                            f'{", ".join(self.level.kinds)}; got {dict(weights)}')
+            raise UserError(
+                f"shapes: kind_weights must give a weight >= 0 to some of "
+                f"{', '.join(self.level.kinds)}; got {dict(weights)}"
+            )
         self.split, self.seed, self.image_last, self.weights = split, seed, image_last, weights
         self._size = SPLITS[split] if size is None else size
 
@@ -382,41 +404,50 @@ class ShapesSource:
     def __getitem__(self, index: int) -> Sample:
         index = int(index)
         if not 0 <= index < self._size:
-            raise IndexError(f'index {index} is outside of 0..{self._size - 1}')
+            raise IndexError(f"index {index} is outside of 0..{self._size - 1}")
         key = (self.seed, tuple(LEVELS).index(self.level.name), tuple(SPLITS).index(self.split))
         rng = np.random.default_rng((*key, index))
         expression = None
         while expression is None:  # rare: the weights may only allow kinds this scene lacks
-            drawn = scene(rng, self.level, held_out=self.split == 'unseen')
+            drawn = scene(rng, self.level, held_out=self.split == "unseen")
             expression = draw_expression(rng, drawn, self.weights, self.split)
         return Sample(
             conversations=conversation(expression.text, self.image_last),
             images=(drawn.image,),
             masks=(expression.mask,),
-            meta={'id': index, 'source': 'shapes', 'level': self.level.name, 'split': self.split,
-                  'kind': expression.kind,
-                  'all_objects_mask': drawn.union(range(len(drawn.objects)))},
+            meta={
+                "id": index,
+                "source": "shapes",
+                "level": self.level.name,
+                "split": self.split,
+                "kind": expression.kind,
+                "all_objects_mask": drawn.union(range(len(drawn.objects))),
+            },
         )
 
 
 def corpus() -> list[str]:
     """All sentences of the grammar's words, for building a small tokenizer."""
-    sentences = [turn['value'] for turn in conversation('the object')]
+    sentences = [turn["value"] for turn in conversation("the object")]
     for colour in COLOURS:
-        sentences.append(f'all {colour} shapes')
+        sentences.append(f"all {colour} shapes")
         for shape in SHAPES:
-            sentences += [f'the {colour} {shape}'] + [f'the {size} {colour} {shape}'
-                                                      for size in SIZES]
+            sentences += [f"the {colour} {shape}"] + [f"the {size} {colour} {shape}" for size in SIZES]
     for shape in SHAPES:
-        sentences += [f'all {shape}s', f'everything except the {shape}s']
-        sentences += [f'the {size} {shape}' for size in SIZES]
-    sentences += [f'the {word} {noun}' for word in DIRECTIONS for noun in (*SHAPES, 'object')]
-    sentences += [f'the {first} shape {word} the {second} one' for word in RELATIONS
-                  for first in COLOURS for second in COLOURS if first != second]
+        sentences += [f"all {shape}s", f"everything except the {shape}s"]
+        sentences += [f"the {size} {shape}" for size in SIZES]
+    sentences += [f"the {word} {noun}" for word in DIRECTIONS for noun in (*SHAPES, "object")]
+    sentences += [
+        f"the {first} shape {word} the {second} one"
+        for word in RELATIONS
+        for first in COLOURS
+        for second in COLOURS
+        if first != second
+    ]
     return sentences
 
 
 def level_of(name: str) -> Level:
     if name not in LEVELS:
-        raise UserError(f'shapes: no level {name!r}; choose one of {", ".join(LEVELS)}')
+        raise UserError(f"shapes: no level {name!r}; choose one of {', '.join(LEVELS)}")
     return LEVELS[name]

@@ -10,6 +10,7 @@
 A sample is a pure function of (task, level, split, seed, index). As in data/synthetic/shapes.py, held-out pairs are
 drawn, and named, in the split `unseen` only.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -48,8 +49,9 @@ def _semantic(rng: np.random.Generator, scene: Scene, unseen: bool, place: int) 
     absent = [shape for shape in scene.level.shapes if shape not in groups]
     present = sorted({scene.objects[i].shape for i in _named(scene)} if unseen else groups)
     name = str(rng.choice(absent if absent and not unseen and rng.random() < ABSENT else present))
-    return _masked(scene, f"<image>\n Please segment {name} in this image.", groups.get(name, ()),
-                   kind=name, metric="semantic")
+    return _masked(
+        scene, f"<image>\n Please segment {name} in this image.", groups.get(name, ()), kind=name, metric="semantic"
+    )
 
 
 def _instances(rng: np.random.Generator, scene: Scene, unseen: bool, place: int) -> Sample | None:
@@ -62,14 +64,20 @@ def _instances(rng: np.random.Generator, scene: Scene, unseen: bool, place: int)
     across = [scene.objects[i].x for i in order]
     if len(order) > LIST or np.diff(across).min(initial=shapes.MARGIN) < shapes.MARGIN:
         return None
-    return _masked(scene, f"<image>\nSegment {name} {place + 1} from the left.", order[place:place + 1],
-                   kind=name, metric="instances")
+    return _masked(
+        scene,
+        f"<image>\nSegment {name} {place + 1} from the left.",
+        order[place : place + 1],
+        kind=name,
+        metric="instances",
+    )
 
 
 def _masked(scene: Scene, question: str, targets, **meta) -> Sample:
     everything = scene.union(range(len(scene.objects)))
-    return Sample(base.turns(question), (scene.image,), (scene.union(targets),),
-                  {**meta, "all_objects_mask": everything})
+    return Sample(
+        base.turns(question), (scene.image,), (scene.union(targets),), {**meta, "all_objects_mask": everything}
+    )
 
 
 def _named(scene: Scene) -> list[int]:
@@ -82,13 +90,16 @@ def _named(scene: Scene) -> list[int]:
 
 def _chat(rng: np.random.Generator, scene: Scene, unseen: bool, place: int) -> Sample | None:
     kind = _weighted(rng, CHAT)
-    found = {"count": _counts, "exist": _exists, "colour": _colours, "shape": _shapes}[kind](
-        rng, scene, unseen)
+    found = {"count": _counts, "exist": _exists, "colour": _colours, "shape": _shapes}[kind](rng, scene, unseen)
     if not found:
         return None
     question, answer = found[rng.integers(len(found))]
-    return Sample(base.turns(f"<image>\n{question}", answer), (scene.image,), (),
-                  {"kind": kind, "metric": "exact", "reference": answer})
+    return Sample(
+        base.turns(f"<image>\n{question}", answer),
+        (scene.image,),
+        (),
+        {"kind": kind, "metric": "exact", "reference": answer},
+    )
 
 
 def _counts(rng: np.random.Generator, scene: Scene, unseen: bool) -> list[tuple[str, str]]:
@@ -100,8 +111,9 @@ def _counts(rng: np.random.Generator, scene: Scene, unseen: bool) -> list[tuple[
         "pair": {f"{c} {s}s": (c, s) for c, s in _pairs(scene, unseen)},
         "all": {"shapes": (None, None)},
     }[what]
-    counts = {name: sum(c in (None, o.colour) and s in (None, o.shape) for o in objects)
-              for name, (c, s) in names.items()}
+    counts = {
+        name: sum(c in (None, o.colour) and s in (None, o.shape) for o in objects) for name, (c, s) in names.items()
+    }
     answer = int(rng.choice(sorted(set(counts.values()))))
     return [(f"How many {name} are there?", str(n)) for name, n in counts.items() if n == answer]
 
@@ -109,14 +121,16 @@ def _counts(rng: np.random.Generator, scene: Scene, unseen: bool) -> list[tuple[
 def _exists(rng: np.random.Generator, scene: Scene, unseen: bool) -> list[tuple[str, str]]:
     present = {(o.colour, o.shape) for o in scene.objects}
     yes = rng.random() < 0.5
-    near = [(c, s) for c, s in _pairs(scene, unseen) if ((c, s) in present) == yes
-            and any(c == other or s == shape for other, shape in present)]
+    near = [
+        (c, s)
+        for c, s in _pairs(scene, unseen)
+        if ((c, s) in present) == yes and any(c == other or s == shape for other, shape in present)
+    ]
     return [(f"Is there any {c} {s}?", "yes" if yes else "no") for c, s in near]
 
 
 def _colours(rng: np.random.Generator, scene: Scene, unseen: bool) -> list[tuple[str, str]]:
-    phrases = [*shapes.unique(scene, "shape"), *shapes.unique(scene, "size", "shape"),
-               *shapes.extremes(scene)]
+    phrases = [*shapes.unique(scene, "shape"), *shapes.unique(scene, "size", "shape"), *shapes.extremes(scene)]
     return [(f"What colour is {text}?", scene.objects[i].colour) for text, (i,) in phrases]
 
 
@@ -141,7 +155,7 @@ def _weighted(rng: np.random.Generator, weights: dict[str, float]) -> str:
 
 def _drawn(rng: np.random.Generator, level: shapes.Level) -> Sample:
     """A description of 1 to MOST_DRAWN objects in different cells of a 3x3 grid, and its picture."""
-    cells = rng.permutation(9)[:rng.integers(1, MOST_DRAWN + 1)]
+    cells = rng.permutation(9)[: rng.integers(1, MOST_DRAWN + 1)]
     parts, picture = [], np.zeros((shapes.CANVAS, shapes.CANVAS), bool)
     for cell in sorted(cells.tolist()):
         size, shape = str(rng.choice(list(RADII))), str(rng.choice(level.shapes))
@@ -150,14 +164,23 @@ def _drawn(rng: np.random.Generator, level: shapes.Level) -> Sample:
         parts.append(f"a {size} {shape} " + (f"at the {where}" if where else "in the middle"))
         picture |= shapes.silhouette(shape, CELLS[column], CELLS[row], RADII[size])
     question = text_to_image.QUESTION.format(", ".join(parts))
-    return Sample(base.turns(question, text_to_image.ANSWER), (),
-                  (picture.astype(np.uint8) * np.uint8(255),), {"kind": f"{len(parts)} objects"})
+    return Sample(
+        base.turns(question, text_to_image.ANSWER),
+        (),
+        (picture.astype(np.uint8) * np.uint8(255),),
+        {"kind": f"{len(parts)} objects"},
+    )
 
 
 # ---------------------------------------------------------------------------------- the source
 
 TASKS: dict[str, Callable[[np.random.Generator, Scene, bool, int], Sample | None] | None] = {
-    "object": _object, "semantic": _semantic, "instances": _instances, "chat": _chat, "draw": None}
+    "object": _object,
+    "semantic": _semantic,
+    "instances": _instances,
+    "chat": _chat,
+    "draw": None,
+}
 
 
 class TaskSource:
@@ -168,11 +191,9 @@ class TaskSource:
       level, split, size, seed: as those of shapes.ShapesSource.
     """
 
-    def __init__(self, task: str, level: str = "full", split: str = "train", size: int | None = None,
-                 seed: int = 0):
+    def __init__(self, task: str, level: str = "full", split: str = "train", size: int | None = None, seed: int = 0):
         if task not in TASKS:
-            raise UserError(f"shapes-{task}: no such task; there are "
-                            f"{', '.join(f'shapes-{name}' for name in TASKS)}")
+            raise UserError(f"shapes-{task}: no such task; there are {', '.join(f'shapes-{name}' for name in TASKS)}")
         if split not in shapes.SPLITS:
             raise UserError(f"shapes-{task}: no split {split!r}; choose one of {', '.join(shapes.SPLITS)}")
         self.task, self.level, self.split, self.seed = task, shapes.level_of(level), split, seed
@@ -186,14 +207,19 @@ class TaskSource:
         if not 0 <= index < self._size:
             raise IndexError(f"index {index} is outside of 0..{self._size - 1}")
         group, place = divmod(index, LIST) if self.task == "instances" else (index, 0)
-        rng = np.random.default_rng((
-            self.seed, list(TASKS).index(self.task), list(shapes.LEVELS).index(self.level.name),
-            list(shapes.SPLITS).index(self.split), group))
+        rng = np.random.default_rng(
+            (
+                self.seed,
+                list(TASKS).index(self.task),
+                list(shapes.LEVELS).index(self.level.name),
+                list(shapes.SPLITS).index(self.split),
+                group,
+            )
+        )
         name = f"shapes-{self.task}"
         made = _drawn(rng, self.level) if self.task == "draw" else None
         unseen = self.split == "unseen"
         while made is None:  # not every scene allows the question
             scene = shapes.scene(rng, self.level, held_out=unseen)
             made = TASKS[self.task](rng, scene, unseen, place)
-        return dataclasses.replace(made, meta={
-            "id": index, "source": name, "files": [f"{name}/{group}"], **made.meta})
+        return dataclasses.replace(made, meta={"id": index, "source": name, "files": [f"{name}/{group}"], **made.meta})

@@ -3,6 +3,7 @@
 A predicted mask picture has 256 grey levels, so the pixels of any number of images are summed into
 one histogram per class, and the area under the curve follows from it without keeping the pixels.
 """
+
 from __future__ import annotations
 
 import array
@@ -15,10 +16,10 @@ LEVELS = 256
 def level_counts(levels: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """i64[2, 256]: how many pixels of u8[H, W] have each level where bool[H, W] is False, True."""
     if levels.shape != truth.shape or levels.dtype != np.uint8 or truth.dtype != bool:
-        raise ValueError(f"u8 levels and a bool truth alike, not {levels.dtype}{levels.shape}, "
-                         f"{truth.dtype}{truth.shape}")
-    return np.stack([np.bincount(levels[truth == side].ravel(), minlength=LEVELS)
-                     for side in (False, True)])
+        raise ValueError(
+            f"u8 levels and a bool truth alike, not {levels.dtype}{levels.shape}, {truth.dtype}{truth.shape}"
+        )
+    return np.stack([np.bincount(levels[truth == side].ravel(), minlength=LEVELS) for side in (False, True)])
 
 
 def auroc(counts: np.ndarray) -> float | None:
@@ -53,8 +54,7 @@ def rank_counts(scores: np.ndarray, truths: np.ndarray) -> np.ndarray:
 
 def sparse(counts: np.ndarray) -> list[list[int]]:
     """i64[2, n] -> [[level, negatives, positives], ...] of the levels that occur, fit for JSON."""
-    return [[int(k), int(counts[0, k]), int(counts[1, k])]
-            for k in np.flatnonzero(counts.any(axis=0))]
+    return [[int(k), int(counts[0, k]), int(counts[1, k])] for k in np.flatnonzero(counts.any(axis=0))]
 
 
 def dense(rows: list[list[int]]) -> np.ndarray:
@@ -81,5 +81,10 @@ class Anomaly:
     def scores(self) -> dict[str, float | int | None]:
         """The scores of what was added; None where there is one class only."""
         images = rank_counts(self._top, self._defect)
-        return {"n": len(self._top), "image_AUROC": auroc(images), "image_F1": f1_max(images),
-                "pixel_AUROC": auroc(self._pixels), "pixel_F1": f1_max(self._pixels)}
+        return {
+            "n": len(self._top),
+            "image_AUROC": auroc(images),
+            "image_F1": f1_max(images),
+            "pixel_AUROC": auroc(self._pixels),
+            "pixel_F1": f1_max(self._pixels),
+        }

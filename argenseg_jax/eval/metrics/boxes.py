@@ -1,4 +1,5 @@
 """Boxes of referring comprehension: read from text, taken from masks, and Acc@0.5."""
+
 from __future__ import annotations
 
 import re
@@ -23,8 +24,14 @@ def parse_boxes(text: str, width: int, height: int) -> list[Box]:
     for inside in _BOX.findall(text):
         for found in _FOUR.findall(inside):
             x1, y1, x2, y2 = (float(v) for v in found)
-            boxes.append((min(x1, x2) * width / GRID, min(y1, y2) * height / GRID,
-                          max(x1, x2) * width / GRID, max(y1, y2) * height / GRID))
+            boxes.append(
+                (
+                    min(x1, x2) * width / GRID,
+                    min(y1, y2) * height / GRID,
+                    max(x1, x2) * width / GRID,
+                    max(y1, y2) * height / GRID,
+                )
+            )
     return boxes
 
 
@@ -74,8 +81,9 @@ class BoxAccuracy:
         return {"n": self._n, "Acc@0.5": self._right / self._n if self._n else None}
 
 
-def box_accuracy(predicted: Sequence[Sequence[float] | None],
-                 truths: Sequence[Sequence[float] | None]) -> dict[str, float | int | None]:
+def box_accuracy(
+    predicted: Sequence[Sequence[float] | None], truths: Sequence[Sequence[float] | None]
+) -> dict[str, float | int | None]:
     """`BoxAccuracy` of all samples."""
     tally = BoxAccuracy()
     for pair in zip(predicted, truths, strict=True):

@@ -1,4 +1,5 @@
 """PSNR and SSIM of reconstructed or generated pictures."""
+
 from __future__ import annotations
 
 import array
@@ -47,8 +48,10 @@ class Fidelity:
 
     def scores(self) -> dict[str, float | int | None]:
         """{n, PSNR, SSIM}; None without a picture."""
-        return {"n": len(self._values["PSNR"]),
-                **{name: float(np.mean(values)) if values else None for name, values in self._values.items()}}
+        return {
+            "n": len(self._values["PSNR"]),
+            **{name: float(np.mean(values)) if values else None for name, values in self._values.items()},
+        }
 
 
 def _blur(picture: np.ndarray) -> np.ndarray:

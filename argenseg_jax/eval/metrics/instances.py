@@ -3,6 +3,7 @@
 COCOeval keeps every mask and every match (30 kB for each row); here a found mask leaves its score and two
 bits for each size and threshold.
 """
+
 from __future__ import annotations
 
 import array
@@ -89,8 +90,12 @@ class Instances:
         for of in self._classes.values():
             if of.truths[size]:
                 hit, ignored = of.sorted()
-                tables.append([_precision(hit >> bit & 1, ignored >> bit & 1, of.truths[size])
-                               for bit in range(10 * size, 10 * size + 10)])
+                tables.append(
+                    [
+                        _precision(hit >> bit & 1, ignored >> bit & 1, of.truths[size])
+                        for bit in range(10 * size, 10 * size + 10)
+                    ]
+                )
         return np.ascontiguousarray(np.moveaxis(np.array(tables).reshape(-1, len(THRESHOLDS), len(RECALLS)), 0, -1))
 
 
@@ -112,8 +117,9 @@ def _matched(truths: Sequence[_Mask], found: Sequence[_Mask]) -> tuple[list[int]
     return hits, ignored
 
 
-def _matches(ious: Sequence[Sequence[float]], left_out: Sequence[bool], crowds: Sequence[int], count: int
-             ) -> list[list[int]]:
+def _matches(
+    ious: Sequence[Sequence[float]], left_out: Sequence[bool], crowds: Sequence[int], count: int
+) -> list[list[int]]:
     """The true mask that each found one is given at each threshold, -1 for none.
 
     Those that count come before those that are left out; of equally good ones the last; a crowd may be

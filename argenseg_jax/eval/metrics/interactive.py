@@ -1,4 +1,5 @@
 """Interactive segmentation: where the next click goes, number of clicks, IoU after k clicks."""
+
 from __future__ import annotations
 
 import array
@@ -53,8 +54,7 @@ class Interactive:
         scores: dict[str, float | int | None] = {"n": n}
         for target, clicks in zip(TARGETS, self._clicks):
             scores[f"NoC@{round(100 * target)}"] = clicks / n if n else None
-        return scores | {f"IoU@{k}": sum(values) / n for k, values in zip(AFTER, self._after)
-                         if k <= self._longest}
+        return scores | {f"IoU@{k}": sum(values) / n for k, values in zip(AFTER, self._after) if k <= self._longest}
 
 
 def interactive(ious: Iterable[Sequence[float]]) -> dict[str, float | int | None]:

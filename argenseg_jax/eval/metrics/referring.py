@@ -3,6 +3,7 @@
 `gIoU` is the mean of the per-sample IoU, as in the gRefCOCO and LISA papers, not the box loss of
 that name; `cIoU` is the sum of all intersections over the sum of all unions.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -45,8 +46,9 @@ class Sums:
     def of(cls, prediction: np.ndarray, truth: np.ndarray) -> Sums:
         """One sample: bool[H, W] against bool[H, W]."""
         if prediction.shape != truth.shape or prediction.dtype != bool or truth.dtype != bool:
-            raise ValueError("masks must be bool and alike, not "
-                             f"{prediction.dtype}{prediction.shape}, {truth.dtype}{truth.shape}")
+            raise ValueError(
+                f"masks must be bool and alike, not {prediction.dtype}{prediction.shape}, {truth.dtype}{truth.shape}"
+            )
         return cls.of_areas(*areas(prediction, truth))
 
     @classmethod
@@ -55,14 +57,21 @@ class Sums:
         union = prediction + truth - intersection
         iou = intersection * UNIT // union if union else UNIT
         return cls(
-            n=1, n_target=int(truth > 0), intersection=intersection, union=union, iou=iou,
-            iou_target=iou if truth else 0, no_target_right=int(not truth and not prediction),
+            n=1,
+            n_target=int(truth > 0),
+            intersection=intersection,
+            union=union,
+            iou=iou,
+            iou_target=iou if truth else 0,
+            no_target_right=int(not truth and not prediction),
             target_right=int(truth > 0 and prediction > 0),
-            above=tuple(int(union == 0 or 10 * intersection > x * union) for x in PRECISIONS))
+            above=tuple(int(union == 0 or 10 * intersection > x * union) for x in PRECISIONS),
+        )
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums(*map(operator.add, _numbers(self), _numbers(other)),
-                    above=tuple(map(operator.add, self.above, other.above)))
+        return Sums(
+            *map(operator.add, _numbers(self), _numbers(other)), above=tuple(map(operator.add, self.above, other.above))
+        )
 
     def scores(self) -> dict[str, float | int | None]:
         """The published names -> values in 0..1; None where there is nothing to average.
@@ -93,8 +102,7 @@ def areas(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
     return tuple(int(np.count_nonzero(mask)) for mask in (prediction & truth, prediction, truth))
 
 
-def run_areas(prediction: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None = None
-              ) -> tuple[int, int, int]:
+def run_areas(prediction: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None = None) -> tuple[int, int, int]:
     """`areas` of masks as run lengths i64[N]: background and foreground by turns, one scan order.
 
     What lies in `ignore` counts for nothing. Exact, and the masks are never drawn.
@@ -155,14 +163,12 @@ class Generalized:
         one = Sums.of_areas(intersection, prediction, truth)
         self._sums += one
         if truth:
-            self._hits = [k + (10 * one.intersection >= x * one.union)
-                          for k, x in zip(self._hits, PRECISIONS)]
+            self._hits = [k + (10 * one.intersection >= x * one.union) for k, x in zip(self._hits, PRECISIONS)]
 
     def scores(self) -> dict[str, float | int | None]:
         """The scores of what was added."""
         targets = self._sums.n_target
-        return {**self._sums.scores(),
-                **{f"Pr@0.{x}": _share(k, targets) for x, k in zip(PRECISIONS, self._hits)}}
+        return {**self._sums.scores(), **{f"Pr@0.{x}": _share(k, targets) for x, k in zip(PRECISIONS, self._hits)}}
 
 
 class ByClass:
@@ -183,8 +189,12 @@ class ByClass:
     def scores(self) -> dict[str, Any]:
         """The scores of what was added."""
         each = {k: s.intersection / s.union for k, s in sorted(self._sums.items()) if s.union}
-        return {"n": sum(s.n for s in self._sums.values()), "classes": len(each),
-                "mIoU": sum(each.values()) / len(each) if each else None, "IoU_by_class": each}
+        return {
+            "n": sum(s.n for s in self._sums.values()),
+            "classes": len(each),
+            "mIoU": sum(each.values()) / len(each) if each else None,
+            "IoU_by_class": each,
+        }
 
 
 def generalized(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float | int | None]:

@@ -9,6 +9,7 @@ Keys of a row: question, answer, kind, image, reference (text answers), predicti
 score | iscrowd}), levels (ranking.sparse), ious (after each click), psnr, ssim, baseline (pixels of
 intersection and union of a constant answer).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -79,8 +80,12 @@ def _boxes(tally: boxes.BoxAccuracy, item: Item) -> None:
 
 
 def _text(tally: Callable[[], Tally], reference: Callable[[Any], Any]) -> Metric:
-    return Metric(tally, ("answer", "reference"), text=True, add=lambda tally, item: tally.add(
-        item.get("answer"), item.get("reference", reference)))
+    return Metric(
+        tally,
+        ("answer", "reference"),
+        text=True,
+        add=lambda tally, item: tally.add(item.get("answer"), item.get("reference", reference)),
+    )
 
 
 def _judged(judge: Callable[[str, Any], float]) -> Callable[[], Tally]:
@@ -91,15 +96,18 @@ _MASKS = ("prediction", "truth")
 METRICS: dict[str, Metric] = {
     "referring": Metric(referring.Pool, _MASKS, lambda tally, item: tally.add(item.sums)),
     "grefcoco": Metric(referring.Generalized, _MASKS, lambda tally, item: tally.add(*item.areas)),
-    "semantic": Metric(referring.ByClass, ("kind", *_MASKS),
-                       lambda tally, item: tally.add(item.get("kind"), item.sums)),
+    "semantic": Metric(
+        referring.ByClass, ("kind", *_MASKS), lambda tally, item: tally.add(item.get("kind"), item.sums)
+    ),
     "boxes": Metric(boxes.BoxAccuracy, ("answer", *_MASKS), _boxes),
-    "instances": Metric(instances.Instances, ("image", "kind", "instances", "truths"),
-                        lambda tally, item: tally.add(item.row)),
+    "instances": Metric(
+        instances.Instances, ("image", "kind", "instances", "truths"), lambda tally, item: tally.add(item.row)
+    ),
     "interactive": Metric(interactive.Interactive, ("ious",), lambda tally, item: tally.add(item.get("ious"))),
     "anomaly": Metric(anomaly.Anomaly, ("levels",), lambda tally, item: tally.add(item.get("levels"))),
-    "fidelity": Metric(fidelity.Fidelity, ("psnr", "ssim"),
-                       lambda tally, item: tally.add(item.get("psnr"), item.get("ssim"))),
+    "fidelity": Metric(
+        fidelity.Fidelity, ("psnr", "ssim"), lambda tally, item: tally.add(item.get("psnr"), item.get("ssim"))
+    ),
     "pope": _text(text.Pope, rows.yes_or_no),
     "vqav2": _text(_judged(text.vqa_accuracy), rows.texts),
     "textvqa": _text(_judged(functools.partial(text.vqa_accuracy, tokenize=True)), rows.texts),

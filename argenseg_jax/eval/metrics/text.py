@@ -2,6 +2,7 @@
 
 Every score is a mean over samples, so shares of a data set are pooled by adding all of them.
 """
+
 from __future__ import annotations
 
 import array
@@ -41,10 +42,14 @@ class Pope:
 
     def scores(self) -> dict[str, float | None]:
         """None where nothing can be divided by: precision without a yes, recall without a true yes."""
-        return {"n": self._n, "accuracy": _share(self._right, self._n),
-                "precision": _share(self._both, self._said), "recall": _share(self._both, self._true),
-                "F1": _share(2 * self._both, self._said + self._true),
-                "yes_ratio": _share(self._said, self._n)}
+        return {
+            "n": self._n,
+            "accuracy": _share(self._right, self._n),
+            "precision": _share(self._both, self._said),
+            "recall": _share(self._both, self._true),
+            "F1": _share(2 * self._both, self._said + self._true),
+            "yes_ratio": _share(self._said, self._n),
+        }
 
 
 class Accuracy:
@@ -83,14 +88,16 @@ wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you'
 
 def _bare_forms(word: str) -> list[str]:
     """The word with one of its apostrophes missing."""
-    return [word[:k] + word[k + 1:] for k, c in enumerate(word) if c == "'"]
+    return [word[:k] + word[k + 1 :] for k, c in enumerate(word) if c == "'"]
 
 
 CONTRACTIONS = {bare: word for word in _RESTORED for bare in _bare_forms(word)}
-NUMBERS = {"none": "0", **{word: str(k) for k, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())}}
+NUMBERS = {
+    "none": "0",
+    **{word: str(k) for k, word in enumerate("zero one two three four five six seven eight nine ten".split())},
+}
 ARTICLES = {"a", "an", "the"}
-PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def normalize(answer: str, tokenize: bool = False) -> str:
@@ -130,8 +137,7 @@ def vqa_accuracy(answer: str, references: Sequence[str], tokenize: bool = False)
     return sum(min(1.0, (sum(hits) - hit) / 3) for hit in hits) / len(hits)
 
 
-def vqa(answers: Sequence[str], references: Sequence[Sequence[str]],
-        tokenize: bool = False) -> dict[str, float | None]:
+def vqa(answers: Sequence[str], references: Sequence[Sequence[str]], tokenize: bool = False) -> dict[str, float | None]:
     """Mean of `vqa_accuracy`."""
     return _pooled(Accuracy(functools.partial(vqa_accuracy, tokenize=tokenize)), answers, references)
 
@@ -159,8 +165,7 @@ def parse_choice(response: str, options: Mapping[str, str]) -> str | None:
             return found[max(found)]
     if len(text.split()) <= 5:
         return None
-    found = {low.rfind(wording.lower()): letter
-             for letter, wording in options.items() if wording.lower() in low}
+    found = {low.rfind(wording.lower()): letter for letter, wording in options.items() if wording.lower() in low}
     return found[max(found)] if found else None
 
 
@@ -194,8 +199,7 @@ def exact(answers: Sequence[str], references: Sequence[str]) -> dict[str, float 
     return _pooled(Accuracy(equals), answers, references)
 
 
-def _pooled(tally: Pope | Accuracy, answers: Sequence[str], references: Sequence[Any]
-            ) -> dict[str, float | None]:
+def _pooled(tally: Pope | Accuracy, answers: Sequence[str], references: Sequence[Any]) -> dict[str, float | None]:
     for pair in zip(answers, references, strict=True):
         tally.add(*pair)
     return tally.scores()

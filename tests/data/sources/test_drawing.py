@@ -1,4 +1,5 @@
 """Polygons as OpenCV 4.8 to 4.10 draws them: masks that its 4.8.0 and 4.10.0 made, and LISA's order of shapes."""
+
 import hashlib
 
 import numpy as np
@@ -9,15 +10,32 @@ from argenseg_jax.data.sources.reasonseg import IGNORED, draw_shapes
 from argenseg_jax.errors import SampleError
 
 DRAWN = [  # points, height, width, counts of cv2.polylines + cv2.fillPoly
-    ([[1, 22], [0, 39], [26, 34], [29, 0], [19, 36], [23, 1]], 42, 32,
-     "o09h09O1O001O1O1O1O001O1O100O1O001O1O1O1O1O00DKE441ONI7;92M4L4MM2I9FP3"),
-    ([[44, 27], [7, 37], [7, 19], [38, 19]], 50, 50,
-     "a;c0o000O1000000O1000000O10000O1000000O1000000O1000000O10000O1000001N2O2N1O1N3No6"),
-    ([[1, 9], [38, 4], [21, 16], [8, 16], [14, 10], [-6, 9], [0, 10], [28, 4], [26, 0]], 14, 38,
-     "92<000O01000O100O2O000O1JK35LL47O10000O10000O100O1000c00WO152M3M1O100O1O00100O1OM"),
-    ([[-2, 48], [16, -9], [60, 25], [64, -21], [2, 43], [25, 39], [-1, -8], [28, 47], [0, -23], [6, 0]], 29, 36,
-     "d16a08I3GB1d0O31N3M3N2M5M3IBM;4FM67JI3;LE2=NC0?OBNb0160h11TN3M1O1O1O1O2N2N2N1O2N2N2N2NJ"),
-    ([[5, 5]], 8, 9, "]11j0"), ([[2, 1], [30, 6]], 8, 9, "a017010O00010O0M"),
+    (
+        [[1, 22], [0, 39], [26, 34], [29, 0], [19, 36], [23, 1]],
+        42,
+        32,
+        "o09h09O1O001O1O1O1O001O1O100O1O001O1O1O1O1O00DKE441ONI7;92M4L4MM2I9FP3",
+    ),
+    (
+        [[44, 27], [7, 37], [7, 19], [38, 19]],
+        50,
+        50,
+        "a;c0o000O1000000O1000000O10000O1000000O1000000O1000000O10000O1000001N2O2N1O1N3No6",
+    ),
+    (
+        [[1, 9], [38, 4], [21, 16], [8, 16], [14, 10], [-6, 9], [0, 10], [28, 4], [26, 0]],
+        14,
+        38,
+        "92<000O01000O100O2O000O1JK35LL47O10000O10000O100O1000c00WO152M3M1O100O1O00100O1OM",
+    ),
+    (
+        [[-2, 48], [16, -9], [60, 25], [64, -21], [2, 43], [25, 39], [-1, -8], [28, 47], [0, -23], [6, 0]],
+        29,
+        36,
+        "d16a08I3GB1d0O31N3M3N2M5M3IBM;4FM67JI3;LE2=NC0?OBNb0160h11TN3M1O1O1O1O2N2N2N1O2N2N2N2NJ",
+    ),
+    ([[5, 5]], 8, 9, "]11j0"),
+    ([[2, 1], [30, 6]], 8, 9, "a017010O00010O0M"),
     ([[-900, 3], [400, 900], [12, -700]], 20, 20, "0`<"),  # all of it
     ([[2.9, 2.9], [7.99, 3.2], [5.5, 8.9], [-0.9, 6.1]], 10, 10, "5262O2O0010O0N2Nc0"),  # cut, not rounded
 ]
@@ -82,8 +100,17 @@ def square(label, first, last):
 
 def test_order_and_labels_as_in_lisa():
     """Few drawn pixels on top; only the label `flag` itself is left out; `ignore` anywhere in a label counts."""
-    got = draw_shapes([square("target", 3, 5), square("Ignore_1", 2, 6), square("target", 1, 9),
-                       square("FLAG", 0, 9), square("red flag", 8, 9)], 10, 10)
+    got = draw_shapes(
+        [
+            square("target", 3, 5),
+            square("Ignore_1", 2, 6),
+            square("target", 1, 9),
+            square("FLAG", 0, 9),
+            square("red flag", 8, 9),
+        ],
+        10,
+        10,
+    )
     assert got[0].tolist() == [0] * 10
     assert got[4].tolist() == [0, 1, IGNORED, 1, 1, 1, IGNORED, 1, 1, 1]
     assert got[9].tolist() == [0] + [1] * 9
@@ -93,12 +120,22 @@ def test_order_and_labels_as_in_lisa():
     assert draw_shapes([line, square("target", 4, 6)], 10, 10)[4, 4] == 1
 
 
-@pytest.mark.parametrize("points,fault", [
-    ([], "points "), (None, "points None"), ([[1, 2, 3]], "points "), ([1, 2, 3, 4], "points "),
-    ([["1", "2"]], "points "),
-    ([[float("nan"), 1]], "each below"), ([[1e300, 1]], "each below"), ([[-2**63, 1]], "each below"),
-    ([[10**400, 1]], "beyond 64 bits"), ([[True, 1]], "it holds bool"),
-    ([[0, 0], [99_999, 99_999]] * 25, "outlines are")])
+@pytest.mark.parametrize(
+    "points,fault",
+    [
+        ([], "points "),
+        (None, "points None"),
+        ([[1, 2, 3]], "points "),
+        ([1, 2, 3, 4], "points "),
+        ([["1", "2"]], "points "),
+        ([[float("nan"), 1]], "each below"),
+        ([[1e300, 1]], "each below"),
+        ([[-(2**63), 1]], "each below"),
+        ([[10**400, 1]], "beyond 64 bits"),
+        ([[True, 1]], "it holds bool"),
+        ([[0, 0], [99_999, 99_999]] * 25, "outlines are"),
+    ],
+)
 def test_faulty_shapes(points, fault):
     with pytest.raises(SampleError, match=fault) as caught:
         draw_shapes([{"label": "target", "points": points}], 8, 8)

@@ -1,4 +1,5 @@
 """Published layouts, each in a miniature of exactly its folders and files; what is missing is named."""
+
 import json
 import os
 import pickle
@@ -42,7 +43,7 @@ def columns(mask):
 
 # ------------------------------------------------------------------------------- plain pickles
 
-DATA = [{"a": 1, "b": [1.5, "text", "Ünï", None, True, (1, 2, 3, 4), (), (5,)], "c": -2**70}] * 2
+DATA = [{"a": 1, "b": [1.5, "text", "Ünï", None, True, (1, 2, 3, 4), (), (5,)], "c": -(2**70)}] * 2
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -60,16 +61,37 @@ class Evil:
         return os.system, ("touch /tmp/pwned",)
 
 
-@pytest.mark.parametrize("content", [
-    pickle.dumps(Evil(), 0), pickle.dumps([Evil()], 2), pickle.dumps({"a": Evil()}, 4),
-    pickle.dumps(np.zeros(2)), pickle.dumps(len), pickle.dumps({1, 2}, 4)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps(Evil(), 0),
+        pickle.dumps([Evil()], 2),
+        pickle.dumps({"a": Evil()}, 4),
+        pickle.dumps(np.zeros(2)),
+        pickle.dumps(len),
+        pickle.dumps({1, 2}, 4),
+    ],
+)
 def test_pickles_of_more_than_plain_data_are_refused(content):
     with pytest.raises(UserError, match="more than plain data.*refused"):
         plain_pickle.loads(content)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps(DATA)[:-1], b"a.", b"s.", b"t.",
-                                     pickle.dumps([1])[:4], b"h\x05.", b"}(K\x01u.", b"](((((e"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a pickle",
+        pickle.dumps(DATA)[:-1],
+        b"a.",
+        b"s.",
+        b"t.",
+        pickle.dumps([1])[:4],
+        b"h\x05.",
+        b"}(K\x01u.",
+        b"](((((e",
+    ],
+)
 def test_broken_pickles_are_one_error(content):
     with pytest.raises(UserError, match="not a readable pickle"):
         plain_pickle.loads(content)
@@ -84,21 +106,35 @@ def refer(tmp_path):
     root = tmp_path / "refer_seg"
     name = "COCO_train2014_000000000007.jpg"
     picture(root / "images/mscoco/images/train2014" / name)
-    instances = {"images": [{"id": 7, "file_name": name, "height": HEIGHT, "width": WIDTH}],
-                 "annotations": [{"id": 1, "image_id": 7, "category_id": 1, "segmentation": LEFT},
-                                 {"id": 2, "image_id": 7, "category_id": 1, "segmentation": RIGHT}],
-                 "categories": [{"id": 1, "name": "person"}]}
-    ref = {"ref_id": 5, "ann_id": 2, "image_id": 7, "category_id": 1, "split": "testA",
-           "file_name": "COCO_train2014_000000000007_2.jpg", "sent_ids": [8, 9],
-           "sentences": [{"sent_id": k, "sent": s, "raw": s, "tokens": s.split()}
-                         for k, s in ((8, "right man"), (9, "man"))]}
+    instances = {
+        "images": [{"id": 7, "file_name": name, "height": HEIGHT, "width": WIDTH}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 1, "segmentation": LEFT},
+            {"id": 2, "image_id": 7, "category_id": 1, "segmentation": RIGHT},
+        ],
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    ref = {
+        "ref_id": 5,
+        "ann_id": 2,
+        "image_id": 7,
+        "category_id": 1,
+        "split": "testA",
+        "file_name": "COCO_train2014_000000000007_2.jpg",
+        "sent_ids": [8, 9],
+        "sentences": [
+            {"sent_id": k, "sent": s, "raw": s, "tokens": s.split()} for k, s in ((8, "right man"), (9, "man"))
+        ],
+    }
     other = {**ref, "ref_id": 6, "ann_id": 1, "split": "val", "sentences": ref["sentences"][:1]}
     for data_set, split_bys in (("refcoco", ["unc"]), ("refcocog", ["google", "umd"])):
         text(root / data_set / "instances.json", instances)
         for split_by in split_bys:
             (root / data_set / f"refs({split_by}).p").write_bytes(pickle.dumps([ref, other], 0))
-    general = [{**ref, "ann_id": [1, 2], "no_target": False},
-               {**other, "ann_id": [-1], "no_target": True, "split": "testA"}]
+    general = [
+        {**ref, "ann_id": [1, 2], "no_target": False},
+        {**other, "ann_id": [-1], "no_target": True, "split": "testA"},
+    ]
     text(root / "grefcoco" / "grefs(unc).json", general)
     text(root / "grefcoco" / "instances.json", instances)
     return root
@@ -129,9 +165,12 @@ def test_grefcoco(refer):
 
 
 def test_faults_of_refer(refer):
-    cases = [("refcoco:test", "no split 'test'; there are testA, val"),
-             ("nothing", "no such folder"), ("images", r"looked for refs\(\*\).p, grefs\(\*\).json"),
-             ("refcoco:val:unc:more", "at most 2 words")]
+    cases = [
+        ("refcoco:test", "no split 'test'; there are testA, val"),
+        ("nothing", "no such folder"),
+        ("images", r"looked for refs\(\*\).p, grefs\(\*\).json"),
+        ("refcoco:val:unc:more", "at most 2 words"),
+    ]
     for name, fault in cases:
         with pytest.raises(UserError, match=fault):
             open_source(f"refer:{refer}/{name}")
@@ -165,11 +204,19 @@ def test_reasonseg(tmp_path):
     for name in ("a", "b"):
         picture(tmp_path / "val" / f"{name}.jpg")
     picture(tmp_path / "val" / "without.jpg")
-    text(tmp_path / "val/a.json", {"is_sentence": True, "text": ["what gives light?", "more"], "shapes": [
-        square("target", 1, 9), square("ignore2", 2, 4), square("flag", 0, 11)]})
-    (tmp_path / "val/b.json").write_bytes(json.dumps(
-        {"is_sentence": False, "text": "café", "shapes": [square("target", 0, 3)]},
-        ensure_ascii=False).encode("cp1252"))
+    text(
+        tmp_path / "val/a.json",
+        {
+            "is_sentence": True,
+            "text": ["what gives light?", "more"],
+            "shapes": [square("target", 1, 9), square("ignore2", 2, 4), square("flag", 0, 11)],
+        },
+    )
+    (tmp_path / "val/b.json").write_bytes(
+        json.dumps(
+            {"is_sentence": False, "text": "café", "shapes": [square("target", 0, 3)]}, ensure_ascii=False
+        ).encode("cp1252")
+    )
     source = open_source(f"reasonseg:{tmp_path}")
     assert len(source) == 2
     a, b = source[0], source[1]
@@ -179,9 +226,12 @@ def test_reasonseg(tmp_path):
     assert b.conversations[0]["value"] == "<image>\n Please segment café in this image."
     with pytest.raises(UserError, match="split 'test' of ReasonSeg; looked for test/"):
         open_source(f"reasonseg:{tmp_path}:test")
-    for bad, fault in (("{", "no valid JSON"), ({"shapes": []}, "KeyError: 'text'"),
-                       ({"text": "x", "shapes": [square("t", 0, 1e9)]}, "each below 100000 expected"),
-                       ({"text": "x", "shapes": [{"label": "t", "points": []}]}, r"points \[\], where \[\[x, y\]")):
+    for bad, fault in (
+        ("{", "no valid JSON"),
+        ({"shapes": []}, "KeyError: 'text'"),
+        ({"text": "x", "shapes": [square("t", 0, 1e9)]}, "each below 100000 expected"),
+        ({"text": "x", "shapes": [{"label": "t", "points": []}]}, r"points \[\], where \[\[x, y\]"),
+    ):
         text(tmp_path / "val/a.json", bad)
         with pytest.raises(SampleError, match=f"val: a.json: .*{fault}"):
             open_source(f"reasonseg:{tmp_path}")[0]
@@ -192,18 +242,27 @@ def test_reasonseg(tmp_path):
 
 
 def coco_file(names, file_name, more=()):
-    return {"images": [{"id": 3, "file_name": file_name, "height": HEIGHT, "width": WIDTH}],
-            "categories": [{"id": k, "name": n} for k, n in enumerate(names, 1)],
-            "annotations": [
-                {"id": 1, "image_id": 3, "category_id": 1, "segmentation": RIGHT, "iscrowd": 0},
-                {"id": 2, "image_id": 3, "category_id": 1, "segmentation": LEFT, "iscrowd": 0}, *more]}
+    return {
+        "images": [{"id": 3, "file_name": file_name, "height": HEIGHT, "width": WIDTH}],
+        "categories": [{"id": k, "name": n} for k, n in enumerate(names, 1)],
+        "annotations": [
+            {"id": 1, "image_id": 3, "category_id": 1, "segmentation": RIGHT, "iscrowd": 0},
+            {"id": 2, "image_id": 3, "category_id": 1, "segmentation": LEFT, "iscrowd": 0},
+            *more,
+        ],
+    }
 
 
 def test_coco_instances(tmp_path):
     crowd = {"image_id": 3, "iscrowd": 1, "segmentation": {"size": [8, 12], "counts": [8 * 7, 8, 8 * 4]}}
-    text(tmp_path / "annotations/instances_val2017.json", coco_file(
-        ["dog", "cat"], "000000000003.jpg",
-        [{**crowd, "id": 3, "category_id": 1}, {**crowd, "id": 4, "category_id": 2}]))
+    text(
+        tmp_path / "annotations/instances_val2017.json",
+        coco_file(
+            ["dog", "cat"],
+            "000000000003.jpg",
+            [{**crowd, "id": 3, "category_id": 1}, {**crowd, "id": 4, "category_id": 2}],
+        ),
+    )
     picture(tmp_path / "val2017/000000000003.jpg")
     source = open_source(f"coco:{tmp_path}")
     assert len(source) == 1  # of the cats there is only a crowd
@@ -220,8 +279,10 @@ def test_coco_instances(tmp_path):
 
 
 def test_paco_lvis(tmp_path):
-    text(tmp_path / "paco/annotations/paco_lvis_v1_val.json",
-         coco_file(["trash_can:rim", "dog_(pet)"], "val2017/000000000003.jpg"))
+    text(
+        tmp_path / "paco/annotations/paco_lvis_v1_val.json",
+        coco_file(["trash_can:rim", "dog_(pet)"], "val2017/000000000003.jpg"),
+    )
     picture(tmp_path / "coco/val2017/000000000003.jpg")
     sample = open_source(f"paco:{tmp_path}/paco")[0]
     assert sample.meta["kind"] == "rim of the trash can" and len(sample.masks) == 1
@@ -247,20 +308,28 @@ def panoptic_folder(tmp_path):
     colours = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1)
     picture(tmp_path / "val2017/000000000139.jpg")
     grey(tmp_path / "annotations/panoptic_val2017/000000000139.png", colours)
-    segments = [{"id": i, "category_id": c, "iscrowd": crowd, "area": 16, "bbox": [0, 0, 2, 8]}
-                for i, c, crowd in ((7, 1, 0), (256, 1, 0), (65536, 200, 0), (9, 1, 1))]
-    text(tmp_path / "annotations/panoptic_val2017.json", {
-        "images": [{"id": 139, "file_name": "000000000139.jpg", "height": HEIGHT, "width": WIDTH}],
-        "annotations": [{"image_id": 139, "file_name": "000000000139.png", "segments_info": segments}],
-        "categories": [{"id": 1, "name": "person", "isthing": 1}, {"id": 2, "name": "bicycle", "isthing": 1},
-                       {"id": 200, "name": "rug-merged", "isthing": 0}]})
+    segments = [
+        {"id": i, "category_id": c, "iscrowd": crowd, "area": 16, "bbox": [0, 0, 2, 8]}
+        for i, c, crowd in ((7, 1, 0), (256, 1, 0), (65536, 200, 0), (9, 1, 1))
+    ]
+    text(
+        tmp_path / "annotations/panoptic_val2017.json",
+        {
+            "images": [{"id": 139, "file_name": "000000000139.jpg", "height": HEIGHT, "width": WIDTH}],
+            "annotations": [{"image_id": 139, "file_name": "000000000139.png", "segments_info": segments}],
+            "categories": [
+                {"id": 1, "name": "person", "isthing": 1},
+                {"id": 2, "name": "bicycle", "isthing": 1},
+                {"id": 200, "name": "rug-merged", "isthing": 0},
+            ],
+        },
+    )
     return tmp_path
 
 
 def test_coco_panoptic(panoptic_folder):
     source = open_source(f"panoptic:{panoptic_folder}")
-    drawn = {s.meta["kind"]: columns(s.masks[0])
-             for s in (source.draw(0, np.random.default_rng(k)) for k in range(9))}
+    drawn = {s.meta["kind"]: columns(s.masks[0]) for s in (source.draw(0, np.random.default_rng(k)) for k in range(9))}
     assert len(source) == 1 and drawn == {"person": [2, 3, 4, 5], "rug-merged": [6, 7]}
     shown = open_source(f"panoptic:{panoptic_folder}:val2017:shown")
     assert [s.meta["kind"] for s in (shown[i] for i in range(len(shown)))] == ["person", "rug-merged"]
@@ -279,8 +348,10 @@ def test_coco_panoptic_has_plainer_names(panoptic_folder):
 
 
 def test_faults_of_coco_panoptic(panoptic_folder):
-    for name, says in (("train2017", "no panoptic annotations; looked for annotations/panoptic_train2017.json"),
-                       ("val2017:all", "third word is `every`, `shown` or absent")):
+    for name, says in (
+        ("train2017", "no panoptic annotations; looked for annotations/panoptic_train2017.json"),
+        ("val2017:all", "third word is `every`, `shown` or absent"),
+    ):
         with pytest.raises(UserError, match=says):
             open_source(f"panoptic:{panoptic_folder}:{name}")
     (panoptic_folder / "annotations/panoptic_val2017/000000000139.png").unlink()
@@ -293,14 +364,16 @@ def test_faults_of_coco_panoptic(panoptic_folder):
 
 def test_ade20k(tmp_path):
     root = tmp_path / "ADEChallengeData2016"
-    text(root / "objectInfo150.txt", "Idx\tRatio\tTrain\tVal\tStuff\tName\n"
-         "1\t0.15\t11664\t1172\t1\twall\n2\t0.1\t6046\t612\t1\tdoor, double door\n"
-         "3\t0.1\t8265\t796\t1\tsky\n")
+    text(
+        root / "objectInfo150.txt",
+        "Idx\tRatio\tTrain\tVal\tStuff\tName\n"
+        "1\t0.15\t11664\t1172\t1\twall\n2\t0.1\t6046\t612\t1\tdoor, double door\n"
+        "3\t0.1\t8265\t796\t1\tsky\n",
+    )
     picture(root / "images/validation/ADE_val_00000001.jpg")
     grey(root / "annotations/validation/ADE_val_00000001.png", stripes(0, 1, 2))
     source = open_source(f"ade20k:{root}")
-    drawn = {s.meta["kind"]: columns(s.masks[0])
-             for s in (source.draw(0, np.random.default_rng(k)) for k in range(9))}
+    drawn = {s.meta["kind"]: columns(s.masks[0]) for s in (source.draw(0, np.random.default_rng(k)) for k in range(9))}
     assert drawn == {"wall": [4, 5, 6, 7], "door": [8, 9, 10, 11]}
     assert columns(source[0].meta["ignore_mask"]) == [0, 1, 2, 3]
     every = open_source(f"ade20k:{root}:validation:every")
@@ -323,7 +396,9 @@ def test_coco_stuff(tmp_path):
     grey(tmp_path / "stuffthingmaps/val2017/000000000001.png", stripes(0, 1, 255))
     every = open_source(f"cocostuff:{tmp_path}:val2017:every")
     assert {s.meta["kind"]: columns(s.masks[0]) for s in (every[0], every[1])} == {
-        "person": [0, 1, 2, 3], "sky-other": [4, 5, 6, 7]}
+        "person": [0, 1, 2, 3],
+        "sky-other": [4, 5, 6, 7],
+    }
     assert columns(every[0].meta["ignore_mask"]) == [8, 9, 10, 11]
     assert label_maps.read_names(text(tmp_path / "n.txt", "a_b\nc\n"), 0) == {0: "a b", 1: "c"}
     (tmp_path / "labels.txt").unlink()
@@ -338,8 +413,11 @@ def test_mvtec(tmp_path):
     for path in ("train/good/000.png", "test/good/000.png", "test/broken_large/000.png"):
         picture(tmp_path / "metal_nut" / path)
     grey(tmp_path / "metal_nut/ground_truth/broken_large/000_mask.png", stripes(0, 255, 0))
-    for source in (open_source(f"mvtec:{tmp_path}"), open_source(f"mvtec:{tmp_path}/metal_nut"),
-                   open_source(f"mvtec:{tmp_path}:test:metal_nut")):
+    for source in (
+        open_source(f"mvtec:{tmp_path}"),
+        open_source(f"mvtec:{tmp_path}/metal_nut"),
+        open_source(f"mvtec:{tmp_path}:test:metal_nut"),
+    ):
         assert [columns(source[k].masks[0]) for k in range(len(source))] == [[4, 5, 6, 7], []]
         assert source[0].meta["kind"] == "metal nut, broken large"
     assert len(open_source(f"mvtec:{tmp_path}:train")) == 1
@@ -377,8 +455,7 @@ def test_classes_to_pictures(tmp_path):
 
 @pytest.mark.parametrize("prompt", ["point", "box", "point-drawn", "box-drawn", "scribble", "mask"])
 def test_interactive_prompts(prompt):
-    inner, source = open_source("shapes:full:train:60"), open_source(
-        f"interactive:{prompt}:shapes:full:train:60")
+    inner, source = open_source("shapes:full:train:60"), open_source(f"interactive:{prompt}:shapes:full:train:60")
     assert len(source) == 60
     k = next(k for k in range(60) if (inner[k].masks[0]).any())
     plain, sample = inner[k], source[k]
@@ -389,7 +466,7 @@ def test_interactive_prompts(prompt):
     assert question.startswith("<image>") and sample.meta["kind"] == prompt
     if prompt in ("point", "box"):
         assert not changed.any()
-        numbers = json.loads(question[question.index("[["):question.index("]]") + 2])[0]
+        numbers = json.loads(question[question.index("[[") : question.index("]]") + 2])[0]
         at = np.array(numbers) * 64 / 1000
         if prompt == "point":
             assert inside[int(at[1]), int(at[0])]
@@ -427,18 +504,37 @@ def test_internvl_chat_data(tmp_path):
     for path in ("coco/1.jpg", "coco/2.jpg", "clips/v/0001.jpg", "clips/v/0002.jpg"):
         picture(tmp_path / "playground" / path)
     ask = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."}]
-    talk = [{"id": 0, "image": "coco/1.jpg", "width": WIDTH, "height": HEIGHT, "conversations": ask},
-            {"id": 1, "image": ["coco/1.jpg", "coco/2.jpg"], "width_list": [WIDTH] * 2,
-             "height_list": [HEIGHT] * 2, "conversations": [
-                 {"from": "human", "value": "Image-1: <image>\nImage-2: <image>\nCompare."}, ask[1]]},
-            {"id": 2, "video": "clips/v", "conversations": [
-                {"from": "human", "value": "<video>\nWhat happens?"}, ask[1]]},
-            {"id": 3, "conversations": [{"from": "human", "value": "Hello"}, ask[1]],
-             "reference": "A dog.", "metric": "exact"}]
+    talk = [
+        {"id": 0, "image": "coco/1.jpg", "width": WIDTH, "height": HEIGHT, "conversations": ask},
+        {
+            "id": 1,
+            "image": ["coco/1.jpg", "coco/2.jpg"],
+            "width_list": [WIDTH] * 2,
+            "height_list": [HEIGHT] * 2,
+            "conversations": [{"from": "human", "value": "Image-1: <image>\nImage-2: <image>\nCompare."}, ask[1]],
+        },
+        {"id": 2, "video": "clips/v", "conversations": [{"from": "human", "value": "<video>\nWhat happens?"}, ask[1]]},
+        {
+            "id": 3,
+            "conversations": [{"from": "human", "value": "Hello"}, ask[1]],
+            "reference": "A dog.",
+            "metric": "exact",
+        },
+    ]
     text(tmp_path / "chat.jsonl", "".join(json.dumps(t) + "\n" for t in talk))
-    text(tmp_path / "meta.json", {"chat": {
-        "root": "playground", "annotation": "chat.jsonl", "data_augment": False,
-        "max_dynamic_patch": 6, "repeat_time": 1, "length": 4}})
+    text(
+        tmp_path / "meta.json",
+        {
+            "chat": {
+                "root": "playground",
+                "annotation": "chat.jsonl",
+                "data_augment": False,
+                "max_dynamic_patch": 6,
+                "repeat_time": 1,
+                "length": 4,
+            }
+        },
+    )
     source = open_source(str(tmp_path / "meta.json"))
     assert [len(source[k].images) for k in range(4)] == [1, 2, 2, 0]
     assert source[2].conversations[0]["value"] == "Frame1: <image>\nFrame2: <image>\nWhat happens?"

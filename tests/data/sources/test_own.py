@@ -1,4 +1,5 @@
 """One's own pictures and masks: the three forms give the same samples; what is wrong is named."""
+
 import json
 
 import numpy as np
@@ -28,11 +29,17 @@ def forms(tmp_path):
     Image.fromarray(MAP).save(tmp_path / "labels/labels/street.png")
     (tmp_path / "labels/classes.txt").write_text("road\npavement\ntraffic_light\n")
     boxes = {1: [0, 0, 4, 0, 4, 8, 0, 8], 3: [4, 0, 8, 0, 8, 8, 4, 8]}
-    (tmp_path / "polygons/annotations.json").write_text(json.dumps({
-        "images": [{"id": 1, "file_name": "street.jpg", "height": HEIGHT, "width": WIDTH}],
-        "categories": [{"id": k, "name": n.replace(" ", "_")} for k, n in NAMES.items()],
-        "annotations": [{"id": k, "image_id": 1, "category_id": k, "segmentation": [box]}
-                        for k, box in boxes.items()]}))
+    (tmp_path / "polygons/annotations.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "street.jpg", "height": HEIGHT, "width": WIDTH}],
+                "categories": [{"id": k, "name": n.replace(" ", "_")} for k, n in NAMES.items()],
+                "annotations": [
+                    {"id": k, "image_id": 1, "category_id": k, "segmentation": [box]} for k, box in boxes.items()
+                ],
+            }
+        )
+    )
     return tmp_path
 
 
@@ -65,11 +72,11 @@ def test_a_black_mask_teaches_absence(forms):
 
 
 def test_faults(forms):
-    cases = {"no annotations; looked for one of masks/CLASS":
-             lambda: (forms / "masks/masks").rename(forms / "m"),
-             "several annotations; .*found annotations.json, labels":
-             lambda: (forms / "polygons/labels").mkdir(),
-             "no class names of own; looked for classes.txt": lambda: (forms / "labels/classes.txt").unlink()}
+    cases = {
+        "no annotations; looked for one of masks/CLASS": lambda: (forms / "masks/masks").rename(forms / "m"),
+        "several annotations; .*found annotations.json, labels": lambda: (forms / "polygons/labels").mkdir(),
+        "no class names of own; looked for classes.txt": lambda: (forms / "labels/classes.txt").unlink(),
+    }
     for (says, damage), form in zip(cases.items(), ("masks", "polygons", "labels")):
         damage()
         with pytest.raises(UserError, match=says):
@@ -97,12 +104,19 @@ def replace_mask(forms, segmentation, **more):
     return open_source(f"own:{forms}/polygons")
 
 
-@pytest.mark.parametrize("segmentation,fault", [
-    ([], "annotation 1 has no mask"), (None, "annotation 1 has no mask"), ([[1, 2]], "a polygon of 2 numbers"),
-    ([[50, 50, 60, 50, 60, 60]], "annotation 1 is empty"), ([[2, 2, 4, 4, 2, 2]], "annotation 1 is empty"),
-    ({"size": [8, 12], "counts": "0"}, "an RLE of 0 pixels, not 96"),
-    ({"size": [8, 12], "counts": [106, -10]}, "a run of -10 pixels"),
-    ([[-2**63, 5, 20, 5, 20, 20]], "each below 100000")])
+@pytest.mark.parametrize(
+    "segmentation,fault",
+    [
+        ([], "annotation 1 has no mask"),
+        (None, "annotation 1 has no mask"),
+        ([[1, 2]], "a polygon of 2 numbers"),
+        ([[50, 50, 60, 50, 60, 60]], "annotation 1 is empty"),
+        ([[2, 2, 4, 4, 2, 2]], "annotation 1 is empty"),
+        ({"size": [8, 12], "counts": "0"}, "an RLE of 0 pixels, not 96"),
+        ({"size": [8, 12], "counts": [106, -10]}, "a run of -10 pixels"),
+        ([[-(2**63), 5, 20, 5, 20, 20]], "each below 100000"),
+    ],
+)
 def test_annotations_without_a_mask_are_broken_samples(forms, segmentation, fault):
     """A box alone would teach that the class is absent."""
     source = replace_mask(forms, segmentation, bbox=[0, 0, 4, 8])

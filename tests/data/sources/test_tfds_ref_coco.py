@@ -1,4 +1,5 @@
 """TFDS's ref_coco, in a miniature that TFDS's own generator makes of the published annotation file."""
+
 import json
 
 import numpy as np
@@ -21,11 +22,24 @@ class RefCocoMini(official.Builder):
     def _info(self):
         f = tfds.features
         box = {"id": np.int64, "area": np.int64, "bbox": f.BBoxFeature(), "label": np.int64}
-        return tfds.core.DatasetInfo(builder=self, features=f.FeaturesDict({
-            "image": f.Image(encoding_format="jpeg"), "image/id": np.int64,
-            "objects": f.Sequence({**box, "gt_box_index": np.int64, "mask": f.Image(encoding_format="png"),
-                                   "refexp": f.Sequence({"refexp_id": np.int64, "raw": f.Text()})}),
-            "coco_annotations": f.Sequence(box)}))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=f.FeaturesDict(
+                {
+                    "image": f.Image(encoding_format="jpeg"),
+                    "image/id": np.int64,
+                    "objects": f.Sequence(
+                        {
+                            **box,
+                            "gt_box_index": np.int64,
+                            "mask": f.Image(encoding_format="png"),
+                            "refexp": f.Sequence({"refexp_id": np.int64, "raw": f.Text()}),
+                        }
+                    ),
+                    "coco_annotations": f.Sequence(box),
+                }
+            ),
+        )
 
     def _split_generators(self, dl_manager):
         return {"validation": self._generate_examples("refcoco", "unc", "validation", dl_manager)}
@@ -38,13 +52,34 @@ def folder(tmp_path_factory):
     images, refs = {}, []
     for image in (7, 8):
         Image.new("RGB", (12, 8), (image, 0, 0)).save(root / "coco_train2014" / f"{image}.jpg")
-        anns = {k: {"id": 10 * image + k, "area": 9, "bbox": [0, 0, 6, 8], "category_id": 1, "iscrowd": 0,
-                    "image_id": image, "segmentation": [box]} for k, box in BOXES.items()}
-        images[str(image)] = {"anns": list(anns.values()), "info": {
-            "id": image, "file_name": f"{image}.jpg", "height": 8, "width": 12}}
-        refs += [{"ref_id": k, "dataset": "refcoco", "dataset_partition": "unc", "split": "val",
-                  "image_id": image, "ann": anns[k],
-                  "sentences": [{"sent_id": n, "raw": f"man {n} of {k}"} for n in range(k)]} for k in anns]
+        anns = {
+            k: {
+                "id": 10 * image + k,
+                "area": 9,
+                "bbox": [0, 0, 6, 8],
+                "category_id": 1,
+                "iscrowd": 0,
+                "image_id": image,
+                "segmentation": [box],
+            }
+            for k, box in BOXES.items()
+        }
+        images[str(image)] = {
+            "anns": list(anns.values()),
+            "info": {"id": image, "file_name": f"{image}.jpg", "height": 8, "width": 12},
+        }
+        refs += [
+            {
+                "ref_id": k,
+                "dataset": "refcoco",
+                "dataset_partition": "unc",
+                "split": "val",
+                "image_id": image,
+                "ann": anns[k],
+                "sentences": [{"sent_id": n, "raw": f"man {n} of {k}"} for n in range(k)],
+            }
+            for k in anns
+        ]
     (root / "refcoco.json").write_text(json.dumps({"ref": refs, "coco_anns": images}))
     builder = RefCocoMini(config="refcoco_unc", data_dir=root / "out", file_format="array_record")
     with pytest.MonkeyPatch.context() as patch:  # in writing, TFDS wants TensorFlow for names of dtypes

@@ -1,4 +1,5 @@
 """Drawn scenes: what they may hold, what their phrases mean, and that they are reproducible."""
+
 import dataclasses
 import math
 import statistics
@@ -12,7 +13,7 @@ from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.synthetic.shapes import LEVELS, ShapesSource
 from argenseg_jax.errors import SampleError, UserError
 
-BOTH = pytest.mark.parametrize('level', ['simple', 'full'])
+BOTH = pytest.mark.parametrize("level", ["simple", "full"])
 
 
 def scenes(level, count=150, held_out=False):
@@ -69,19 +70,25 @@ def _area(obj) -> int:
     return int(shapes._inside(obj, x - obj.x, y - obj.y).sum())
 
 
-@pytest.mark.parametrize('shape,area', [
-    ('circle', math.pi), ('ring', math.pi * (1 - 0.45**2)), ('square', (2 * 0.885) ** 2),
-    ('triangle', 3 * math.sqrt(3) / 4 * 1.24**2),
-    ('star', 5 * 1.15**2 * 0.5 * math.sin(math.pi / 5))])
+@pytest.mark.parametrize(
+    "shape,area",
+    [
+        ("circle", math.pi),
+        ("ring", math.pi * (1 - 0.45**2)),
+        ("square", (2 * 0.885) ** 2),
+        ("triangle", 3 * math.sqrt(3) / 4 * 1.24**2),
+        ("star", 5 * 1.15**2 * 0.5 * math.sin(math.pi / 5)),
+    ],
+)
 def test_area_of_a_shape(shape, area):
-    obj = shapes.Object('red', shape, 'large', 31.3, 31.7, 13.0, 0.3)
+    obj = shapes.Object("red", shape, "large", 31.3, 31.7, 13.0, 0.3)
     assert _area(obj) == pytest.approx(area * 13.0**2, rel=0.03)
 
 
 def test_shapes_stand_upright_at_angle_zero():
     y, x = np.ogrid[:64, :64]
-    for shape in ('triangle', 'star'):
-        obj = shapes.Object('red', shape, 'large', 31.5, 31.5, 12.0, 0.0)
+    for shape in ("triangle", "star"):
+        obj = shapes.Object("red", shape, "large", 31.5, 31.5, 12.0, 0.0)
         rows = shapes._inside(obj, x - obj.x, y - obj.y).sum(1)
         assert rows[31 - 12] > 0 and rows[31 + 13] == 0  # one tip, and it points up
 
@@ -106,12 +113,14 @@ def test_pixels(level):
 # ---------------------------------------------------------------------------------- expressions
 
 
-def hand_made(level='full'):
+def hand_made(level="full"):
     """A red circle over a red star, on the left; a blue star and a green ring, on the right."""
-    objects = [shapes.Object('red', 'circle', 'small', 10, 10, 7, 0),
-               shapes.Object('red', 'star', 'large', 15, 45, 11, 0),
-               shapes.Object('blue', 'star', 'small', 50, 20, 7, 0),
-               shapes.Object('green', 'ring', 'small', 49, 50, 7, 0)]
+    objects = [
+        shapes.Object("red", "circle", "small", 10, 10, 7, 0),
+        shapes.Object("red", "star", "large", 15, 45, 11, 0),
+        shapes.Object("blue", "star", "small", 50, 20, 7, 0),
+        shapes.Object("green", "ring", "small", 49, 50, 7, 0),
+    ]
     masks = np.zeros((4, 64, 64), bool)
     for i, obj in enumerate(objects):
         masks[i, int(obj.y), int(obj.x)] = True
@@ -121,18 +130,25 @@ def hand_made(level='full'):
 def test_meaning_of_every_kind():
     found = {e.text: e for e in shapes.expressions(hand_made())}
     for text, kind, targets in [
-            ('the red star', 'cs', (1,)), ('the large red star', 'zcs', (1,)),
-            ('the small star', 'zs', (2,)), ('the bottommost star', 'ext', (1,)),
-            ('the bottommost object', 'ext', (3,)), ('all red shapes', 'allc', (0, 1)),
-            ('all stars', 'alls', (1, 2)), ('all circles', 'alls', (0,)),
-            ('everything except the stars', 'exc', (0, 3)),
-            ('the blue shape above the green one', 'rel', (2,)),
-            ('the red shape above the blue one', 'rel', (0,)),
-            ('the red shape above the green one', 'rel', None),  # two are
-            ('the green shape right of the red one', 'rel', None),  # which red one?
-            ('the red shape left of the blue one', 'rel', None),  # two are
-            ('the leftmost circle', 'ext', None), ('the rightmost object', 'ext', None),  # 1 pixel
-            ('the blue ring', 'none', ()), ('the red star', 'cs', (1,))]:
+        ("the red star", "cs", (1,)),
+        ("the large red star", "zcs", (1,)),
+        ("the small star", "zs", (2,)),
+        ("the bottommost star", "ext", (1,)),
+        ("the bottommost object", "ext", (3,)),
+        ("all red shapes", "allc", (0, 1)),
+        ("all stars", "alls", (1, 2)),
+        ("all circles", "alls", (0,)),
+        ("everything except the stars", "exc", (0, 3)),
+        ("the blue shape above the green one", "rel", (2,)),
+        ("the red shape above the blue one", "rel", (0,)),
+        ("the red shape above the green one", "rel", None),  # two are
+        ("the green shape right of the red one", "rel", None),  # which red one?
+        ("the red shape left of the blue one", "rel", None),  # two are
+        ("the leftmost circle", "ext", None),
+        ("the rightmost object", "ext", None),  # 1 pixel
+        ("the blue ring", "none", ()),
+        ("the red star", "cs", (1,)),
+    ]:
         if targets is None:
             assert text not in found or found[text].kind != kind, text
             continue
@@ -145,24 +161,24 @@ def test_meaning_of_every_kind():
 def test_the_means_exactly_one(level):
     for scene in scenes(level):
         for expression in shapes.expressions(scene):
-            if expression.kind == 'none':
+            if expression.kind == "none":
                 assert not expression.targets and not expression.mask.any()
                 colour, shape = expression.text.split()[1:]
                 assert (colour, shape) not in {(o.colour, o.shape) for o in scene.objects}
                 continue
             assert expression.mask.any()
             assert set(np.unique(expression.mask)) <= {0, 255}
-            if expression.text.startswith('the '):
+            if expression.text.startswith("the "):
                 assert len(expression.targets) == 1
-            if expression.kind in ('cs', 'zcs', 'zs'):
+            if expression.kind in ("cs", "zcs", "zs"):
                 words = set(expression.text.split()[1:])
                 meant = [o for o in scene.objects if words <= {o.size, o.colour, o.shape}]
                 assert meant == [scene.objects[expression.targets[0]]]
 
 
 def test_simple_has_no_relations_and_no_empty_targets():
-    kinds = {e.kind for scene in scenes('simple') for e in shapes.expressions(scene)}
-    assert kinds == {'cs', 'zcs', 'zs', 'ext', 'allc', 'alls', 'exc'}
+    kinds = {e.kind for scene in scenes("simple") for e in shapes.expressions(scene)}
+    assert kinds == {"cs", "zcs", "zs", "ext", "allc", "alls", "exc"}
 
 
 def test_corpus_holds_every_phrase():
@@ -170,14 +186,14 @@ def test_corpus_holds_every_phrase():
     for level in LEVELS:
         for scene in scenes(level, 60):
             assert {e.text for e in shapes.expressions(scene)} <= corpus
-    assert {'<image>\nSegment the object.', 'Sure, the segmentation result: <mask>.'} <= corpus
+    assert {"<image>\nSegment the object.", "Sure, the segmentation result: <mask>."} <= corpus
 
 
 # ---------------------------------------------------------------------------------- the source
 
 
 @BOTH
-@pytest.mark.parametrize('split', list(shapes.SPLITS))
+@pytest.mark.parametrize("split", list(shapes.SPLITS))
 def test_access_is_random_and_repeatable(level, split):
     one, two = ShapesSource(level, split), ShapesSource(level, split)
     two[3]
@@ -189,27 +205,31 @@ def test_access_is_random_and_repeatable(level, split):
 
 
 def test_splits_levels_and_seeds_are_disjoint():
-    drawn = [ShapesSource(level, split, seed=seed)[index].images[0].tobytes()
-             for level in LEVELS for split in shapes.SPLITS for seed in (0, 1)
-             for index in range(5)]
+    drawn = [
+        ShapesSource(level, split, seed=seed)[index].images[0].tobytes()
+        for level in LEVELS
+        for split in shapes.SPLITS
+        for seed in (0, 1)
+        for index in range(5)
+    ]
     assert len(set(drawn)) == len(drawn)
 
 
 def test_default_sizes():
-    sizes = {split: len(ShapesSource('simple', split)) for split in shapes.SPLITS}
-    assert sizes == {'train': 2**31 - 1, 'val': 200, 'test': 500, 'unseen': 500}
+    sizes = {split: len(ShapesSource("simple", split)) for split in shapes.SPLITS}
+    assert sizes == {"train": 2**31 - 1, "val": 200, "test": 500, "unseen": 500}
     assert len(ShapesSource(size=7)) == 7
     ShapesSource()[2**31 - 2]
 
 
 @BOTH
 def test_held_out_pairs_are_named_in_unseen_only(level):
-    held_out = [' '.join(pair) for pair in LEVELS[level].held_out]
+    held_out = [" ".join(pair) for pair in LEVELS[level].held_out]
     train = [_phrase(ShapesSource(level)[i]) for i in range(600)]
     assert not any(pair in phrase for phrase in train for pair in held_out)
-    unseen = ShapesSource(level, 'unseen')
+    unseen = ShapesSource(level, "unseen")
     samples = [unseen[i] for i in range(150)]
-    pairs = {p for p in held_out for s in samples if s.meta['kind'] == 'cs' and p in _phrase(s)}
+    pairs = {p for p in held_out for s in samples if s.meta["kind"] == "cs" and p in _phrase(s)}
     assert pairs == set(held_out)
     assert all(s.masks[0].any() for s in samples)
 
@@ -220,7 +240,7 @@ def test_unseen_targets_hold_a_held_out_pair(level):
     for scene in scenes(level, held_out=True):
         strange = [(o.colour, o.shape) in rules.held_out for o in scene.objects]
         assert sum(strange) == 1
-        expression = shapes.draw_expression(rng, scene, rules.kinds, 'unseen')
+        expression = shapes.draw_expression(rng, scene, rules.kinds, "unseen")
         assert expression is None or strange.index(True) in expression.targets
 
 
@@ -228,53 +248,61 @@ def test_unseen_targets_hold_a_held_out_pair(level):
 def test_agrees_with_the_reference_set(level):
     """Loose bounds around what 60 expressions drawn by another program measure."""
     kinds = {
-        'simple': dict(cs=16, ext=11, allc=11, alls=11, zcs=6, zs=3, exc=2),
-        'full': dict(exc=11, zcs=10, cs=10, ext=10, alls=5, zs=4, none=4, rel=3, allc=3),
+        "simple": dict(cs=16, ext=11, allc=11, alls=11, zcs=6, zs=3, exc=2),
+        "full": dict(exc=11, zcs=10, cs=10, ext=10, alls=5, zs=4, none=4, rel=3, allc=3),
     }[level]
-    blind = {'simple': 0.47, 'full': 0.35}[level]  # gIoU of answering with all objects
-    source = ShapesSource(level, 'test')
+    blind = {"simple": 0.47, "full": 0.35}[level]  # gIoU of answering with all objects
+    source = ShapesSource(level, "test")
     samples = [source[i] for i in range(400)]
-    found = [s.meta['kind'] for s in samples]
+    found = [s.meta["kind"] for s in samples]
     for kind, count in kinds.items():
         assert found.count(kind) / 400 == pytest.approx(count / 60, abs=0.07), kind
-    single = [s.masks[0] for s in samples if s.meta['kind'] == 'cs']
+    single = [s.masks[0] for s in samples if s.meta["kind"] == "cs"]
     assert np.mean([(m > 0).sum() for m in single]) == pytest.approx(243, abs=60)
-    ious = [(s.masks[0] > 0).sum() / (s.meta['all_objects_mask'] > 0).sum() for s in samples]
+    ious = [(s.masks[0] > 0).sum() / (s.meta["all_objects_mask"] > 0).sum() for s in samples]
     assert np.mean(ious) == pytest.approx(blind, abs=0.06)
 
 
 def test_absent_pairs_mostly_share_a_colour_or_shape_with_the_scene():
     rng, near = np.random.default_rng(0), []
-    for scene in scenes('full'):
-        text = shapes.draw_expression(rng, scene, {'none': 1}, 'train').text
+    for scene in scenes("full"):
+        text = shapes.draw_expression(rng, scene, {"none": 1}, "train").text
         near.append(any(o.colour in text or o.shape in text for o in scene.objects))
     assert 0.75 < np.mean(near) < 1
 
 
 def test_prompt_and_answer():
     sample, last = ShapesSource()[0], ShapesSource(image_last=True)[0]
-    ask, answer = (turn['value'] for turn in sample.conversations)
-    assert ask.startswith('<image>\nSegment ') and ask.endswith('.')
-    assert last.conversations[0]['value'] == ask.removeprefix('<image>\n') + '\n<image>'
-    assert answer == 'Sure, the segmentation result: <mask>.'
+    ask, answer = (turn["value"] for turn in sample.conversations)
+    assert ask.startswith("<image>\nSegment ") and ask.endswith(".")
+    assert last.conversations[0]["value"] == ask.removeprefix("<image>\n") + "\n<image>"
+    assert answer == "Sure, the segmentation result: <mask>."
 
 
 def test_kind_weights():
-    source = ShapesSource('full', kind_weights={'none': 1, 'rel': 1, 'cs': 0})
-    assert {source[i].meta['kind'] for i in range(30)} == {'none', 'rel'}
+    source = ShapesSource("full", kind_weights={"none": 1, "rel": 1, "cs": 0})
+    assert {source[i].meta["kind"] for i in range(30)} == {"none", "rel"}
 
 
-@pytest.mark.parametrize('arguments', [
-    dict(level='hard'), dict(split='dev'), dict(kind_weights={'rel': 1}), dict(kind_weights={}),
-    dict(kind_weights={'cs': -1}), dict(kind_weights={'cs': 0})])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(level="hard"),
+        dict(split="dev"),
+        dict(kind_weights={"rel": 1}),
+        dict(kind_weights={}),
+        dict(kind_weights={"cs": -1}),
+        dict(kind_weights={"cs": 0}),
+    ],
+)
 def test_bad_arguments(arguments):
-    with pytest.raises(UserError, match='shapes: '):
+    with pytest.raises(UserError, match="shapes: "):
         ShapesSource(**arguments)
 
 
 def test_speed():
     """A training step on a CPU must not wait for pictures (bound: ten times the usual)."""
-    source = ShapesSource('full')
+    source = ShapesSource("full")
     start = time.process_time()
     for index in range(200):
         source[index]
@@ -282,7 +310,7 @@ def test_speed():
 
 
 def _phrase(sample) -> str:
-    return sample.conversations[0]['value'].removeprefix('<image>\nSegment ').removesuffix('.')
+    return sample.conversations[0]["value"].removeprefix("<image>\nSegment ").removesuffix(".")
 
 
 # ---------------------------------------------------------------------------------- TFDS
@@ -291,29 +319,31 @@ def _phrase(sample) -> str:
 def test_tfds_round_trip(tmp_path):
     from argenseg_jax.data.sources.records import TfdsSource
     from argenseg_jax.data.synthetic.shapes_tfds import Shapes
+
     sizes = dict(train=9, val=3, test=3, unseen=2)
-    Shapes(config='full', data_dir=tmp_path, sizes=sizes).download_and_prepare()
-    folder = tmp_path / 'shapes' / 'full' / '1.1.0'
-    assert list(folder.glob('*train.array_record*'))
+    Shapes(config="full", data_dir=tmp_path, sizes=sizes).download_and_prepare()
+    folder = tmp_path / "shapes" / "full" / "1.1.0"
+    assert list(folder.glob("*train.array_record*"))
     for split, size in sizes.items():
-        read, drawn = TfdsSource(folder, split), ShapesSource('full', split, size=size)
+        read, drawn = TfdsSource(folder, split), ShapesSource("full", split, size=size)
         assert len(read) == size
         for index in reversed(range(size)):
             assert_same(read[index], drawn[index])
-    with pytest.raises(UserError, match='no split'):
-        TfdsSource(folder, 'dev')
-    with pytest.raises(UserError, match='looked for dataset_info.json'):
-        TfdsSource(tmp_path, 'train')
+    with pytest.raises(UserError, match="no split"):
+        TfdsSource(folder, "dev")
+    with pytest.raises(UserError, match="looked for dataset_info.json"):
+        TfdsSource(tmp_path, "train")
 
 
 def test_tfds_of_any_source(tmp_path):
     """Odd sizes, no picture, a mask in colour, non-ASCII text; a broken sample is left out."""
     from argenseg_jax.data.sources.records import Samples, TfdsSource
+
     rng = np.random.default_rng(0)
     picture, colours = rng.integers(0, 256, (2, 5, 7, 3), np.uint8)
     grey = np.where(rng.random((5, 7)) < 0.5, 0, 255).astype(np.uint8)
-    ask = [{'from': 'human', 'value': 'Où est <image>?'}, {'from': 'gpt', 'value': '<mask><mask>'}]
-    written = [Sample(ask, (picture,), (grey, colours), {'id': np.int64(3)}), Sample(ask[:1])]
+    ask = [{"from": "human", "value": "Où est <image>?"}, {"from": "gpt", "value": "<mask><mask>"}]
+    written = [Sample(ask, (picture,), (grey, colours), {"id": np.int64(3)}), Sample(ask[:1])]
 
     class Source:
         def __len__(self):
@@ -321,13 +351,13 @@ def test_tfds_of_any_source(tmp_path):
 
         def __getitem__(self, index):
             if index == 1:
-                raise SampleError('bad.jsonl:2: unreadable')
+                raise SampleError("bad.jsonl:2: unreadable")
             return written[index // 2]
 
-    builder = Samples(sources={'train': Source()}, data_dir=tmp_path)
+    builder = Samples(sources={"train": Source()}, data_dir=tmp_path)
     builder.download_and_prepare()
-    assert builder.samples == 2 and builder.broken == ['bad.jsonl:2: unreadable']
-    read = TfdsSource(tmp_path / 'samples' / '1.1.0')
+    assert builder.samples == 2 and builder.broken == ["bad.jsonl:2: unreadable"]
+    read = TfdsSource(tmp_path / "samples" / "1.1.0")
     assert len(read) == 2
     for index in (0, 1):
         assert_same(read[index], written[index])

@@ -1,4 +1,5 @@
 """The other tasks on drawn scenes: every answer is right, held-out pairs stay out, and lists are whole."""
+
 import re
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_a_class_and_its_list_are_the_same_objects(monkeypatch):
         of_class = [k for k, o in enumerate(scene.objects) if o.shape == sample.meta["kind"]]
         assert len(full) == len(of_class) and np.array_equal(np.any(full, 0), scene.union(of_class) > 0)
         across = [np.nonzero(mask)[1].mean() for mask in full]
-        assert across == sorted(across) and not any(row.masks[0].any() for row in rows[len(full):])
+        assert across == sorted(across) and not any(row.masks[0].any() for row in rows[len(full) :])
 
 
 def test_semantic_names_absent_classes_too(monkeypatch):
@@ -104,7 +105,8 @@ def test_a_described_scene_is_drawn_where_it_says():
             x = 0 if "left" in where else 2 if "right" in where else 1
             cell = (slice(y * 21, y * 21 + 22), slice(x * 21, x * 21 + 22))
             assert (sample.masks[0][cell] > 0).mean() > (0.3 if size == "large" else 0.14) * (
-                0.5 if shape in ("ring", "star") else 1), question(sample)
+                0.5 if shape in ("ring", "star") else 1
+            ), question(sample)
             used[cell] = True
         assert (sample.masks[0][~used] > 0).sum() < 60  # tips that leave their cell
 
@@ -118,10 +120,15 @@ def test_every_object_may_be_prompted_for():
         assert sample.meta["metric"] == "interactive" and "all_objects_mask" in sample.meta
 
 
-@pytest.mark.parametrize("name, says", [
-    ("shapes-paint:full:test", "no such task"), ("shapes-chat:full:dev", "no split"),
-    ("shapes-chat:huge:test", "no level"), ("shapes-chat:full:test:many", "shapes-TASK:LEVEL:SPLIT"),
-])
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("shapes-paint:full:test", "no such task"),
+        ("shapes-chat:full:dev", "no split"),
+        ("shapes-chat:huge:test", "no level"),
+        ("shapes-chat:full:test:many", "shapes-TASK:LEVEL:SPLIT"),
+    ],
+)
 def test_mistakes_are_named(name, says):
     with pytest.raises(UserError, match=says):
         mixture.open_source(name)

@@ -1,4 +1,5 @@
 """Scores against cases worked out by hand."""
+
 import itertools
 
 import numpy as np
@@ -11,10 +12,10 @@ def row(text: str) -> np.ndarray:
     return np.array([[c == "#" for c in text]])
 
 
-HIT = Sums.of(row("####...."), row("####...."))    # IoU 1
-HALF = Sums.of(row("##......"), row("####...."))   # 2 of 4: exactly 0.5, so not above it
-MOST = Sums.of(row("####...."), row("#####..."))   # 4 of 5: exactly 0.8
-MISS = Sums.of(row("........"), row("##......"))   # 0 of 2, target overlooked
+HIT = Sums.of(row("####...."), row("####...."))  # IoU 1
+HALF = Sums.of(row("##......"), row("####...."))  # 2 of 4: exactly 0.5, so not above it
+MOST = Sums.of(row("####...."), row("#####..."))  # 4 of 5: exactly 0.8
+MISS = Sums.of(row("........"), row("##......"))  # 0 of 2, target overlooked
 QUIET = Sums.of(row("........"), row("........"))  # no target, none drawn
 NOISE = Sums.of(row("###....."), row("........"))  # no target, 3 pixels drawn
 

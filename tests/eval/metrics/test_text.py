@@ -1,4 +1,5 @@
 """Scores of text answers, by hand: POPE, VQA consensus and its normalisation, multiple choice, boxes."""
+
 import numpy as np
 import pytest
 
@@ -11,21 +12,35 @@ def test_pope():
     said = ["Yes, there is.", "yes", "No, there is no dog.", "There is not any. Yes", "Yes"]
     got = text.pope(said, ["yes", "no", "no", "yes", "yes"])
     # yes: 1, 2, 5; true: 1, 4, 5
-    assert got == pytest.approx({"n": 5, "accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3,
-                                 "F1": 2 / 3, "yes_ratio": 3 / 5})
+    assert got == pytest.approx(
+        {"n": 5, "accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3, "F1": 2 / 3, "yes_ratio": 3 / 5}
+    )
     assert text.pope(["no"], ["no"])["precision"] is None
     assert text.pope([], [])["accuracy"] is None
     with pytest.raises(UserError, match="maybe"):
         text.pope(["no"], ["maybe"])
 
 
-@pytest.mark.parametrize("given,want", [
-    ("The two dogs.", "2 dogs"), ("None", "0"), ("dont know", "don't know"),
-    ("wouldntve", "wouldntve"), ("wouldnt've", "wouldn't've"), ("a/b", "b"),  # `a` is an article
-    ("black/white", "black white"), ("black / white", "black white"), ("1,000", "1000"),
-    ("3.5 m.", "3.5 m"), ("well\nok", "well ok"), ("its", "its"), ("twas", "'twas"),
-    ("e-mail", "e mail"), ("yes!", "yes"),
-])
+@pytest.mark.parametrize(
+    "given,want",
+    [
+        ("The two dogs.", "2 dogs"),
+        ("None", "0"),
+        ("dont know", "don't know"),
+        ("wouldntve", "wouldntve"),
+        ("wouldnt've", "wouldn't've"),
+        ("a/b", "b"),  # `a` is an article
+        ("black/white", "black white"),
+        ("black / white", "black white"),
+        ("1,000", "1000"),
+        ("3.5 m.", "3.5 m"),
+        ("well\nok", "well ok"),
+        ("its", "its"),
+        ("twas", "'twas"),
+        ("e-mail", "e mail"),
+        ("yes!", "yes"),
+    ],
+)
 def test_vqa_normalisation(given, want):
     assert normalize(given) == want
 
@@ -50,12 +65,19 @@ def test_vqa_consensus():
         vqa_accuracy("x", [])
 
 
-@pytest.mark.parametrize("response,want", [
-    ("B", "B"), ("(C)", "C"), ("Answer: B.", "B"), ("It is (A), no, (B).", "B"),
-    ("I think that the answer must be the dog here", "B"),
-    ("the dog", None),  # too short for wordings
-    ("first the cat, then of course the dog, then the cat", "A"), ("", None),
-])
+@pytest.mark.parametrize(
+    "response,want",
+    [
+        ("B", "B"),
+        ("(C)", "C"),
+        ("Answer: B.", "B"),
+        ("It is (A), no, (B).", "B"),
+        ("I think that the answer must be the dog here", "B"),
+        ("the dog", None),  # too short for wordings
+        ("first the cat, then of course the dog, then the cat", "A"),
+        ("", None),
+    ],
+)
 def test_multiple_choice(response, want):
     assert parse_choice(response, {"A": "cat", "B": "Dog", "C": "cow"}) == want
 
@@ -76,8 +98,7 @@ def test_boxes_from_text():
     assert boxes.parse_boxes(text, 200, 100) == [(20, 20, 100.1, 100), (0.2, 0.2, 1.8, 0.8)]
     assert boxes.parse_boxes("no [[1,2,3,4]] <box>[[a,b,c,d]]</box>", 9, 9) == []
     assert boxes.format_box((20, 20, 100, 100), 200, 100) == "<box>[[100,200,500,1000]]</box>"
-    assert boxes.parse_boxes(boxes.format_box((20, 30, 40, 50), 100, 100), 100, 100) == [
-        (20, 30, 40, 50)]
+    assert boxes.parse_boxes(boxes.format_box((20, 30, 40, 50), 100, 100), 100, 100) == [(20, 30, 40, 50)]
 
 
 def test_box_accuracy():
@@ -89,6 +110,5 @@ def test_box_accuracy():
     assert boxes.box_iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
     assert boxes.box_iou((0, 0, 1, 1), (3, 3, 4, 4)) == 0 == boxes.box_iou((1, 1, 1, 1), (1, 1, 1, 1))
     whole = (0, 0, 2, 2)
-    got = boxes.box_accuracy([(0, 0, 2, 1), (1, 1, 3, 3), None, None, whole],
-                             [whole, whole, whole, None, None])
+    got = boxes.box_accuracy([(0, 0, 2, 1), (1, 1, 3, 3), None, None, whole], [whole, whole, whole, None, None])
     assert got == {"n": 5, "Acc@0.5": 2 / 5}  # the half counts, and so does silence without a target
