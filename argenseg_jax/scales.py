@@ -42,7 +42,7 @@ class Scales:
     def bounds(self) -> tuple[tuple[int, int], ...]:
         """(begin, end) of each scale within the N codes."""
         ends = np.cumsum([pn * pn for pn in self.patch_nums]).tolist()
-        return tuple(zip([0] + ends[:-1], ends))
+        return tuple(zip([0, *ends[:-1]], ends))
 
     @functools.cached_property
     def levels(self) -> np.ndarray:

@@ -109,7 +109,7 @@ def make_mesh(cfg: Mapping[str, int], devices: Sequence[jax.Device] | None = Non
 
 def placed(shapes: Any, layout: Any) -> Any:
     """A tree of ShapeDtypeStruct whose leaves lie as the tree of NamedSharding says."""
-    return jax.tree.map(lambda s, l: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=l), shapes, layout)
+    return jax.tree.map(lambda s, spec: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=spec), shapes, layout)
 
 
 def platform() -> str:

@@ -10,7 +10,8 @@ on a cache, the codes' confidence, <ge_end> and the word behind it, the VQ-VAE's
 the host. On CPUs the prompt has 300 tokens, the decoder 8 layers and the VQ-VAE a fifth of the released
 width (as the decoder has). Measurements take turns, ours then theirs, and medians count, because a
 machine is seldom idle. The floor is what the device's own speed of multiplying and of reading memory,
-measured here, allows for the FLOPs and the bytes of weights and cache. Last line: JSON. PyTorch and transformers are needed for the peer only.
+measured here, allows for the FLOPs and the bytes of weights and cache.
+Last line: JSON. PyTorch and transformers are needed for the peer only.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ class Ours:
         }
 
     def timeline(self, phases: Mapping[str, float]) -> list[tuple[str, float, str]]:
-        """From measured phases: (phase, seconds, remark) in their order, each scale run alone on a cache of its length."""
+        """From measured phases: (phase, seconds, remark) in order, each scale alone on a cache of its length."""
         model = self.model
         extend = jax.jit(functools.partial(model.apply, method="extend"))
         cache, seconds = self.start().cache, []

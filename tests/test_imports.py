@@ -25,6 +25,7 @@ RANKS = {
     "vocab": 1,
     "pixels": 1,
     "trees": 1,
+    "config_rules": 0,
     "config_keys": 1,
     "config_files": 2,
     "locks": 2,
@@ -35,7 +36,7 @@ RANKS = {
     "processes": 0,
     "errors": 0,
 }
-NUMPY_ONLY = ("scales", "vocab", "pixels", "trees", "config_keys", "processes", "errors")
+NUMPY_ONLY = ("scales", "vocab", "pixels", "trees", "config_keys", "config_rules", "processes", "errors")
 LIGHT = {"jax", "flax", "optax", "numpy", "safetensors", "ml_dtypes"}  # for models/ and decode/
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -142,7 +143,7 @@ def answers(first: Sequence[int], behind: Sequence[int]) -> tuple[ARGenSeg, dict
     words = tokenizer()
     start = words.encode([words.im_start, "assistant\n"])[-1]
     texts = ([start, *first], [words.vocab.ge_end, *behind])
-    return scripted({a: b for text in texts for a, b in zip(text, text[1:])})
+    return scripted({a: b for text in texts for a, b in itertools.pairwise(text)})
 
 
 def workdir(

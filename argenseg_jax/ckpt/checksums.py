@@ -36,7 +36,7 @@ def write(folder: epath.Path, process: int = 0, processes: int = 1) -> None:
     listed = _map(lambda name: (name, _digest(folder / name)), own)
     files.write(
         folder / f"checksums-{process:05d}.json",
-        json.dumps({"processes": processes, "files": {name: found for name, found in listed}}, indent=0) + "\n",
+        json.dumps({"processes": processes, "files": dict(listed)}, indent=0) + "\n",
     )
 
 

@@ -11,7 +11,6 @@ its first step N is; `meta` of each of its steps refers to them ("frozen": N).
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import itertools
 import re
@@ -23,21 +22,18 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from absl import logging
 from etils import epath
 
 from argenseg_jax import distributed, files, trees
 from argenseg_jax.ckpt import checksums as checksum_files
 from argenseg_jax.ckpt import orbax_threads, steps
 from argenseg_jax.ckpt.arrays import StoredLeaf, read_layout, spec
+from argenseg_jax.ckpt.params_writer import is_stacked, mark_complete
 from argenseg_jax.ckpt.steps import DIRECTORY, FROZEN, find_step, newest_step, read_meta
 from argenseg_jax.errors import UserError, brief
-from argenseg_jax.interop.tensor_files import contiguous
 
 CONFIG = "config.json"
-_COMMITTED = "commit_success.txt"  # in a bucket Orbax asks for it in whatever is complete
 _STEP_FILES = ("meta", "metrics", steps.NOTES)  # what every reader of a step looks at
-_IN_FLIGHT_BYTES = 256 << 20  # of ParamsWriter
 
 
 class Checkpointer:
@@ -392,72 +388,7 @@ def save_params(path: epath.PathLike, params: Any, *, force: bool = False, check
         writer.save(step / "params", params, save_args=_by_layer(params), force=force)
     if checksums:
         checksum_files.write(step, jax.process_index(), jax.process_count())
-    _mark_complete(step)
-
-
-class ParamsWriter:
-    """As save_params, for parameters that do not fit into memory: slice by slice.
-
-    Orbax writes the names, with placeholders; TensorStore then puts each array in its place, one
-    chunk a layer, uncompressed (the bits of weights hardly compress).
-    """
-
-    def __init__(self, path: epath.PathLike, leaves: Mapping[str, jax.ShapeDtypeStruct], *, checksums: bool = True):
-        """Creates the arrays {leaf: shape and dtype}; every leaf must be written."""
-        self._step, self._checksums = files.absolute(path), checksums
-        item = self._step / "params"
-        blanks = trees.unflatten({name: np.zeros(1) for name in leaves})
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)  # Orbax warns that there is no OCDBT to merge
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
-            writer.save(item, args=ocp.args.PyTreeSave(blanks))
-        logging.set_verbosity(verbosity)
-        layout = read_layout(item)
-        self._arrays, self._running, self._held = {}, collections.deque(), 0
-        for name, leaf in leaves.items():
-            chunks = [1 if is_stacked(name) else leaf.shape[0], *leaf.shape[1:]]
-            self._arrays[name] = tensorstore.open(
-                {
-                    **spec(item, layout, name),
-                    "create": True,
-                    "delete_existing": True,
-                    "store_data_equal_to_fill_value": True,  # Orbax takes an absent chunk for damage
-                    "metadata": {"compressor": None, "shape": leaf.shape, "chunks": chunks},
-                },
-                dtype=np.dtype(leaf.dtype),
-            ).result()
-
-    def write(self, name: str, where: tuple[int | slice, ...], values: np.ndarray) -> None:
-        """Puts values at an index of a leaf, in the leaf's dtype; the files may come later."""
-        array = self._arrays[name]
-        values = contiguous(values, array.dtype.numpy_dtype)
-        self._running.append((array[where].write(values), values.nbytes))
-        self._held += values.nbytes
-        self._wait(_IN_FLIGHT_BYTES)
-
-    def __enter__(self) -> ParamsWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Waits for all files, also when the conversion ends by an error."""
-        self._wait(0)
-        if not kind:
-            if self._checksums:
-                checksum_files.write(self._step)
-            _mark_complete(self._step)
-
-    def _wait(self, limit: int) -> None:
-        """Until no more than so many bytes are on their way to the disk."""
-        while self._running and self._held > limit:
-            future, size = self._running.popleft()
-            future.result()
-            self._held -= size
-
-
-def _mark_complete(step: epath.Path) -> None:
-    """In a bucket, what Orbax asks of a complete step: its CheckpointManager writes this file last."""
-    if files.is_remote(step):
-        (step / _COMMITTED).write_text("")
+    mark_complete(step)
 
 
 def open_params(path: epath.PathLike, part: str = "", *, checksums: bool = True) -> dict[str, StoredLeaf]:
@@ -475,11 +406,6 @@ def open_params(path: epath.PathLike, part: str = "", *, checksums: bool = True)
             for name in (n for n in names if not part or n.startswith(f"{part}/")):
                 leaves[name] = StoredLeaf(tensorstore.open(spec(folder, layout, name)).result())
     return leaves
-
-
-def is_stacked(name: str) -> bool:
-    """Whether the first axis of a leaf is the layers'."""
-    return "layers" in name.split("/")
 
 
 def _by_layer(params: Any) -> Any:

@@ -17,7 +17,7 @@ import tqdm
 from etils import epath
 
 from argenseg_jax import files, locks, trees
-from argenseg_jax.ckpt import checkpoint, orbax_io
+from argenseg_jax.ckpt import checkpoint, orbax_io, params_writer
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.interop import state_dict as torch_convert
@@ -60,7 +60,9 @@ def to_orbax(
         name: jax.ShapeDtypeStruct(leaf.shape, dtype or plan.dtypes.get(name, missing)) for name, leaf in shapes.items()
     }
     with locks.new_folder(target) as folder, _bar(target, _nbytes(leaves)) as bar:
-        with orbax_io.ParamsWriter(folder / orbax_io.DIRECTORY / "0", leaves, checksums=source.checksums) as writer:
+        with params_writer.ParamsWriter(
+            folder / orbax_io.DIRECTORY / "0", leaves, checksums=source.checksums
+        ) as writer:
             for name, layer, array in plan.slices():
                 writer.write(name, torch_convert.corner(layer, array), array)
                 bar.update(array.size * leaves[name].dtype.itemsize)

@@ -158,8 +158,8 @@ def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, rows: int, prompt: int,
 def _held(shapes: Any, layout: Any) -> float:
     """Bytes on one device."""
     return sum(
-        math.prod(l.shard_shape(s.shape)) * np.dtype(s.dtype).itemsize
-        for s, l in zip(jax.tree.leaves(shapes), jax.tree.leaves(layout))
+        math.prod(spec.shard_shape(s.shape)) * np.dtype(s.dtype).itemsize
+        for s, spec in zip(jax.tree.leaves(shapes), jax.tree.leaves(layout))
     )
 
 

@@ -162,7 +162,7 @@ def paper_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     values = ["–" if v is None else f"{v if key in DECIBELS else 100 * v:.1f}" for _, key, v in columns]
     before = ["", *[name for name, _, _ in columns]]
-    names = ["", *(name if name != last else "" for last, name in zip(before, before[1:]))]
+    names = ["", *(name if name != last else "" for last, name in itertools.pairwise(before))]
     rows = [names, ["---", *["---:"] * len(columns)], ["score", *[key for _, key, _ in columns]], ["value", *values]]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -247,7 +247,8 @@ def _vqvae() -> list[Row]:
         for theirs, ours, members in parts:
             for name, ops in members.items():
                 rows += _rows(f"{key}.{theirs}.{name}".rstrip("."), f"{to}/{ours}/{name}".rstrip("/"), ops)
-    return rows + [
+    return [
+        *rows,
         *_rows(f"{root}.quant_conv", f"{path}/quant_conv", _CONV),
         *_rows(f"{root}.post_quant_conv", f"{path}/post_quant_conv", _CONV),
         Row(f"{root}.quantize.embedding.weight", (f"{path}/quantizer/codebook",), IDENTITY),

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from argenseg_jax.ckpt import orbax_io
+from argenseg_jax.ckpt import orbax_io, params_writer
 from argenseg_jax.errors import UserError
 
 
@@ -22,7 +22,8 @@ def params(seed=0):
     }
 
 
-def save(workdir, step=3, ema=None, data={"index": 5}, seed=0, keep=None, best="", numbers=None):
+def save(workdir, step=3, ema=None, data=None, seed=0, keep=None, best="", numbers=None):
+    data = {"index": 5} if data is None else data
     with orbax_io.Checkpointer(str(workdir), keep, best) as checkpoints:
         checkpoints.save(step, params(seed), ema or {}, {"step": jnp.int32(step)}, {"phase": "lm"}, data, numbers)
 
@@ -35,7 +36,8 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_state_comes_back(tmp_path, data={"taken": {"0": 5, "1": 6}, "broken": {}}):
+def test_state_comes_back(tmp_path):
+    data = {"taken": {"0": 5, "1": 6}, "broken": {}}
     ema = {"llm": {"norm": {"scale": jnp.ones(4)}}}
     save(tmp_path, ema=ema, data=data)
     with orbax_io.Checkpointer(str(tmp_path)) as checkpoints:
@@ -192,7 +194,7 @@ def test_slices_are_written_one_by_one(tmp_path):
         "layers/w": jax.ShapeDtypeStruct((3, 4, 2), jnp.bfloat16),
         "zero": jax.ShapeDtypeStruct((2, 2), jnp.int32),
     }
-    with orbax_io.ParamsWriter(tmp_path / "0", shapes) as writer:
+    with params_writer.ParamsWriter(tmp_path / "0", shapes) as writer:
         for i in (2, 0, 1):
             writer.write("layers/w", (i,), tree["layers"]["w"][i])
         writer.write("zero", (slice(2), slice(1)), tree["zero"][:, :1])  # the corner that is filled

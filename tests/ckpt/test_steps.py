@@ -219,7 +219,7 @@ def test_what_is_not_read_is_not_checked(work):
 
 def test_cut_and_missing_files_are_named(work):
     step = work / "checkpoints" / "4"
-    first, second = sorted((step / "params" / "ocdbt.process_0" / "d").iterdir())[:2]
+    first, _second = sorted((step / "params" / "ocdbt.process_0" / "d").iterdir())[:2]
     first.write_bytes(first.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{first.name} is damaged"):
         orbax_io.restore_params(work)

@@ -47,7 +47,7 @@ def test_codes_do_not_depend_on_the_neighbour(answered):
 
 def test_codes_and_text_are_those_of_the_uncached_model(answered):
     """Fed the whole answer up to the word behind the first mask, it chooses each code and that word."""
-    engine, (words, lengths, tiles), out = answered
+    _engine, (words, lengths, tiles), out = answered
     model, params = tiny.scripted(CHAIN, tiny.made_512())
     line = np.array([[*words[1, : lengths[1]], A, GE, *[VOCAB.mask_context] * 2239, END, A]])
 

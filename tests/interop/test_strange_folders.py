@@ -98,7 +98,7 @@ def test_both_16_bit_dtypes_in_the_layers_of_a_leaf(source, tmp_path):
         return {k: v.astype(np.float16 if ".1." in k else ml_dtypes.bfloat16) for k, v in tensors.items()}
 
     path = folder(tmp_path / "mixed", source["qwen"], mixed)
-    model, weights = opened(path)
+    _model, weights = opened(path)
     made = tmp_path / "w"
     transfer.to_orbax(checkpoint.open_checkpoint(str(path)), path, made)
     back = checkpoint.open_checkpoint(str(made)).load_params()

@@ -143,7 +143,7 @@ def test_shapes_and_layers_must_fit(made):
 
 
 def test_parts_without_their_prefix(made):
-    model, params = made["internlm2"]
+    _model, params = made["internlm2"]
     tensors = {k.removeprefix("image_tokenizer."): v for k, v in convert.to_torch({"vqvae": params["vqvae"]})}
     assert "quantize.embedding.weight" in tensors
     assert_same(convert.to_jax(tensors, {"vqvae": params["vqvae"]})["vqvae"], params["vqvae"])

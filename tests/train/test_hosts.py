@@ -34,7 +34,7 @@ def whole(tmp_path_factory):
 def test_a_killed_process_ends_the_others_and_one_goes_on(whole, tmp_path):
     ended = processes.run(4, CHILD, tmp_path, int(signal.SIGKILL), 7, 2)
     assert [code for code, *_ in ended] == [75, 75, -signal.SIGKILL, 75], ended
-    for index, (_, out, err) in enumerate(ended):
+    for index, (_, _out, err) in enumerate(ended):
         if index != 2:
             last = err.strip().split("\n")[-1]
             assert last.startswith(f"error: process {index} of 4 stops, most likely because another")

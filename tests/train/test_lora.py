@@ -106,7 +106,7 @@ def test_only_the_adapters_learn(trained):
 
 
 def test_the_base_is_written_once(trained):
-    workdir, _, before = trained
+    workdir, _, _before = trained
     folder = workdir / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["1", "2", "frozen"]
     assert [p.name for p in (folder / "frozen").iterdir()] == ["1"]

@@ -49,7 +49,7 @@ def _clip(start: np.ndarray, end: np.ndarray, height: int, width: int) -> tuple[
 
     for axis in (1, 0):  # first to the rows of the image, then to its columns
         active = crossing()
-        for moved, other in ((0, 1), (1, 0)):
+        for moved, _other in ((0, 1), (1, 0)):
             side = outside(ends[moved], axis)
             chosen = np.flatnonzero(active & (side != 0))
             point, base = ends[moved][chosen], ends[0][chosen]

@@ -246,7 +246,7 @@ def groups(scene: Scene, field: str) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for i, obj in enumerate(scene.objects):
         name = getattr(obj, field)
-        found[name] = found.get(name, ()) + (i,)
+        found[name] = (*found.get(name, ()), i)
     return found
 
 

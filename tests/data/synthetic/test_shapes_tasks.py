@@ -100,7 +100,7 @@ def test_a_described_scene_is_drawn_where_it_says():
         parts = re.findall(r"a (small|large) (\w+) (?:at the ([a-z ]+)|in the (middle))", question(sample))
         assert not sample.images and sample.meta["kind"] == f"{len(parts)} objects" and parts
         used = np.zeros((64, 64), bool)
-        for size, shape, where, middle in parts:
+        for size, shape, where, _middle in parts:
             y = 0 if "top" in where else 2 if "bottom" in where else 1
             x = 0 if "left" in where else 2 if "right" in where else 1
             cell = (slice(y * 21, y * 21 + 22), slice(x * 21, x * 21 + 22))
