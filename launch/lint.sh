@@ -6,6 +6,5 @@ bin="${ARGENSEG_VENV:-$PWD/.venv}/bin"
 
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-"$bin/basedpyright" --pythonpath "$bin/python"
 "$bin/codespell"
 "$bin/shellcheck" launch/*.sh
