@@ -6,6 +6,7 @@ Makes a step of random bfloat16 (it does not compress; 16 GB are the size of the
 reads it layer by layer, as `convert` does: memory stays small, and what does not fit into the page cache comes
 from the disk. Prints one JSON line: seconds, medians of --repeats.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,7 +25,7 @@ from etils import epath
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from argenseg_jax.ckpt import checksums, orbax_io  # noqa: E402  (the path above comes first)
+from argenseg_jax.ckpt import checksums, orbax_io
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
@@ -51,8 +52,9 @@ def main() -> None:
         leaves = {"layers/w": jax.ShapeDtypeStruct(shape, ml_dtypes.bfloat16)}
         with orbax_io.ParamsWriter(step, leaves, checksums=False) as writer:
             for layer in range(layers):
-                writer.write("layers/w", (layer,), rng.integers(0, 2**16, shape[1:], np.uint16).view(
-                    ml_dtypes.bfloat16))
+                writer.write(
+                    "layers/w", (layer,), rng.integers(0, 2**16, shape[1:], np.uint16).view(ml_dtypes.bfloat16)
+                )
 
         def load(check: bool) -> None:
             leaf = orbax_io.open_params(step, checksums=check)["layers/w"]
@@ -60,10 +62,12 @@ def main() -> None:
                 leaf[layer]
 
         result = {
-            "gb": args.gb, "write": seconds(lambda: checksums.write(step), args.repeats),
+            "gb": args.gb,
+            "write": seconds(lambda: checksums.write(step), args.repeats),
             "check": seconds(lambda: checksums.check(step, ("params",)), args.repeats),
             "load": seconds(lambda: load(False), args.repeats),
-            "load_checked": seconds(lambda: load(True), args.repeats)}
+            "load_checked": seconds(lambda: load(True), args.repeats),
+        }
     print(json.dumps({**result, "check_gb_per_s": round(args.gb / result["check"], 2)}))
 
 

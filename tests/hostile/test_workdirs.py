@@ -1,4 +1,5 @@
 """Damaged workdirs: whatever is deleted, cut, flipped or put there, what is read was written, or there is one line."""
+
 import contextlib
 import functools
 import json
@@ -20,9 +21,20 @@ from tests.hostile import mutated
 from tests.train import toy
 
 KINDS = ("delete", "cut", "empty", "flip", "append", "folder", "pipe", "link")
-FOREIGN = ("checkpoints/²", "checkpoints/9", "checkpoints/9/params", "checkpoints/007", "checkpoints/4/params/x",
-           "checkpoints/notes", "checkpoints/frozen/9", "checkpoints/4/checksums-00009.json", "lock.json", "tensorboard",
-           ".argenseg-0-1-2-0.tmp", "metrics.jsonl.tmp")
+FOREIGN = (
+    "checkpoints/²",
+    "checkpoints/9",
+    "checkpoints/9/params",
+    "checkpoints/007",
+    "checkpoints/4/params/x",
+    "checkpoints/notes",
+    "checkpoints/frozen/9",
+    "checkpoints/4/checksums-00009.json",
+    "lock.json",
+    "tensorboard",
+    ".argenseg-0-1-2-0.tmp",
+    "metrics.jsonl.tmp",
+)
 CONTENTS = (b"", b"{}", b"[]", b"null", b'{"files": 3}', b"\xff\x00")
 
 
@@ -40,8 +52,11 @@ def made():
     """A finished run with steps 2 and 4, its files, and the weights that each step gives."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="argenseg-hostile-")) / "w"
     run(folder)
-    return folder, sorted(str(p.relative_to(folder)) for p in folder.rglob("*")), {
-        step: trees.flatten(orbax_io.restore_params(folder / "checkpoints" / str(step))) for step in (2, 4)}
+    return (
+        folder,
+        sorted(str(p.relative_to(folder)) for p in folder.rglob("*")),
+        {step: trees.flatten(orbax_io.restore_params(folder / "checkpoints" / str(step))) for step in (2, 4)},
+    )
 
 
 @contextlib.contextmanager
@@ -68,7 +83,7 @@ def put(path, content):
 def damage(path, kind, where):
     if not os.path.lexists(path):
         return
-    if path.is_dir() and not path.is_symlink() or kind == "delete":
+    if (path.is_dir() and not path.is_symlink()) or kind == "delete":
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         return
     if kind in ("folder", "pipe", "link"):
@@ -93,9 +108,14 @@ def same(got, want):
     return got.keys() == want.keys() and all(np.array_equal(got[name], want[name]) for name in want)
 
 
-CHANGES = st.lists(st.one_of(
-    st.tuples(st.sampled_from(KINDS), st.integers(0, 500), st.integers(0, 10**6)),
-    st.tuples(st.sampled_from(FOREIGN), st.one_of(st.none(), st.sampled_from(CONTENTS)))), min_size=1, max_size=3)
+CHANGES = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(KINDS), st.integers(0, 500), st.integers(0, 10**6)),
+        st.tuples(st.sampled_from(FOREIGN), st.one_of(st.none(), st.sampled_from(CONTENTS))),
+    ),
+    min_size=1,
+    max_size=3,
+)
 
 
 @settings(max_examples=settings().max_examples)
@@ -132,8 +152,15 @@ def test_a_run_ends_with_the_same_weights_or_one_line(changes):
         assert unchecked or same(got, made()[2][4])
 
 
-@given(st.lists(st.one_of(st.sampled_from([b'{"step": 1, "loss": 2.0}', b'{"step": 2}', b"", b"{", b"\0", b"null"]),
-                          st.binary(max_size=20)), max_size=4).map(b"\n".join))
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from([b'{"step": 1, "loss": 2.0}', b'{"step": 2}', b"", b"{", b"\0", b"null"]),
+            st.binary(max_size=20),
+        ),
+        max_size=4,
+    ).map(b"\n".join)
+)
 def test_metrics_give_lines_or_the_number_of_a_line(content):
     with tempfile.TemporaryDirectory() as folder:
         path = files.to_path(folder) / "metrics.jsonl"
