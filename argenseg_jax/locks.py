@@ -2,8 +2,9 @@
 
 The holder renews its heartbeat from a thread. A lock is stale when its holder has ended on this machine, or
 has not renewed the heartbeat for STALE_SECONDS: a process that finds another machine's lock waits that
-long. On a disk the file is changed under `flock`, so that of several processes one gets the lock. A bucket
-has nothing like it: there the last of those that write at once has the lock, and everyone looks again.
+long. Of a holder that works on this machine the first look is enough. On a disk the file is changed under
+`flock`, so that of several processes one gets the lock. A bucket has nothing like it: there the last of those
+that write at once has the lock, and everyone looks again.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ FILE = "lock.json"  # within a workdir
 STALE_SECONDS = 60.0
 HEARTBEAT_SECONDS = 10.0
 SETTLE_SECONDS = 2.0  # in a bucket: longer than a small file takes to appear
-_SKEW_SECONDS = 600.0  # clocks of machines differ; a heartbeat older than this is stale without waiting
+_WATCHED = 2.5  # heartbeats: a moving one is seen in this time
 _MAX_BYTES = 1 << 16
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -91,7 +92,8 @@ class Lock:
         self.path, self._what = files.to_path(path), what
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self._own = Holder(uuid.uuid4().hex, processes.this(), 0.0)
-        self._first: tuple[float, Holder] | None = None  # when another holder was seen, and which
+        self._begin: float | None = None  # of waiting
+        self._seen: tuple[float, Holder] | None = None  # when another heartbeat was first seen, and which
         self._taker: Holder | None = None  # who has taken the lock from this process
         self._stop, self._thread = threading.Event(), None
         self._made: list[epath.Path] = []  # folders, the innermost first
@@ -120,15 +122,15 @@ class Lock:
             self._thread = threading.Thread(target=self._renew, name="heartbeat", daemon=True)
             self._thread.start()
             return True
-        now = time.monotonic()
-        if holder.process.machine != processes.this_machine():
-            if self._first is None:
-                self._first = now, holder
-                self._say(
-                    f"{self._what} is in use by {_named(holder)}; waiting up to {STALE_SECONDS:.0f} s "
-                    "for its heartbeat to stop"
-                )
-            if now - self._first[0] < STALE_SECONDS:
+        if self._begin is None and _may_be_stopped(holder):
+            self._begin = time.monotonic()
+            self._say(
+                f"{self._what} is in use by {_named(holder)}; waiting up to {STALE_SECONDS:.0f} s "
+                "for its heartbeat to stop"
+            )
+        if self._begin is not None:
+            seen = time.monotonic() - self._unchanged(holder)
+            if seen < self._begin + STALE_SECONDS:  # a heartbeat that moves after that time is alive
                 return False
         raise UserError(f"{self._what} is in use by {_named(holder)}; wait for its end, or use another folder")
 
@@ -164,16 +166,21 @@ class Lock:
 
     def _stale(self, holder: Holder) -> bool:
         """Whether the lock may be taken from its holder."""
-        if holder.process.machine == processes.this_machine():
-            return holder.process.is_dead()
-        age = time.time() - holder.heartbeat
-        if age > max(_SKEW_SECONDS, STALE_SECONDS):
+        if holder.process.is_dead():
             return True
-        if self._first is None or self._first[1] != holder:
+        if not _may_be_stopped(holder):
             return False
-        # By the clocks of two machines the age is not certain: the heartbeat must have stopped here too.
-        patience = max(STALE_SECONDS - max(age, 0.0), 2 * HEARTBEAT_SECONDS)
-        return time.monotonic() - self._first[0] >= min(patience, STALE_SECONDS)
+        # The clocks of two machines differ, and machines sleep: the heartbeat must have stopped here too.
+        unchanged = self._unchanged(holder)
+        return unchanged >= STALE_SECONDS or (
+            time.time() - holder.heartbeat >= STALE_SECONDS and unchanged >= _WATCHED * HEARTBEAT_SECONDS
+        )
+
+    def _unchanged(self, holder: Holder) -> float:
+        """For how many seconds this process has seen this very heartbeat."""
+        if self._seen is None or self._seen[1] != holder:
+            self._seen = time.monotonic(), holder
+        return time.monotonic() - self._seen[0]
 
     def _take(self, stale: Callable[[Holder], bool]) -> Holder | None:
         """None if the lock is now this process's, else the holder."""
@@ -236,6 +243,11 @@ class Lock:
                 self._taker = holder
             except Exception:  # a full disk, a bucket out of reach: the next heartbeat may come through
                 continue
+
+
+def _may_be_stopped(holder: Holder) -> bool:
+    """Whether only its heartbeat can tell if a holder works: it is elsewhere, or here but has not renewed it."""
+    return holder.process.machine != processes.this_machine() or time.time() - holder.heartbeat >= STALE_SECONDS
 
 
 def _named(holder: Holder) -> str:

@@ -86,9 +86,26 @@ def test_another_machine_is_waited_for(path):
     with locks.Lock(path, "runs/w", said.append):
         pass
     assert said == ["runs/w is in use by process 5 on node7; waiting up to 0 s for its heartbeat to stop"]
-    left(path, age=10_000, machine="elsewhere")  # no clock is so wrong
-    with locks.Lock(path, "w", pytest.fail):
-        pass
+    left(path, age=10_000, machine="elsewhere")  # an old one is watched for two heartbeats and a half
+    begin = time.monotonic()
+    with locks.Lock(path, "w", len):
+        assert 0.125 <= time.monotonic() - begin < 0.5
+
+
+def test_a_suspended_holder_on_this_machine_is_waited_for(path):
+    left(path, age=1.0)  # it is alive, but its heartbeat is older than 0.5 s
+    said = []
+    with locks.Lock(path, "w", said.append):
+        assert len(said) == 1 and "waiting" in said[0]
+
+
+def test_a_holder_that_ends_while_it_is_waited_for(path):
+    """Its last heartbeat came late in the wait: that one too must get old before the lock is taken."""
+    left(path, machine="elsewhere")
+    threading.Timer(0.4, lambda: left(path, machine="elsewhere")).start()
+    begin = time.monotonic()
+    with locks.Lock(path, "w", len):
+        assert time.monotonic() - begin >= 0.85
 
 
 @pytest.mark.parametrize("skew", [-300.0, 300.0])

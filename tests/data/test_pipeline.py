@@ -2,6 +2,11 @@
 
 import collections
 import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
 
 import ml_collections
 import numpy as np
@@ -268,6 +273,34 @@ def test_worker_processes_change_nothing(tokenizer, tmp_path):
     assert equal(next(resumed), want)
     for iterator in (here, there, resumed):
         iterator.close()
+
+
+@pytest.mark.slow
+def test_worker_processes_end_with_a_killed_parent(tmp_path):
+    """They hold the pipe open for as long as they live."""
+    (tmp_path / "parent.py").write_text(
+        "import pathlib, sys, time\n"
+        "from tests.data import test_pipeline as t\n"
+        "if __name__ == '__main__':\n"
+        "    sources = t.numbered(pathlib.Path(sys.argv[1]), [24])\n"
+        "    config = {'sources': sources, 'max_tokens': 64, 'system': '', 'workers': 2}\n"
+        "    next(t.iterate(config, t.nano_tokenizer(16, t.shapes.corpus())))\n"
+        "    print('read', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    root = str(pathlib.Path(__file__).parent.parent.parent)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py", tmp_path],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root},
+        cwd=root,
+    )
+    assert parent.stdout.readline() == "read\n"
+    parent.kill()
+    begin = time.monotonic()
+    assert parent.stdout.read() == "" and time.monotonic() - begin < 15
+    parent.wait()
 
 
 # ---------------------------------------------------------------------------------- broken samples

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from argenseg_jax import locks
 from argenseg_jax.data import mixture, prepare, transforms
 from argenseg_jax.data.pipeline import Geometry, train_iterator
 from argenseg_jax.data.prepare import Job
@@ -108,6 +109,31 @@ def test_a_runner_needs_beam(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(UserError, match=r"pip install 'argenseg_jax\[beam\]'"):
         prepare.prepare(job(tmp_path / "x"), runner="DirectRunner")
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    out = tmp_path / "out"
+    with locks.Lock(out / locks.FILE, "x"):
+        with pytest.raises(UserError, match=f"^--out: {out} is in use by process {os.getpid()} on "):
+            prepare.prepare(job(out))
+        assert os.listdir(out) == [locks.FILE]
+    assert prepare.prepare(job(out))["samples"] == 23 and not (out / locks.FILE).exists()
+
+
+def full(*_, **__):
+    raise RuntimeError("INTERNAL: Failed to write: No space left on device")
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_shard(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.tfds.core.ExampleWriter, "write", full)
+        with pytest.raises(
+            UserError, match=r"array_record-00000-of-\d+ cannot be written \(No space left on device\)$"
+        ):
+            prepare.prepare(job(out))
+    assert sorted(os.listdir(out)) == [prepare.PLAN]
+    assert prepare.prepare(job(out))["samples"] == 23
 
 
 def test_whole_shards_are_kept_and_others_written_again(folder, tmp_path):
