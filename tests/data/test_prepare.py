@@ -22,7 +22,7 @@ from argenseg_jax.data.statistics import Statistics, table
 from argenseg_jax.data.synthetic.shapes import ShapesSource, corpus
 from argenseg_jax.data.tokenizer import nano_tokenizer
 from argenseg_jax.errors import SampleError, UserError
-from tests.data.test_shapes import assert_same
+from tests.data.synthetic.test_shapes import assert_same
 from tests.hostile.folders import fill
 
 SHAPES = "shapes:full:train:23"
