@@ -30,9 +30,9 @@ import numpy as np
 import torch
 
 from argenseg_jax.data import mixture, transforms
-from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry, train_iterator
+from argenseg_jax.data.nano_tokenizer import nano_tokenizer
+from argenseg_jax.data.pipeline import DataConfig, Geometry, SampleEncoder, train_iterator
 from argenseg_jax.data.synthetic.shapes import corpus
-from argenseg_jax.data.tokenizer import nano_tokenizer
 from argenseg_jax.eval.visualize import encode_png
 
 BATCH = 16
@@ -68,14 +68,14 @@ def photographs(folder: pathlib.Path, count: int = 48) -> pathlib.Path:
 class Samples(torch.utils.data.Dataset):
     """The same rows for torch: a map-style data set whose items are dicts of arrays."""
 
-    def __init__(self, source: Any, encoder: Encoder):
+    def __init__(self, source: Any, encoder: SampleEncoder):
         self.source, self.encoder = source, encoder
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self.encoder.training_row(self.source[index], np.random.default_rng(index))
+        return self.encoder.training_example(self.source[index], np.random.default_rng(index))
 
 
 def torch_batches(data: Samples, workers: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -150,7 +150,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = args.data or str(photographs(pathlib.Path(folder)))
         config = {"sources": (path,), "max_tokens": 1024, "system": ""}
-        encoder = Encoder(DataConfig(**config), GEOMETRY, nano_tokenizer(16, corpus()))
+        encoder = SampleEncoder(DataConfig(**config), GEOMETRY, nano_tokenizer(16, corpus()))
         source = mixture.open_source(path, image_root=args.image_root)
         data, batches = Samples(source, encoder), max(1, args.samples // BATCH)
         result = {"data": args.data or "drawn", **_rounded(overhead(data, config, batches, args.rounds))}

@@ -51,7 +51,7 @@ def model_config() -> dict[str, Any]:
     )
 
 
-def samples(model: ARGenSeg, max_tokens: int, seed: int = 0) -> Iterator[packing.Piece]:
+def samples(model: ARGenSeg, max_tokens: int, seed: int = 0) -> Iterator[packing.Example]:
     """Endless pieces of the mix; what is longer than a row is left out, as in training."""
     rng, vocab, n = np.random.default_rng(seed), model.vocab, model.scales.num_codes
     while True:
@@ -74,7 +74,7 @@ def samples(model: ARGenSeg, max_tokens: int, seed: int = 0) -> Iterator[packing
             }
 
 
-def rows(model: ARGenSeg, ahead: int, room: packing.Size, count: int) -> list[list[packing.Piece]]:
+def rows(model: ARGenSeg, ahead: int, room: packing.Size, count: int) -> list[list[packing.Example]]:
     """The pieces of so many rows."""
     source, waiting = enumerate(samples(model, room["tokens"])), []
     rule = packing.Packing(room, packing.size, lambda pieces: {}, ahead)
@@ -86,7 +86,7 @@ def rows(model: ARGenSeg, ahead: int, room: packing.Size, count: int) -> list[li
     return [packing.fill(rule, waiting, refill) for _ in range(count)]
 
 
-def padding(rows: list[list[packing.Piece]], room: packing.Size) -> dict[str, float]:
+def padding(rows: list[list[packing.Example]], room: packing.Size) -> dict[str, float]:
     """Shares of the places, tiles and masks of the rows that are padding."""
     used = [{key: sum(packing.size(piece)[key] for piece in row) for key in room} for row in rows]
     return {key: 1 - sum(u[key] for u in used) / (len(rows) * room[key]) for key in ("tokens", "tiles", "masks")}

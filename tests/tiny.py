@@ -15,9 +15,10 @@ import numpy as np
 from argenseg_jax import trees
 from argenseg_jax.ckpt import checkpoint, orbax_io
 from argenseg_jax.data import pipeline
+from argenseg_jax.data.nano_tokenizer import nano_tokenizer
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.synthetic import shapes
-from argenseg_jax.data.tokenizer import Tokenizer, nano_tokenizer
+from argenseg_jax.data.tokenizer import Tokenizer
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import ARGenSeg
@@ -104,14 +105,14 @@ def sample(seed: int = 0, masks: int = 1, image: bool = True, answer: str = "It 
     return Sample(turns, (picture(seed),) if image else (), (truth,) * masks)
 
 
-def encoder(model: ARGenSeg, **data: Any) -> pipeline.Encoder:
+def encoder(model: ARGenSeg, **data: Any) -> pipeline.SampleEncoder:
     """Of samples of a model, by the keys of a section `data`."""
-    return pipeline.Encoder(pipeline.DataConfig(system="", **data), geometry(model), tokenizer())
+    return pipeline.SampleEncoder(pipeline.DataConfig(system="", **data), geometry(model), tokenizer())
 
 
 def batch(model: ARGenSeg, samples: list[Sample], max_tokens: int = 96, max_masks: int = 1) -> dict[str, np.ndarray]:
     """The samples as a batch of the LM task."""
-    encode = encoder(model, max_tokens=max_tokens, max_masks=max_masks).training_row
+    encode = encoder(model, max_tokens=max_tokens, max_masks=max_masks).training_example
     rows = [encode(s, np.random.default_rng(0)) for s in samples]
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 

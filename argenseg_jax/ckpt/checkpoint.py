@@ -12,8 +12,9 @@ from etils import epath
 
 from argenseg_jax import config_keys, files, trees
 from argenseg_jax.ckpt import orbax_io
+from argenseg_jax.data.nano_tokenizer import nano_tokenizer
 from argenseg_jax.data.synthetic.shapes import corpus
-from argenseg_jax.data.tokenizer import VOCABULARIES, Tokenizer, nano_tokenizer
+from argenseg_jax.data.tokenizer import VOCABULARIES, Tokenizer
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.models import variants

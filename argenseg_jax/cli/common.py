@@ -131,7 +131,7 @@ def reading(config: Mapping[str, Any] = MappingProxyType({})) -> Any:
     from argenseg_jax import config_keys
     from argenseg_jax.data.reader import Reading
 
-    saved = Reading.of(config.get("data", {}))
+    saved = Reading.from_config(config.get("data", {}))
     window = saved.window
     if FLAGS.window is not None:
         try:

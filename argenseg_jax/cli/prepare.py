@@ -104,7 +104,7 @@ def run() -> dict[str, Any]:
         reading.allow_outside,
     )
     summary = prepare.prepare(job, workers=FLAGS.workers, runner=FLAGS.runner, beam_options=FLAGS.beam_options)
-    common.log(statistics.table(summary))
+    common.log(statistics.format_summary(summary))
     for fault in summary["broken_samples"][:5]:
         common.log(f"broken: {fault['reason']}")
     return {

@@ -30,7 +30,7 @@ SMALL = 100  # the share of broken samples is taken of at least so many: one ear
 
 
 @dataclasses.dataclass(frozen=True)
-class Broken:
+class InvalidSample:
     """Stands in the order for a sample that cannot be used."""
 
     reason: str
@@ -47,7 +47,7 @@ class BatchIterator(Iterator[Batch]):
     another number of them takes every sample once, as if nothing had happened.
 
     Attributes:
-      broken: {message that names file and line: times seen} in this process's places, up to the
+      skipped: {message that names file and line: times seen} in this process's slots, up to the
         last batch that came out.
       close: call it to end the reading threads and processes; otherwise they end with the iterator.
     """
@@ -57,7 +57,7 @@ class BatchIterator(Iterator[Batch]):
         order: Order,
         rows: packing.Packing,
         batch_size: int,
-        places: Sequence[int],
+        slots: Sequence[int],
         *,
         max_broken: float = 0.01,
         workers: int = 0,
@@ -66,24 +66,24 @@ class BatchIterator(Iterator[Batch]):
         """Starts at the beginning.
 
         Args:
-          order: of pieces (dicts of arrays) and Broken, without end.
+          order: of pieces (dicts of arrays) and InvalidSample, without end.
           rows: how pieces become rows.
           batch_size: B, rows of the global batch.
-          places: the rows of it that come out here.
+          slots: the slots of it that this process reads.
           max_broken: largest share of broken samples; more of them are a UserError.
           workers: most worker processes; they divide the places evenly among them.
           threads: that read in this process where there are no workers; 0 = the one that batches.
         """
         self._order, self._packing, self._size = order, rows, batch_size
         self._max_broken, self._workers, self._threads = max_broken, workers, threads
-        self._open({place: _Taken() for place in places})
+        self._open({place: _Taken() for place in slots})
 
     def __next__(self) -> Batch:
         batch, self._taken = next(self._iterator)
         return batch
 
     @property
-    def broken(self) -> dict[str, int]:
+    def skipped(self) -> dict[str, int]:
         total = collections.Counter()
         for taken in self._taken.values():
             total.update(taken.broken)
@@ -227,7 +227,7 @@ class _Place:
     def __init__(self, order: grain.MapDataset, rows: _Rows, place: int, taken: _Taken):
         self._order, self._rows, self._place, self._count = order, rows, place, taken.count
         self._resumed = taken.waiting  # numbers of samples to be read again
-        self._waiting: list[tuple[int, packing.Piece]] = []  # number and content, the oldest first
+        self._waiting: list[tuple[int, packing.Example]] = []  # number and content, the oldest first
 
     def next_row(self) -> _Row:
         rule, broken = self._rows.packing, []
@@ -249,7 +249,7 @@ class _Place:
     def _take(self, number: int, broken: list[str]) -> bool:
         """Whether sample `number` of this place could be read."""
         piece = self._order[self._place + self._rows.stride * number]
-        if isinstance(piece, Broken):
+        if isinstance(piece, InvalidSample):
             broken.append(piece.reason)
             return False
         self._waiting.append((number, piece))

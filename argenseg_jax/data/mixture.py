@@ -41,7 +41,7 @@ from argenseg_jax.data.reader import Reader, Reading, Window
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources.coco import CocoSource
 from argenseg_jax.data.sources.interactive import Change, InteractiveSource
-from argenseg_jax.data.sources.jsonl import JsonlSource, MetaSource, Part, Source
+from argenseg_jax.data.sources.jsonl import JsonlSource, MetaSource, MixtureComponent, Source
 from argenseg_jax.data.sources.label_maps import LabelMapSource
 from argenseg_jax.data.sources.mvtec import AnomalySource
 from argenseg_jax.data.sources.own import open_own
@@ -120,7 +120,7 @@ def draw(source: Source, index: int, rng: np.random.Generator, change: Change | 
     return change(sample, rng) if change else sample
 
 
-def window(parts: Sequence[Part]) -> Window | tuple[()]:
+def window(parts: Sequence[MixtureComponent]) -> Window | tuple[()]:
     """The window of levels (data/reader.py) that all data sets with images of more than 8 bits share.
 
     () where there are none, or where they differ: then it is found for each data set alone.
@@ -150,7 +150,7 @@ def name_of(source: Source) -> str:
 
 def open_mixture(
     names: Sequence[str], root: str = "", prompt: str = "referring", image_root: str = "", reading: Reading = Reading()
-) -> list[Part]:
+) -> list[MixtureComponent]:
     """Opens the sources of a training run.
 
     Args:
@@ -172,11 +172,13 @@ def open_mixture(
         if isinstance(source, MetaSource):
             parts += [part.repeated(repeat, name) for part in source.parts]
         elif hasattr(source, "spans"):  # prepared from a mixture, perhaps
-            parts += [Part(part, len(part), weight).repeated(repeat, name) for part, weight in source.spans()]
+            parts += [
+                MixtureComponent(part, len(part), weight).repeated(repeat, name) for part, weight in source.spans()
+            ]
         elif not len(source):
             raise UserError(f"{name}: no samples")
         else:
-            parts.append(Part(source, len(source), len(source)).repeated(repeat, name))
+            parts.append(MixtureComponent(source, len(source), len(source)).repeated(repeat, name))
     if not parts:
         raise UserError("data.sources is empty: name a source, such as shapes:simple:train")
     if len(parts) > 1 and any(p.length >= ENDLESS for p in parts):

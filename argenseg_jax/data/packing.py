@@ -12,7 +12,7 @@ import numpy as np
 
 from argenseg_jax.vocab import IGNORE
 
-Piece = Mapping[str, np.ndarray]  # tokens, labels i32[t], tiles u8[p, ...], masks u8[m, ...]
+Example = Mapping[str, np.ndarray]  # tokens, labels i32[t], tiles u8[p, ...], masks u8[m, ...]
 Size = Mapping[str, int]  # of a piece, or the room that a row has
 Row = dict[str, np.ndarray]
 
@@ -29,12 +29,12 @@ class Packing:
     """
 
     room: Size
-    size: Callable[[Piece], Size]
-    join: Callable[[Sequence[Piece]], Row]
+    size: Callable[[Example], Size]
+    join: Callable[[Sequence[Example]], Row]
     ahead: int = 0
 
 
-def choose(waiting: Sequence[Size], room: Size, *, first: bool) -> int | None:
+def next_index(waiting: Sequence[Size], room: Size, *, first: bool) -> int | None:
     """Which waiting piece goes into the room that is left: the longest that fits, or None.
 
     Args:
@@ -47,7 +47,7 @@ def choose(waiting: Sequence[Size], room: Size, *, first: bool) -> int | None:
     return max(fits, key=lambda k: (waiting[k]["tokens"], -k), default=None)
 
 
-def fill(rule: Packing, waiting: list[tuple[int, Piece]], refill: Callable[[int], None]) -> list[Piece]:
+def fill(rule: Packing, waiting: list[tuple[int, Example]], refill: Callable[[int], None]) -> list[Example]:
     """The pieces of the next row.
 
     Args:
@@ -58,7 +58,7 @@ def fill(rule: Packing, waiting: list[tuple[int, Piece]], refill: Callable[[int]
     while not chosen or rule.ahead:
         refill(max(rule.ahead, 1))
         sizes = [rule.size(piece) for _, piece in waiting]
-        pick = choose(sizes, room, first=not chosen)
+        pick = next_index(sizes, room, first=not chosen)
         if pick is None:
             break
         chosen.append(waiting.pop(pick)[1])
@@ -66,7 +66,7 @@ def fill(rule: Packing, waiting: list[tuple[int, Piece]], refill: Callable[[int]
     return chosen
 
 
-def size(piece: Piece) -> Size:
+def size(piece: Example) -> Size:
     """Of a piece of the LM task; `labels` are the places with something to learn."""
     return {
         "tokens": len(piece["tokens"]),
@@ -76,7 +76,7 @@ def size(piece: Piece) -> Size:
     }
 
 
-def join(pieces: Sequence[Piece], room: Size, pad: int) -> Row:
+def join(pieces: Sequence[Example], room: Size, pad: int) -> Row:
     """One row: segments 1, 2, ... in order, positions from 0 in each, then padding of segment 0.
 
     Tiles and masks follow each other in the order of their places in the tokens, then zeros.

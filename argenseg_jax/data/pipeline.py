@@ -1,7 +1,7 @@
 """Samples -> numpy arrays, in one endless order: encode, mix, shuffle, repeat, with grain.
 
 The order is a function of (seed, index) alone; data/batches.py shares it out among the rows of the
-batch. A sample that cannot be used leaves `Broken` in its place.
+batch. A sample that cannot be used leaves `InvalidSample` in its place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from argenseg_jax.data import mixture, packing, prompt, transforms
 from argenseg_jax.data.augment import Augment, recolour, recompress
-from argenseg_jax.data.batches import Batch, BatchIterator, Broken
+from argenseg_jax.data.batches import Batch, BatchIterator, InvalidSample
 from argenseg_jax.data.order import Order, Share
 from argenseg_jax.data.reader import FEW, Reading
 from argenseg_jax.data.sample import Sample
@@ -102,7 +102,7 @@ class DataConfig:
     max_broken: float = 0.01
 
     @classmethod
-    def of(cls, config: Mapping[str, Any] | DataConfig) -> DataConfig:
+    def from_config(cls, config: Mapping[str, Any] | DataConfig) -> DataConfig:
         """From a ConfigDict or dict; missing keys take defaults, an unknown key is an error."""
         if isinstance(config, cls):
             return config
@@ -113,7 +113,7 @@ class DataConfig:
 
     def reading(self) -> Reading:
         """How the files of the sources are read."""
-        return Reading.of(
+        return Reading.from_config(
             dataclasses.asdict(self), max_images=max(self.max_tiles, FEW), max_masks=max(self.max_masks, FEW)
         )
 
@@ -122,7 +122,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
+class SampleEncoder:
     """Sample -> one row of a batch (the arrays of `train_iterator`, without their first axis)."""
 
     config: DataConfig
@@ -143,19 +143,19 @@ class Encoder:
         pad = self.tokenizer.vocab.pad
         return packing.Packing(room, packing.size, lambda pieces: packing.join(pieces, room, pad), c.pack)
 
-    def training_row(self, sample: Sample, rng: np.random.Generator) -> Batch:
+    def training_example(self, sample: Sample, rng: np.random.Generator) -> Batch:
         """A row of the LM task with one sample."""
-        return self.packing.join([self.piece(sample, rng)])
+        return self.packing.join([self.example(sample, rng)])
 
-    def piece(self, sample: Sample, rng: np.random.Generator) -> packing.Piece:
+    def example(self, sample: Sample, rng: np.random.Generator) -> packing.Example:
         """A sample of the LM task as it goes into a row; SampleError where it does not fit into one."""
-        name, config, turns = _name(sample), self.config, sample.conversations
+        name, config, turns = sample.name, self.config, sample.conversations
         prompt.check_turns(turns, name)  # recolour reads the texts
         if config.recolour and rng.random() < config.recolour:
             sample = recolour(sample, rng)
         if config.prompt_drop and sample.masks and not sample.images:
             if rng.random() < config.prompt_drop:
-                turns = [{**turn, "value": prompt.NOTHING} if prompt.is_human(turn) else turn for turn in turns]
+                turns = [{**turn, "value": prompt.UNCONDITIONAL} if prompt.is_human(turn) else turn for turn in turns]
         tiles, per_image = self._tiles(sample, name)
         tokens, labels = prompt.encode_training(
             turns,
@@ -179,20 +179,20 @@ class Encoder:
         masks = np.asarray(self._written(sample, name), dtype).reshape(-1, *shape)
         return {"tokens": tokens, "labels": labels, "tiles": tiles, "masks": masks}
 
-    def mask_row(self, sample: Sample, rng: np.random.Generator) -> Batch:
+    def mask_example(self, sample: Sample, rng: np.random.Generator) -> Batch:
         """One row of the VQ-VAE task: one of the sample's masks."""
         if not sample.masks:
-            raise SampleError(f"{_name(sample)}: no mask to train the VQ-VAE on")
+            raise SampleError(f"{sample.name}: no mask to train the VQ-VAE on")
         masks = self._masks(sample)
         return {"masks": masks[rng.integers(len(masks))]}
 
     def change(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """The sample as data.augment, and `data_augment` of its meta JSON, change it; for sources.draw."""
-        prompt.check_turns(sample.conversations, _name(sample))  # what changes images reads the texts
+        prompt.check_turns(sample.conversations, sample.name)  # what changes images reads the texts
         if self.config.augment:
             if self.config.codes:
                 raise SampleError(
-                    f"{_name(sample)}: codes that were kept are of masks as they are; switch "
+                    f"{sample.name}: codes that were kept are of masks as they are; switch "
                     "data.augment or data.codes off"
                 )
             sample = self.augment(sample, rng)
@@ -223,11 +223,6 @@ class Encoder:
         ]
 
 
-def _name(sample: Sample) -> str:
-    meta = sample.meta
-    return str(meta.get("line") or f"{meta.get('source', 'sample')}:{meta.get('id', '?')}")
-
-
 # ---------------------------------------------------------------------------------- training
 
 
@@ -238,7 +233,7 @@ def train_iterator(
     *,
     seed: int,
     batch_size: int,
-    places: Sequence[int] | None = None,
+    slots: Sequence[int] | None = None,
     task: str = "lm",
 ) -> BatchIterator:
     """An endless iterator over this process's rows of the batches.
@@ -249,12 +244,12 @@ def train_iterator(
       geometry: the model's sizes.
       seed: of the order and of everything random in the samples.
       batch_size: B, rows of the global batch, over all processes.
-      places: which of these B rows this process makes; None = all (see sharding.local_rows).
+      slots: which of these B sequences this process reads; None = all (see sharding.local_rows).
       task: 'lm' or 'vqvae'.
 
     Returns:
-      An iterator with `get_state()`, `set_state(state)`, `broken` and `close()`. Batches, of
-      b = len(places) rows:
+      An iterator with `get_state()`, `set_state(state)`, `skipped` and `close()`. Batches, of
+      b = len(slots) sequences:
         lm     tokens, labels, positions, segment_ids i32[b, T] (segments 1, 2, ... of a row are its
                samples; 0 = padding, on the right), tiles u8[b, P, S, S, 3] and masks
                u8[b, M, R, R, 3] in the order of the samples, zero beyond a row's own ones; with
@@ -264,12 +259,12 @@ def train_iterator(
     Raises:
       UserError: now, for sources that cannot be opened; later, for too many broken samples.
     """
-    config = DataConfig.of(config)
-    encoder = Encoder(config, geometry, tokenizer)
+    config = DataConfig.from_config(config)
+    encoder = SampleEncoder(config, geometry, tokenizer)
     if task == "lm":
-        encode, rows = encoder.piece, encoder.packing
+        encode, rows = encoder.example, encoder.packing
     else:
-        encode, rows = encoder.mask_row, packing.Packing({}, lambda piece: {}, lambda pieces: pieces[0])
+        encode, rows = encoder.mask_example, packing.Packing({}, lambda piece: {}, lambda pieces: pieces[0])
     parts = mixture.open_mixture(config.sources, config.root, reading=config.reading())
     order = Order(
         [Share(mixture.name_of(p.source), p.length, p.weight) for p in parts],
@@ -280,7 +275,7 @@ def train_iterator(
         order,
         rows,
         batch_size,
-        range(batch_size) if places is None else places,
+        range(batch_size) if slots is None else slots,
         max_broken=config.max_broken,
         workers=config.workers,
         threads=config.threads,
@@ -291,7 +286,7 @@ def batch_shapes(
     config: Mapping[str, Any] | DataConfig, geometry: Geometry, rows: int
 ) -> dict[str, tuple[tuple[int, ...], type]]:
     """{array: (shape, dtype)} of a batch of the LM task; opens no source."""
-    config = DataConfig.of(config)
+    config = DataConfig.from_config(config)
     line, image, (mask, dtype) = (rows, config.max_tokens), geometry.image_size, geometry.mask(config.codes)
     return {
         **dict.fromkeys(("tokens", "labels", "positions", "segment_ids"), (line, np.int32)),
@@ -301,19 +296,19 @@ def batch_shapes(
 
 
 def _stream(source: mixture.Source, length: int, change: mixture.Change, encode, seed: int) -> grain.MapDataset:
-    """An endless shuffled stream of pieces (or Broken) of the first samples of one source."""
+    """An endless shuffled stream of pieces (or InvalidSample) of the first samples of one source."""
 
-    def load(index: int, rng: np.random.Generator) -> packing.Piece | Broken:
+    def load(index: int, rng: np.random.Generator) -> packing.Example | InvalidSample:
         where = f"{mixture.name_of(source)}: sample {index}"
         try:
             sample = mixture.draw(source, index, rng, change)
-            where = _name(sample)
+            where = sample.name
             return encode(sample, rng)
         except SampleError as error:
-            return Broken(str(error))
+            return InvalidSample(str(error))
         except UserError:
             raise  # not the sample's fault
         except Exception as error:  # one bad sample never ends a run; too many of them do
-            return Broken(f"{where}: not a sample ({type(error).__name__}: {brief(error)})")
+            return InvalidSample(f"{where}: not a sample ({type(error).__name__}: {brief(error)})")
 
     return grain.MapDataset.range(length).seed(seed).shuffle().random_map(load).repeat()

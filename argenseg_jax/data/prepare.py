@@ -138,8 +138,7 @@ class _Items:
             sample = mixture.draw(part.source, index, np.random.default_rng((index, draw)))
         else:
             sample = part.source[index]
-        name = str(sample.meta.get("line") or f"{self.job.sources[0]}: sample {index}")
-        prompt.check(sample.conversations, len(sample.images), len(sample.masks), name)
+        prompt.check(sample.conversations, len(sample.images), len(sample.masks), sample.name)
         return k, sample
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from argenseg_jax.data.tokenizer import Part, Tokenizer
+from argenseg_jax.data.tokenizer import Tokenizer, TokenPiece
 from argenseg_jax.errors import SampleError, brief
 from argenseg_jax.vocab import IGNORE, IMG_END, IMG_START, MASK
 
@@ -20,8 +20,8 @@ OFFICIAL_SYSTEM = (
 )
 IMAGE = "<image>"  # a place in a text, not a token
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-HALF = re.compile("[\ud800-\udfff]")  # one of the two units of an emoji: scraped texts are cut so
-NOTHING = "Please generate a picture about nothing."  # the unconditional prompt of guidance
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # one of the two units of an emoji: scraped texts are cut so
+UNCONDITIONAL = "Please generate a picture about nothing."  # the unconditional prompt of guidance
 
 Conversations = Sequence[Mapping[str, str]]
 
@@ -146,7 +146,7 @@ def _turns(conversations, num_images, system, image_last, name) -> list[tuple[st
     if users and num_images and not places:
         turns[users[0]] = ("user", f"{IMAGE}\n" * num_images + turns[users[0]][1])
     elif places != num_images:
-        raise SampleError(f"{name}: {places} {IMAGE} places in the questions for {num_images} images")
+        raise SampleError(f"{name}: {places} {IMAGE} placeholders in the questions for {num_images} images")
     if image_last:
         turns = [(role, _image_last(text) if role == "user" else text) for role, text in turns]
     return ([("system", system)] if system else []) + turns
@@ -155,7 +155,7 @@ def _turns(conversations, num_images, system, image_last, name) -> list[tuple[st
 def _check_masks(turns: Sequence[tuple[str, str]], num_masks: int, name: str) -> None:
     places = sum(text.count(MASK) for role, text in turns if role == "assistant")
     if places != num_masks:
-        raise SampleError(f"{name}: {places} {MASK} places in the answers for {num_masks} masks")
+        raise SampleError(f"{name}: {places} {MASK} placeholders in the answers for {num_masks} masks")
 
 
 def _roles(conversations: Conversations, name: str) -> list[tuple[str, str]]:
@@ -170,7 +170,7 @@ def _roles(conversations: Conversations, name: str) -> list[tuple[str, str]]:
             raise SampleError(
                 f"{name}: a turn must be {{'from': system|human|gpt, 'value': text}}, not {brief(turn, 80)}"
             )
-        if half := HALF.search(turns[-1][1]):
+        if half := LONE_SURROGATE.search(turns[-1][1]):
             raise SampleError(
                 f"{name}: the text holds half a character (the lone surrogate "
                 f"U+{ord(half[0]):04X}), which no tokenizer encodes"
@@ -196,11 +196,11 @@ def _image(tokenizer: Tokenizer, slots: int) -> list[int]:
     return [vocab.id(IMG_START), *[vocab.img_context] * slots, vocab.id(IMG_END)]
 
 
-def _piece(tokenizer: Tokenizer, role: str, parts: Sequence[Part]) -> list[Part]:
+def _piece(tokenizer: Tokenizer, role: str, parts: Sequence[TokenPiece]) -> list[TokenPiece]:
     return [tokenizer.im_start, f"{role}\n", *parts, tokenizer.vocab.eos, "\n"]
 
 
-def _parts(role: str, text: str, images: list[list[int]], mask: Sequence[int]) -> list[Part]:
+def _parts(role: str, text: str, images: list[list[int]], mask: Sequence[int]) -> list[TokenPiece]:
     """Cuts a text at its places; takes the images it uses off the list."""
     if role == "user":
         first, *rest = text.split(IMAGE)

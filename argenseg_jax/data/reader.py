@@ -52,7 +52,7 @@ class Values(NamedTuple):
     some: np.ndarray
 
     @classmethod
-    def of(cls, levels: np.ndarray) -> Values:
+    def from_array(cls, levels: np.ndarray) -> Values:
         """Of the levels of an image."""
         values, kind = levels.ravel(), _kind(levels)
         if kind == "f" and not np.isfinite(values).all():
@@ -80,7 +80,7 @@ class Reading(NamedTuple):
     allow_outside: bool = False
 
     @classmethod
-    def of(cls, data: Mapping[str, Any], **limits: int) -> Reading:
+    def from_config(cls, data: Mapping[str, Any], **limits: int) -> Reading:
         """From the config section `data`."""
         return cls(
             tuple(data.get("window") or ()),
@@ -197,7 +197,7 @@ class Reader:
 
     def _window(self, levels: np.ndarray) -> Window:
         if self._source is None:
-            return find_window([Values.of(levels)])
+            return find_window([Values.from_array(levels)])
         kind = _kind(levels)
         if kind not in self._windows:
             self._find()
@@ -234,7 +234,7 @@ class _Probe(Reader):
     def image(self, image: Any) -> np.ndarray:
         opened = images.open_image(image, self.max_pixels)
         if images.is_deep(opened):
-            self.seen.append(Values.of(images.image_levels(opened, image)))
+            self.seen.append(Values.from_array(images.image_levels(opened, image)))
         raise SampleError("only looked at")
 
     def mask(self, path: Any) -> np.ndarray:

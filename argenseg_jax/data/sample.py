@@ -40,3 +40,8 @@ class Sample:
     def generated(self) -> bool:
         """Whether the masks are images to be generated."""
         return is_generated(self.images, self.meta)
+
+    @property
+    def name(self) -> str:
+        """What messages call the sample: its file and line, or its source and id."""
+        return str(self.meta.get("line") or f"{self.meta.get('source', 'sample')}:{self.meta.get('id', '?')}")

@@ -100,7 +100,7 @@ class Statistics:
         }
 
 
-def table(summary: Mapping[str, Any], most: int = 12) -> str:
+def format_summary(summary: Mapping[str, Any], most: int = 12) -> str:
     """The summary as lines for people."""
     classes = list(summary["classes"].items())
     rest = summary["distinct_classes"] - min(most, len(classes))

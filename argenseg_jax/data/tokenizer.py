@@ -14,13 +14,13 @@ from typing import Any
 import sentencepiece
 import tokenizers
 from etils import epath
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from argenseg_jax import files
 from argenseg_jax import vocab as vocab_lib
 from argenseg_jax.errors import UserError, brief, located
 
-Part = str | int  # a text to be encoded, or the id of a control token
+TokenPiece = str | int  # a text to be encoded, or the id of a control token
 # Harmless markup that may be written in a text: it neither opens nor closes anything by itself.
 MARKUP = tuple(t for t in vocab_lib.SPECIAL_TOKENS if re.fullmatch(r"</?(quad|ref|box|mask)>", t))
 VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json")  # a folder has one, by preference
@@ -33,7 +33,7 @@ _QWEN_SPLIT = (
 )
 
 
-class _SentencePiece:
+class SentencePieceVocabulary:
     """A sentencepiece model with added words, as the official slow tokenizer sees it."""
 
     def __init__(self, proto: bytes, added: dict[str, int], config: dict):
@@ -75,7 +75,7 @@ class _SentencePiece:
         }
 
 
-class _Fast:
+class FastVocabulary:
     """A `tokenizers` vocabulary (byte-level BPE)."""
 
     bos = None
@@ -134,7 +134,7 @@ class Tokenizer:
       im_start: id of `<|im_start|>`.
     """
 
-    def __init__(self, backend: _SentencePiece | _Fast, num_codes: int | None = None):
+    def __init__(self, backend: SentencePieceVocabulary | FastVocabulary, num_codes: int | None = None):
         """Adds what the vocabulary lacks, in the official order: turn marks, specials, codes.
 
         Args:
@@ -221,7 +221,7 @@ class Tokenizer:
                 f"the text {text[:60]!a} cannot be encoded: it holds half a character (a lone surrogate)"
             ) from None
 
-    def encode(self, parts: Iterable[Part]) -> list[int]:
+    def encode(self, parts: Iterable[TokenPiece]) -> list[int]:
         """Ids of a piece: control ids pass, each text between them is encoded as one.
 
         `<ref>`, `<box>`, `<quad>` and `<mask>` written in a text become their own (inert) tokens,
@@ -261,7 +261,7 @@ class Tokenizer:
             yield text[start:]
 
 
-def _open(path: epath.Path, folder: epath.Path) -> _SentencePiece | _Fast:
+def _open(path: epath.Path, folder: epath.Path) -> SentencePieceVocabulary | FastVocabulary:
     """Picks the library by the file's name; `folder` holds the lists of added words, if any."""
 
     def read(name: str) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def _open(path: epath.Path, folder: epath.Path) -> _SentencePiece | _Fast:
         content = files.read_text(path)
         if re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', content):  # the library panics where merges lack it
             raise UserError(f"{path}: pieces with a prefix; a byte-level BPE is expected")
-        return _Fast(tokenizers.Tokenizer.from_str(content), config, slow)
+        return FastVocabulary(tokenizers.Tokenizer.from_str(content), config, slow)
     listed = config.get("added_tokens_decoder") or {}
     with located(str(folder / "tokenizer_config.json"), "list of added words", UserError):
         added = {word["content"]: int(i) for i, word in listed.items()}
@@ -291,7 +291,7 @@ def _open(path: epath.Path, folder: epath.Path) -> _SentencePiece | _Fast:
     plain = sentencepiece.SentencePieceProcessor(model_proto=proto)
     own = (plain.unk_id(), plain.bos_id(), plain.eos_id())
     ends = {plain.id_to_piece(i) for i in own if i >= 0}
-    return _SentencePiece(proto, {w: i for w, i in added.items() if w not in ends}, config)
+    return SentencePieceVocabulary(proto, {w: i for w, i in added.items() if w not in ends}, config)
 
 
 def _checked_ids(words: dict[str, Any], file: epath.Path) -> dict[str, int]:
@@ -305,7 +305,7 @@ def _checked_ids(words: dict[str, Any], file: epath.Path) -> dict[str, int]:
     return words
 
 
-def _qwen(words: dict[str, int], merges: str, added: dict[str, int], config: dict) -> _Fast:
+def _qwen(words: dict[str, int], merges: str, added: dict[str, int], config: dict) -> FastVocabulary:
     """The slow Qwen2 files (vocab.json, merges.txt, added_tokens.json) as one fast tokenizer."""
     lines = merges.splitlines()
     pairs = [tuple(line.split(" ")) for line in lines[lines[:1] != [] and lines[0].startswith("#version:") :] if line]
@@ -320,7 +320,7 @@ def _qwen(words: dict[str, int], merges: str, added: dict[str, int], config: dic
         ]
     )
     model.decoder = decoders.ByteLevel()
-    backend = _Fast(model, config, slow=True)
+    backend = FastVocabulary(model, config, slow=True)
     backend.add(sorted(added, key=added.get))
     wrong = [word for word, i in added.items() if backend.id(word) != i]
     if wrong:
@@ -338,54 +338,3 @@ def _with_added(config: dict, added: dict[str, int]) -> dict:
 
 def _json(value) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
-
-
-_TEMPLATE_CORPUS = (
-    "user\n",
-    "assistant\n",
-    "system\n",
-    "Segment the",
-    "Sure, the segmentation result: .",
-    "Please segment the in this image.",
-    "Please perform referring segmentation on this image.",
-    "results are: .",
-    "Given the following instructions: ;",
-    "Segment the in the image.",
-)
-# The classes of CamVid.
-_CLASS_CORPUS = " sky building pole road pavement tree sign fence car pedestrian bicyclist"
-# "circles" is "circle" and "s": what is learned of the one holds for the other.
-_PLURAL = r"(?<=\p{L}{3})s\b"
-# Rare enough to be merged last, and so many that the vocabulary is always filled.
-_GLUE_CORPUS = (
-    " a about an and are at be by can colour describe do find for from has have here how i image in "
-    "is it mask me next no not of on or other person please picture show side smaller that their them "
-    "there these they thing this to two under was what where which white who with you your "
-    "0 1 2 3 4 5 6 7 8 9"
-)
-
-
-def nano_tokenizer(num_codes: int, corpus: Sequence[str], vocab_size: int = 496) -> Tokenizer:
-    """A deterministic byte-level BPE: 256 bytes, merges of a fixed corpus, control tokens, codes.
-
-    Args:
-      num_codes: size of the codebook.
-      corpus: phrases whose words shall be single tokens (those of the shapes grammar).
-      vocab_size: text entries; rare words are split once they run out. With 496 of them, 15 control
-        tokens and 256 codes still fit into three times PAD_MULTIPLE rows.
-    """
-    model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(tokenizers.Regex(_PLURAL), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        show_progress=False,
-        min_frequency=1,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    phrases = [*_TEMPLATE_CORPUS, *(" " + text for text in corpus)]  # merges see leading spaces
-    texts = [_GLUE_CORPUS, *[_CLASS_CORPUS] * 20, *phrases * 100]
-    model.train_from_iterator(texts, trainer=trainer)
-    return Tokenizer(_Fast(model), num_codes)

@@ -89,7 +89,7 @@ class Predictor:
         self.tiling = transforms.Tiling(
             model.image_size, data.get("max_tiles", 1), data.get("sample_tiles", 0), self.pad
         )
-        self.reading = Reading.of(data)
+        self.reading = Reading.from_config(data)
         self.max_text = config.get("decode", {}).get("max_text_tokens", 64)
 
     @classmethod
@@ -160,7 +160,7 @@ class Predictor:
         rows = [self._encode(request) for request in requests]
         size = 1 << (len(rows) - 1).bit_length()  # padded to a power of two by repeating row 0
         rows += rows[:1] * (size - len(rows))
-        nothing = self._encode(Request(None, prompt.NOTHING))[0] if guidance else ()
+        nothing = self._encode(Request(None, prompt.UNCONDITIONAL))[0] if guidance else ()
         lengths = np.array([len(tokens) for tokens, _ in rows], np.int32)
         longest = max(lengths.max(), len(nothing))
         tokens = np.full(

@@ -237,7 +237,7 @@ class Evaluator:
         """The line of predictions.jsonl, of which it is certain that it can be scored."""
         record = self._record(index, sample, result, baseline)
         row = record.row()
-        predictions.Scorer(self.metric).add(row, _name(sample))
+        predictions.Scorer(self.metric).add(row, sample.name)
         return row
 
     def _record(self, index: int, sample: Sample, result: Result, baseline: Baseline | None) -> Record:
@@ -320,11 +320,11 @@ class Evaluator:
         if metric == "fidelity" or (not sample.masks and sample.meta.get("reference") is not None):
             return None
         if not sample.masks:
-            raise UserError(f"{_name(sample)}: no mask to compare with; leave such samples out")
+            raise UserError(f"{sample.name}: no mask to compare with; leave such samples out")
         shape = (*sample.images, *sample.masks)[0].shape[:2]
         if any(m.shape != shape for m in sample.masks):
             raise UserError(
-                f"{_name(sample)}: masks of shape {[m.shape for m in sample.masks]}, "
+                f"{sample.name}: masks of shape {[m.shape for m in sample.masks]}, "
                 f"where the image needs grey ones of {shape}"
             )
         truth = self._choose([m >= 128 for m in sample.masks], shape, metric)
@@ -338,11 +338,9 @@ class Evaluator:
 def request(sample: Sample) -> Request:
     """The sample's conversation up to its first answer with a mask, as a request."""
     if len(sample.images) > 1:
-        raise UserError(f"{_name(sample)}: {len(sample.images)} images; evaluation takes samples with one or none")
+        raise UserError(f"{sample.name}: {len(sample.images)} images; evaluation takes samples with one or none")
     image = sample.images[0] if sample.images else None
-    return Request(
-        image, query_turns(sample.conversations, _name(sample)), _name(sample), sample.meta.get("max_tiles", 0)
-    )
+    return Request(image, query_turns(sample.conversations, sample.name), sample.name, sample.meta.get("max_tiles", 0))
 
 
 def question(sample: Sample) -> str:
@@ -366,17 +364,11 @@ def _likeness(images: Sequence[np.ndarray], sample: Sample, pad: bool) -> dict[s
     They are compared at the size of the former, where the true one is as training shows it.
     """
     if not sample.masks:
-        raise UserError(f"{_name(sample)}: no picture to compare with")
+        raise UserError(f"{sample.name}: no picture to compare with")
     side = images[0].shape[0] if len(images) else sample.masks[0].shape[0]
     true = transforms.resize_target(transforms.targets(sample)[0], side, pad=pad)
     drawn = images[0] if len(images) else np.zeros_like(true)
     return {"psnr": fidelity.psnr(drawn, true), "ssim": fidelity.ssim(drawn, true)}
-
-
-def _name(sample: Sample) -> str:
-    """How messages speak of a sample: its line or file, as far as the source tells."""
-    known = {k: sample.meta[k] for k in ("line", "source", "id") if sample.meta.get(k) is not None}
-    return str(known.get("line") or known or "a sample")
 
 
 def resize(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -71,9 +71,9 @@ def train(
     )
 
 
-def open_data(cfg: Mapping[str, Any]) -> list[mixture.Part]:
+def open_data(cfg: Mapping[str, Any]) -> list[mixture.MixtureComponent]:
     """The data sets of the section `data`; UserError where one cannot be opened."""
-    data = pipeline.DataConfig.of(cfg["data"])
+    data = pipeline.DataConfig.from_config(cfg["data"])
     return mixture.open_mixture(data.sources, data.root, reading=data.reading())
 
 
@@ -189,7 +189,7 @@ def check_codes(cfg: Mapping[str, Any], model: ARGenSeg, vqvae: Params | None) -
 
 
 def sampler(
-    cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer, part: mixture.Part
+    cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer, part: mixture.MixtureComponent
 ) -> Callable[[Params], dict[str, np.ndarray]]:
     """params -> pictures of a few training samples: image | truth | prediction."""
     predictor, lora = Predictor(model, {}, tokenizer, cfg), adapters(cfg)
@@ -234,7 +234,7 @@ def lm_flops(
 
 
 def phases(
-    cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer | None, parts: Sequence[mixture.Part] = ()
+    cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer | None, parts: Sequence[mixture.MixtureComponent] = ()
 ) -> list[Phase]:
     """First the VQ-VAE (vqvae.steps > 0), then the language model (train.steps > 0).
 
@@ -250,7 +250,7 @@ def phases(
                 geometry(model),
                 seed=seed,
                 batch_size=rows,
-                places=sharding.local_rows(mesh, rows),
+                slots=sharding.local_rows(mesh, rows),
                 task=task,
             )
         )

@@ -13,8 +13,9 @@ import safetensors.numpy
 
 from argenseg_jax import trees
 from argenseg_jax.ckpt import checkpoint, orbax_io, transfer
+from argenseg_jax.data.nano_tokenizer import nano_tokenizer
 from argenseg_jax.data.synthetic import shapes
-from argenseg_jax.data.tokenizer import Tokenizer, nano_tokenizer
+from argenseg_jax.data.tokenizer import Tokenizer
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.models import variants

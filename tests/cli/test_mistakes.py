@@ -52,7 +52,7 @@ BROKEN = [
     (line(mask="absent.png"), "absent.png: cannot be read"),
     (line(image="text.png"), "text.png: not a readable picture"),
     (line(mask="small.png"), "mask small.png is 3x4, its image 30x40"),
-    (line(question="<image><image> Which?"), "data.jsonl:2: 2 <image> places in the questions for 1"),
+    (line(question="<image><image> Which?"), "data.jsonl:2: 2 <image> placeholders in the questions for 1"),
 ]
 
 
@@ -71,7 +71,7 @@ def test_train_names_the_line_when_too_many_are_broken(data, tmp_path, capfd):
     message = refused(
         capfd, *TRAIN, f"--workdir={workdir}", "--config.data.max_broken=0.0", f"--config.data.sources=('{path}',)"
     )
-    assert "data.jsonl:1: 1 <mask> places in the answers for 2 masks" in message
+    assert "data.jsonl:1: 1 <mask> placeholders in the answers for 2 masks" in message
     assert "samples are broken" in message and orbax_io.newest_step(workdir) is None
 
 

@@ -150,7 +150,7 @@ def test_extreme_pictures(runs, size, tmp_path, capfd):
         ({"--image": "cut.png"}, "cut.png: not a readable picture"),
         ({"--prompt": " "}, "--prompt is empty"),
         ({"--prompt": "red " * 3000}, "shorten the prompt"),
-        ({"--prompt": "<image> and <image>"}, "2 <image> places"),
+        ({"--prompt": "<image> and <image>"}, "2 <image> placeholders"),
         ({"--workdir": "absent"}, "absent: no such checkpoint"),
         ({"--workdir": "."}, "no checkpoint there"),
         ({"--checkpoint": "nano"}, "give one of --workdir and --checkpoint"),

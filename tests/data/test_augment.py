@@ -10,7 +10,7 @@ from PIL import Image
 
 from argenseg_jax.data import mixture
 from argenseg_jax.data.augment import Augment, recolour, recompress
-from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry
+from argenseg_jax.data.pipeline import DataConfig, Geometry, SampleEncoder
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources.interactive import InteractiveSource
 from argenseg_jax.errors import SampleError
@@ -116,14 +116,14 @@ def test_data_augment_of_a_meta_json_is_the_references():
     """JPEG of the image and nothing else; data.augment is our own; kept codes go with the first alone."""
     geometry, rng = Geometry(32, 16, 64, 64), np.random.default_rng(0)
     marked = dataclasses.replace(sample(), meta={"augment": True})
-    same = Encoder(DataConfig(), geometry).change(sample(), rng)
+    same = SampleEncoder(DataConfig(), geometry).change(sample(), rng)
     assert same.images[0] is not None and (same.images[0] == sample().images[0]).all()
-    changed = Encoder(DataConfig(codes=True), geometry).change(marked, rng)
+    changed = SampleEncoder(DataConfig(codes=True), geometry).change(marked, rng)
     assert (changed.masks[0] == marked.masks[0]).all() and changed.images[0].shape == marked.images[0].shape
     assert 0 < np.abs(changed.images[0].astype(int) - marked.images[0]).max() < 60
-    assert Encoder(DataConfig(augment=True), geometry).change(sample(), rng).images[0].shape != (60, 90, 3)
+    assert SampleEncoder(DataConfig(augment=True), geometry).change(sample(), rng).images[0].shape != (60, 90, 3)
     with pytest.raises(SampleError, match="data.augment or data.codes"):
-        Encoder(DataConfig(augment=True, codes=True), geometry).change(sample(), rng)
+        SampleEncoder(DataConfig(augment=True, codes=True), geometry).change(sample(), rng)
 
 
 @pytest.mark.parametrize("prompt", ["box", "point", "box-drawn", "mask"])

@@ -26,10 +26,10 @@ def piece(tokens, masks=0, tiles=0):
 def test_the_oldest_then_the_longest_that_fits():
     room = {"tokens": 10, "masks": 2}
     sizes = [dict(tokens=t, masks=m) for t, m in ((4, 1), (6, 2), (5, 0), (5, 1))]
-    assert packing.choose(sizes, room, first=True) == 0
+    assert packing.next_index(sizes, room, first=True) == 0
     rest = {"tokens": 6, "masks": 1}
-    assert packing.choose(sizes[1:], rest, first=False) == 1  # 6 tokens, but its masks are too many
-    assert packing.choose([dict(tokens=7, masks=0)], rest, first=False) is None
+    assert packing.next_index(sizes[1:], rest, first=False) == 1  # 6 tokens, but its masks are too many
+    assert packing.next_index([dict(tokens=7, masks=0)], rest, first=False) is None
 
 
 def test_a_row_by_hand():
@@ -94,7 +94,7 @@ def test_resume_with_other_processes_and_workers(mixed, tokenizer):  # noqa: F81
     want = [next(whole) for _ in range(12)]
     rows, state = [], None
     for processes, steps, workers in ((1, 3, 0), (2, 5, 0), (1, 4, 2)):
-        shares = [iterate({**mixed, "workers": workers}, tokenizer, places=places) for places in shards(processes, 4)]
+        shares = [iterate({**mixed, "workers": workers}, tokenizer, slots=slots) for slots in shards(processes, 4)]
         for iterator in shares:
             if state:
                 iterator.set_state(json.loads(json.dumps(state)))

@@ -10,10 +10,10 @@ from PIL import Image
 
 from argenseg_jax.data import transforms
 from argenseg_jax.data.augment import recolour
-from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry, batch_shapes, train_iterator
+from argenseg_jax.data.nano_tokenizer import nano_tokenizer
+from argenseg_jax.data.pipeline import DataConfig, Geometry, SampleEncoder, batch_shapes, train_iterator
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.synthetic import shapes
-from argenseg_jax.data.tokenizer import nano_tokenizer
 from argenseg_jax.errors import SampleError, UserError
 from argenseg_jax.vocab import IGNORE
 
@@ -105,7 +105,7 @@ def test_rows_with_several_images_and_masks(tokenizer):
     )
     room = {"max_tokens": 300, "max_tiles": 6, "max_masks": 3, "system": ""}
     config = DataConfig(**room)
-    row = Encoder(config, GEOMETRY, tokenizer).training_row(sample, rng)
+    row = SampleEncoder(config, GEOMETRY, tokenizer).training_example(sample, rng)
     assert row["tiles"].shape == (6, 32, 32, 3) and row["masks"].shape == (3, 64, 64, 3)
     np.testing.assert_array_equal(row["tiles"][:3], transforms.image_tiles(images[0], 32, 2))
     np.testing.assert_array_equal(row["tiles"][3:], transforms.image_tiles(images[1], 32, 2))
@@ -119,7 +119,7 @@ def test_rows_with_several_images_and_masks(tokenizer):
     ):
         config = DataConfig(**{**room, **change})
         with pytest.raises(SampleError, match=fault):
-            Encoder(config, GEOMETRY, tokenizer).training_row(sample, rng)
+            SampleEncoder(config, GEOMETRY, tokenizer).training_example(sample, rng)
 
 
 def test_unconditional_prompts(tokenizer):
@@ -127,20 +127,22 @@ def test_unconditional_prompts(tokenizer):
         [{"from": "human", "value": "A red circle."}, {"from": "gpt", "value": "<mask>"}],
         masks=[np.zeros((64, 64), np.uint8)],
     )
-    encoder = Encoder(DataConfig(max_tokens=96, system="", prompt_drop=0.2), GEOMETRY, tokenizer)
+    encoder = SampleEncoder(DataConfig(max_tokens=96, system="", prompt_drop=0.2), GEOMETRY, tokenizer)
     rng = np.random.default_rng(0)
-    texts = [tokenizer.decode(encoder.training_row(sample, rng)["tokens"]) for _ in range(300)]
+    texts = [tokenizer.decode(encoder.training_example(sample, rng)["tokens"]) for _ in range(300)]
     assert 30 < sum("about nothing" in t for t in texts) < 95
     pictured = Sample(sample.conversations, (np.zeros((8, 8, 3), np.uint8),), sample.masks)
     row = DataConfig(max_tokens=96, system="", prompt_drop=1.0)
-    assert "red circle" in tokenizer.decode(Encoder(row, GEOMETRY, tokenizer).training_row(pictured, rng)["tokens"])
+    assert "red circle" in tokenizer.decode(
+        SampleEncoder(row, GEOMETRY, tokenizer).training_example(pictured, rng)["tokens"]
+    )
 
 
 def test_config():
     config = ml_collections.ConfigDict({"sources": ("a",), "system": None, "max_tokens": 5})
-    assert DataConfig.of(config) == DataConfig(sources=("a",), max_tokens=5)
+    assert DataConfig.from_config(config) == DataConfig(sources=("a",), max_tokens=5)
     with pytest.raises(UserError, match="unknown key data.max_token$"):
-        DataConfig.of({"max_token": 5})
+        DataConfig.from_config({"max_token": 5})
 
 
 # ---------------------------------------------------------------------------------- order
@@ -207,7 +209,7 @@ def test_another_number_of_processes_goes_on(tokenizer, tmp_path):
     want = [answers(next(whole), tokenizer) for _ in range(30)]
     rows, state = [], None
     for processes, steps in ((1, 5), (4, 13), (2, 12)):
-        shares = [iterate(config, tokenizer, batch_size=4, places=places) for places in shards(processes, 4)]
+        shares = [iterate(config, tokenizer, batch_size=4, slots=slots) for slots in shards(processes, 4)]
         for iterator in shares:
             if state:
                 iterator.set_state(json.loads(json.dumps(state)))
@@ -238,7 +240,7 @@ def test_worker_processes_change_nothing(tokenizer, tmp_path):
     here = iterate(config, tokenizer)
     there = iterate({**config, "workers": 2}, tokenizer)
     for _ in range(8):
-        assert equal(next(here), next(there)) and here.broken == there.broken
+        assert equal(next(here), next(there)) and here.skipped == there.skipped
     state = there.get_state()
     want = next(here)
     resumed = iterate(config, tokenizer)  # the state is the same, whoever read
@@ -258,12 +260,12 @@ def test_broken_samples_are_skipped_and_counted(tokenizer, tmp_path):
     rows = [row for _ in range(4) for row in answers(next(iterator), tokenizer)]
     assert "0 3" not in rows and "0 11" not in rows
     assert {f"0 {i}" for i in range(24) if (0, i) not in bad} == set(rows)
-    assert [name.split(": ")[0].rsplit("/")[-1] for name in sorted(iterator.broken)] == ["0.jsonl:12", "0.jsonl:4"]
-    assert sum(iterator.broken.values()) == sum(iterator.get_state()["taken"].values()) - 48 >= 4
+    assert [name.split(": ")[0].rsplit("/")[-1] for name in sorted(iterator.skipped)] == ["0.jsonl:12", "0.jsonl:4"]
+    assert sum(iterator.skipped.values()) == sum(iterator.get_state()["taken"].values()) - 48 >= 4
     state, want = iterator.get_state(), next(iterator)
     resumed = iterate(config, tokenizer, batch_size=12)
     resumed.set_state(json.loads(json.dumps(state)))
-    assert equal(next(resumed), want) and resumed.broken == iterator.broken
+    assert equal(next(resumed), want) and resumed.skipped == iterator.skipped
     iterator.close(), resumed.close()
 
 
@@ -360,8 +362,8 @@ def test_any_fault_in_one_sample_is_a_broken_sample(tokenizer, tmp_path):
     }
     iterator = iterate(config, tokenizer)
     next(iterator), next(iterator)
-    assert {name.split(": ")[0].rsplit("/")[-1] for name in iterator.broken} == {f"a.jsonl:{k}" for k in range(2, 8)}
-    assert any("U+D83D" in name for name in iterator.broken)
+    assert {name.split(": ")[0].rsplit("/")[-1] for name in iterator.skipped} == {f"a.jsonl:{k}" for k in range(2, 8)}
+    assert any("U+D83D" in name for name in iterator.skipped)
     iterator.close()
 
 
@@ -372,8 +374,10 @@ def test_user_turns_are_human_turns(tokenizer):
         turns = [{"from": who, "value": "the red one"}, {"from": "gpt", "value": "<mask>"}]
         kept = recolour(Sample(turns, (image,)), np.random.default_rng(0))
         assert np.array_equal(kept.images[0], image)
-        encoder = Encoder(DataConfig.of({"max_tokens": 96, "system": "", "prompt_drop": 1.0}), GEOMETRY, tokenizer)
-        piece = encoder.piece(Sample(turns, (), (image,)), np.random.default_rng(0))
+        encoder = SampleEncoder(
+            DataConfig.from_config({"max_tokens": 96, "system": "", "prompt_drop": 1.0}), GEOMETRY, tokenizer
+        )
+        piece = encoder.example(Sample(turns, (), (image,)), np.random.default_rng(0))
         assert "about nothing" in tokenizer.decode(piece["tokens"])
 
 
@@ -443,7 +447,7 @@ def test_data_that_shrank(tokenizer, tmp_path, capfd):
     left = [row for row in want[2:] if row not in gone]
     assert taken(shrunk, tokenizer, len(left)) == left
     next(shrunk)
-    assert sum(shrunk.broken.values()) >= len(gone & set(want[2:]))
+    assert sum(shrunk.skipped.values()) >= len(gone & set(want[2:]))
     for iterator in (whole, first, shrunk):
         iterator.close()
 

@@ -14,13 +14,13 @@ import pytest
 
 from argenseg_jax import locks
 from argenseg_jax.data import mixture, prepare, transforms
+from argenseg_jax.data.nano_tokenizer import nano_tokenizer
 from argenseg_jax.data.pipeline import Geometry, train_iterator
 from argenseg_jax.data.prepare import Job
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources import prepared
-from argenseg_jax.data.statistics import Statistics, table
+from argenseg_jax.data.statistics import Statistics, format_summary
 from argenseg_jax.data.synthetic.shapes import ShapesSource, corpus
-from argenseg_jax.data.tokenizer import nano_tokenizer
 from argenseg_jax.errors import SampleError, UserError
 from tests.data.synthetic.test_shapes import assert_same
 from tests.hostile.folders import fill
@@ -249,7 +249,7 @@ def test_broken_samples_are_left_out_and_named(tmp_path):
     assert (done["samples"], done["broken"], done["shards"]) == (10, 3, 3)
     reasons = [fault["reason"] for fault in done["broken_samples"]]
     assert [r.partition(": ")[0].rpartition("/")[2] for r in reasons] == ["c.jsonl:3", "c.jsonl:8", "c.jsonl:13"]
-    assert "1 <mask> places in the answers for 0 masks" in reasons[0] and "malformed JSON" in reasons[2]
+    assert "1 <mask> placeholders in the answers for 0 masks" in reasons[0] and "malformed JSON" in reasons[2]
     read = mixture.open_source(str(tmp_path / "o"))
     assert [read[i].conversations[1]["value"] for i in range(len(read))] == [
         str(i) for i in range(12) if i not in (2, 7)
@@ -272,7 +272,9 @@ def test_statistics_add_up():
     assert sum(summary["question_words"].values()) == sum(summary["classes"].values()) == 10
     assert summary["classes"]["Hello?"] == 1 and summary["answer_words"]["<= 1"] == 1
     assert summary["width"] == {"min": 64, "mean": 64.0, "max": 64}
-    assert "9 pictures, 9 masks" in table(summary) and "and 7 more" in table({**summary, "distinct_classes": 14})
+    assert "9 pictures, 9 masks" in format_summary(summary) and "and 7 more" in format_summary(
+        {**summary, "distinct_classes": 14}
+    )
 
 
 def test_a_mixture_stays_one(tmp_path):

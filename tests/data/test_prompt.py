@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from argenseg_jax.data import prompt
+from argenseg_jax.data.nano_tokenizer import nano_tokenizer
 from argenseg_jax.data.synthetic import shapes
-from argenseg_jax.data.tokenizer import Tokenizer, nano_tokenizer
+from argenseg_jax.data.tokenizer import Tokenizer
 from argenseg_jax.errors import SampleError
 from argenseg_jax.vocab import IGNORE
 
@@ -100,7 +101,7 @@ def test_batched_query_ids(recorded, official, variant):
     """The reference pads on the left; without the padding the rows are ours."""
     rows = recorded[f"{variant}/batch_chat/input_ids"]
     valid = recorded[f"{variant}/batch_chat/attention_mask"].astype(bool)
-    texts = ("Please generate a picture about the red fox near the river.", prompt.NOTHING)
+    texts = ("Please generate a picture about the red fox near the river.", prompt.UNCONDITIONAL)
     for row, keep, text in zip(rows, valid, texts, strict=True):
         query = prompt.encode_query(text, official[variant], image_tokens=4)
         np.testing.assert_array_equal(row[keep], query)
@@ -109,12 +110,12 @@ def test_batched_query_ids(recorded, official, variant):
 
 def test_places_are_counted(nano):
     sizes = {"image_tokens": 4, "code_tokens": 5, "name": "train.jsonl:7"}
-    with pytest.raises(SampleError, match=r"train.jsonl:7: 1 <mask> places .* for 2 masks"):
+    with pytest.raises(SampleError, match=r"train.jsonl:7: 1 <mask> placeholders .* for 2 masks"):
         prompt.encode_training(ASK, nano, [1], num_masks=2, **sizes)
-    with pytest.raises(SampleError, match=r"train.jsonl:7: 1 <mask> places .* for 0 masks"):
+    with pytest.raises(SampleError, match=r"train.jsonl:7: 1 <mask> placeholders .* for 0 masks"):
         prompt.encode_training(ASK, nano, [1], num_masks=0, **sizes)
     for tiles in ([1, 1], []):
-        fault = rf"train.jsonl:7: 1 <image> places .* {len(tiles)} images"
+        fault = rf"train.jsonl:7: 1 <image> placeholders .* {len(tiles)} images"
         with pytest.raises(SampleError, match=fault):
             prompt.encode_training(ASK, nano, tiles, **sizes)
     for turn in ({"from": "robot", "value": "hi"}, {"from": "gpt"}, {"from": "gpt", "value": 3}, "hi"):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from argenseg_jax.data import mixture, prepare, reader, transforms
-from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry
+from argenseg_jax.data.pipeline import DataConfig, Geometry, SampleEncoder
 from argenseg_jax.data.reader import Reading, Values, array_levels, find_window, read_image, to_bytes
 from argenseg_jax.decode.predictor import Predictor, pixels
 from argenseg_jax.errors import SampleError, UserError
@@ -103,9 +103,9 @@ def test_values_beyond_the_window_and_dark_data_are_said(tmp_path, monkeypatch, 
 
 def test_floats_that_are_no_numbers():
     values = np.array([[np.nan, 0, 0.5], [np.inf, -np.inf, 1]], np.float32)
-    assert to_bytes(values, find_window([Values.of(values)]))[..., 0].tolist() == [[0, 0, 128], [255, 0, 255]]
-    assert find_window([Values.of(np.full((2, 2), np.nan, np.float32))]) == (0, 1)
-    assert find_window([Values.of(np.full((2, 2), 7.0, np.float32))]) == (7, 8)
+    assert to_bytes(values, find_window([Values.from_array(values)]))[..., 0].tolist() == [[0, 0, 128], [255, 0, 255]]
+    assert find_window([Values.from_array(np.full((2, 2), np.nan, np.float32))]) == (0, 1)
+    assert find_window([Values.from_array(np.full((2, 2), 7.0, np.float32))]) == (7, 8)
     huge = np.array([[-3e38, 3e38]], np.float32)
     assert to_bytes(huge, (-1.0, 1.0))[..., 0].tolist() == [[0, 255]]
 
@@ -266,13 +266,13 @@ def test_images_to_be_generated_pass_unchanged(tmp_path):
     ]
     (tmp_path / "j.jsonl").write_text("".join(json.dumps({**line, "conversations": turns}) + "\n" for line in lines))
     prepare.prepare(prepare.Job((str(tmp_path / "j.jsonl"),), str(tmp_path / "p")))
-    encoder = Encoder(DataConfig(max_masks=1, codes=False), Geometry(8, 4, 8, 4))
+    encoder = SampleEncoder(DataConfig(max_masks=1, codes=False), Geometry(8, 4, 8, 4))
     for name in (str(tmp_path / "j.jsonl"), str(tmp_path / "p")):
         drawn, edited, masked = (mixture.open_source(name)[k] for k in range(3))
         for sample, want in ((drawn, dark), (edited, dark), (masked, np.eye(8) * 255)):
-            np.testing.assert_array_equal(encoder.mask_row(sample, RNG)["masks"], scaled(want, 0, 255))
+            np.testing.assert_array_equal(encoder.mask_example(sample, RNG)["masks"], scaled(want, 0, 255))
         assert len(np.unique(prepare.resized(drawn, 16).masks[0])) > 3  # no mask: not cut at 128
     target = mixture.open_source(f"t2i:{tmp_path / 't'}")[0]
-    np.testing.assert_array_equal(encoder.mask_row(target, RNG)["masks"], scaled(dark, 0, 255))
+    np.testing.assert_array_equal(encoder.mask_example(target, RNG)["masks"], scaled(dark, 0, 255))
     answer = transforms.resize(scaled(dark, 0, 255), (16, 16))
     assert evaluator._likeness([answer], target, False)["ssim"] == pytest.approx(1)

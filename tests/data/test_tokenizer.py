@@ -8,8 +8,9 @@ import pytest
 import tokenizers
 
 from argenseg_jax import vocab as vocab_lib
+from argenseg_jax.data.nano_tokenizer import nano_tokenizer
 from argenseg_jax.data.synthetic import shapes
-from argenseg_jax.data.tokenizer import MARKUP, Tokenizer, nano_tokenizer
+from argenseg_jax.data.tokenizer import MARKUP, Tokenizer
 from argenseg_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "G_preprocess"

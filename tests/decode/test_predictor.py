@@ -7,7 +7,7 @@ from PIL import Image
 
 import argenseg_jax
 from argenseg_jax.data import transforms
-from argenseg_jax.data.pipeline import DataConfig, Encoder
+from argenseg_jax.data.pipeline import DataConfig, SampleEncoder
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.decode.predictor import Predictor, Request, pixels
 from argenseg_jax.decode.sampling import Sampling
@@ -173,7 +173,7 @@ def test_tiles_are_those_of_training(data, own, tiles):
         (),
         {"max_tiles": own} if own else {},
     )
-    piece = Encoder(DataConfig(**config), run.geometry(model), WORDS).piece(sample, np.random.default_rng(0))
+    piece = SampleEncoder(DataConfig(**config), run.geometry(model), WORDS).example(sample, np.random.default_rng(0))
     words, cut = Predictor(model, params, WORDS, {"data": config})._encode(evaluator.request(sample))
     assert len(cut) == tiles
     np.testing.assert_array_equal(cut, piece["tiles"])
@@ -184,7 +184,7 @@ def test_tiles_are_those_of_training(data, own, tiles):
     "request_, text",
     [
         (Request(None, "Segment it. " * 2000), "prompt of .* tokens .* the model has 2048"),
-        (Request(None, "<image>\nSegment it."), "request 0: 1 <image> places in the questions for 0 images"),
+        (Request(None, "<image>\nSegment it."), "request 0: 1 <image> placeholders in the questions for 0 images"),
         (Request(None, [{"from": "gpt", "value": "Yes."}]), "request 0: a query ends with a human turn"),
     ],
     ids=["long", "image", "turns"],

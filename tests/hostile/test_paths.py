@@ -112,7 +112,10 @@ def test_relative_paths_stay_in_their_folder(secret):
     for name in (str(secret / "secret.png"), "sub/../sub/a.png", "./sub//a.png"):
         put(data / "d.jsonl", {"image": name, "conversations": TURNS[:1]})
         assert open_source(f"{data}/d.jsonl")[0].images
-    assert DataConfig.of({"allow_outside": True}).reading().allow_outside and not DataConfig().reading().allow_outside
+    assert (
+        DataConfig.from_config({"allow_outside": True}).reading().allow_outside
+        and not DataConfig().reading().allow_outside
+    )
 
 
 def test_every_data_file_stays_in_its_folder(secret, tmp_path):

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from argenseg_jax.data import prompt
 from argenseg_jax.data.mixture import draw, open_mixture, open_source
-from argenseg_jax.data.pipeline import DataConfig, Encoder, Geometry
+from argenseg_jax.data.nano_tokenizer import nano_tokenizer
+from argenseg_jax.data.pipeline import DataConfig, Geometry, SampleEncoder
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.synthetic import shapes
-from argenseg_jax.data.tokenizer import nano_tokenizer
 from argenseg_jax.errors import SampleError, UserError
 from tests.hostile import mutated
 from tests.hostile.folders import TURNS, fill, put
@@ -60,7 +60,7 @@ def root(tmp_path_factory):
 def encoder():
     """What training does with a sample, as far as it reads its texts."""
     config = {"max_tokens": 512, "system": "", "augment": True, "recolour": 0.5, "max_masks": 4, "max_tiles": 4}
-    return Encoder(DataConfig.of(config), Geometry(32, 16, 64, 21), nano_tokenizer(16, shapes.corpus()))
+    return SampleEncoder(DataConfig.from_config(config), Geometry(32, 16, 64, 21), nano_tokenizer(16, shapes.corpus()))
 
 
 def read(name, root, encoder, reading=Reading()):
@@ -73,7 +73,7 @@ def read(name, root, encoder, reading=Reading()):
                 sample = source[index]
                 prompt.check(sample.conversations, len(sample.images), len(sample.masks))
                 rng = np.random.default_rng(0)
-                encoder.piece(draw(source, index, rng, encoder.change), rng)
+                encoder.example(draw(source, index, rng, encoder.change), rng)
             except SampleError as error:
                 check(error, root)
     except UserError as error:

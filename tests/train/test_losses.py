@@ -238,7 +238,7 @@ def test_packed_rows_have_the_losses_of_unpacked_ones(form, block_causal):
     ]
     room = dict(max_tokens=224, max_tiles=2, max_masks=3)
     encoder = tiny.encoder(model, **room, sample_tiles=1)
-    pieces = [encoder.piece(s, np.random.default_rng(0)) for s in samples]
+    pieces = [encoder.example(s, np.random.default_rng(0)) for s in samples]
     stack = lambda rows: {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     plain = stack([encoder.packing.join([p]) for p in pieces])
     packed = stack([encoder.packing.join([pieces[k] for k in row]) for row in ((4, 0, 3), (2, 1))])

@@ -36,14 +36,14 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-class Part(NamedTuple):
+class MixtureComponent(NamedTuple):
     """One part of a mixture: `length` samples are drawn in proportion to `weight`."""
 
     source: Source
     length: int
     weight: float
 
-    def repeated(self, times: float, name: str) -> Part:
+    def repeated(self, times: float, name: str) -> MixtureComponent:
         """The part counted `times` times; below 1 only the first part of its samples is used."""
         if not 1 / MOST_TIMES <= times <= MOST_TIMES:
             raise UserError(
@@ -51,7 +51,7 @@ class Part(NamedTuple):
                 f"{MOST_TIMES:g}), not {times:g}"
             )
         length = min(self.length, max(1, int(self.length * times))) if times < 1 else self.length
-        return Part(self.source, length, self.weight * times)
+        return MixtureComponent(self.source, length, self.weight * times)
 
 
 class JsonlSource(base.Indexed[int]):
@@ -168,7 +168,7 @@ class MetaSource:
             raise UserError(f"{path}: names no data set")
         self._ends = np.cumsum([part.length for part in self.parts])
 
-    def _part(self, name: str, entry: Mapping[str, Any], reading: Reading) -> Part:
+    def _part(self, name: str, entry: Mapping[str, Any], reading: Reading) -> MixtureComponent:
         repeat, length = entry.get("repeat_time", 1), entry.get("length") or 0
         if type(repeat) not in (int, float):
             raise UserError(f"repeat_time {brief(repr(repeat), 40)} is no number")
@@ -185,7 +185,7 @@ class MetaSource:
             extra["augment"] = True  # data_augment: JPEG re-compression, see augment.recompress
         annotation = self._found(entry["annotation"], "file", reading)
         source = JsonlSource(annotation, self._found(entry["root"], "folder", reading), extra, reading)
-        return Part(source, len(source), length or len(source)).repeated(repeat, "repeat_time")
+        return MixtureComponent(source, len(source), length or len(source)).repeated(repeat, "repeat_time")
 
     def _found(self, name: Any, kind: str, reading: Reading) -> epath.Path:
         """A file or folder that an entry names."""

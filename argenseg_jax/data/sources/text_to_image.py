@@ -16,7 +16,7 @@ from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources import base
 from argenseg_jax.errors import SampleError, UserError
 
-QUESTION = "Please generate a picture about {}."  # the wording of prompt.NOTHING
+QUESTION = "Please generate a picture about {}."  # the wording of prompt.UNCONDITIONAL
 ANSWER = "Sure, the picture: <mask>."
 MAPPING = "LOC_synset_mapping.txt"
 _LONGEST = 2**20  # bytes of a caption

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from argenseg_jax.data.mixture import open_source
-from argenseg_jax.data.statistics import Statistics, table
+from argenseg_jax.data.statistics import Statistics, format_summary
 from argenseg_jax.errors import SampleError, UserError
 
 WIDTH, HEIGHT = 12, 8
@@ -133,4 +133,4 @@ def test_stray_points_are_counted(forms):
     statistics.add(sample)
     summary = statistics.summary()
     assert summary["dropped_polygons"] == 1
-    assert "1 polygons of fewer than 3 points were left out" in table(summary).splitlines()
+    assert "1 polygons of fewer than 3 points were left out" in format_summary(summary).splitlines()
