@@ -193,7 +193,7 @@ def test_shards_are_disjoint_and_complete(tokenizer, tmp_path, processes):
     whole = drain(iterate(config, tokenizer, batch_size=8), tokenizer, 3)
     assert sorted(whole) == sorted(f"0 {i}" for i in range(24))
     rows = [
-        drain(iterate(config, tokenizer, batch_size=8, places=places), tokenizer, 3) for places in shards(processes, 8)
+        drain(iterate(config, tokenizer, batch_size=8, slots=slots), tokenizer, 3) for slots in shards(processes, 8)
     ]
     share = 8 // processes
     for step in range(3):  # every global batch is the same for any number of processes
