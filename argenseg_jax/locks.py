@@ -81,16 +81,16 @@ class Lock:
       path: the lock file.
     """
 
-    def __init__(self, path: epath.PathLike, what: str, say: Callable[[str], None] | None = None):
+    def __init__(self, path: epath.PathLike, what: str, report: Callable[[str], None] | None = None):
         """Nothing is taken yet.
 
         Args:
           path: the file, local or in a bucket; its folder is made.
           what: the folder that it guards, for messages.
-          say: takes the line that tells why it waits; default: stderr.
+          report: receives the line that tells why it waits; default: stderr.
         """
         self.path, self._what = files.to_path(path), what
-        self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._report = report or (lambda text: print(text, file=sys.stderr, flush=True))
         self._own = Holder(uuid.uuid4().hex, processes.this(), 0.0)
         self._begin: float | None = None  # of waiting
         self._seen: tuple[float, Holder] | None = None  # when another heartbeat was first seen, and which
@@ -124,7 +124,7 @@ class Lock:
             return True
         if self._begin is None and _may_be_stopped(holder):
             self._begin = time.monotonic()
-            self._say(
+            self._report(
                 f"{self._what} is in use by {_named(holder)}; waiting up to {STALE_SECONDS:.0f} s "
                 "for its heartbeat to stop"
             )

@@ -75,7 +75,7 @@ class Checkpointer:
             best_mode=mode,
             create=not read_only,
             read_only=read_only,
-            step_name_format=steps.WholeSteps(),
+            step_name_format=steps.CompleteSteps(),
             enable_async_checkpointing=not read_only,
             cleanup_tmp_directories=not read_only and not files.is_remote(workdir),
         )

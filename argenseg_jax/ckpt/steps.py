@@ -106,7 +106,7 @@ def number_of(name: str) -> int | None:
     return int(name) if _NUMBER.fullmatch(name) and int(name) < 2**31 else None
 
 
-class WholeSteps(ocp.path.step.NameFormat):
+class CompleteSteps(ocp.path.step.NameFormat):
     """How Orbax names and finds steps; it neither counts nor removes those that are not whole."""
 
     def build_name(self, step: int) -> str:
@@ -171,10 +171,10 @@ def _name_skipped(folder: epath.Path) -> None:
         elif is_finished(path) and (lacks := missing(path)):
             skipped.append(f"'{path.name}' lacks {', '.join(lacks)}")
     if skipped:
-        _say(f"{folder}: skipped: {'; '.join(skipped)}")
+        _log_once(f"{folder}: skipped: {'; '.join(skipped)}")
 
 
 @functools.lru_cache
-def _say(text: str) -> None:
+def _log_once(text: str) -> None:
     """On stderr, once: several parts of a command ask for the same steps."""
     print(text, file=sys.stderr, flush=True)

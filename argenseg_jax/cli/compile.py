@@ -75,7 +75,7 @@ def run() -> dict[str, Any]:
     where = f"{FLAGS.topology}" + (f" x {FLAGS.slices} slices" if FLAGS.slices > 1 else "")
     common.log(f"{FLAGS.phase}: compiles for {where}, minutes where it fits")
     if FLAGS.phase == "decode":
-        report = aot.decode_report(cfg, FLAGS.topology, rows=FLAGS.batch, prompt=FLAGS.prompt_tokens, keep=FLAGS.hlo)
+        report = aot.decode_report(cfg, FLAGS.topology, batch=FLAGS.batch, prompt=FLAGS.prompt_tokens, keep=FLAGS.hlo)
     else:
         report = aot.train_report(cfg, FLAGS.topology, FLAGS.slices, options, FLAGS.hlo)
     _say(report)

@@ -1,7 +1,7 @@
 """Ahead of time: the training step and the phases of decoding, compiled for TPUs that are not here.
 
 No weights, no data, no devices: shapes with their layouts on a mesh over a topology description, whose
-compiler comes with libtpu. Axes: B rows, L prompt length.
+compiler comes with libtpu. Axes: B sequences, L prompt length.
 """
 
 from __future__ import annotations
@@ -91,27 +91,27 @@ def train_step(cfg: Mapping[str, Any], mesh: Mesh) -> tuple[Lowered, program.Pro
             ).items()
         }
         stage = made.step.lower(made.abstract_state(), batch)
-    again = cfg["train"]["remat"] == "full"
-    executed = sum(run.lm_flops(cfg, model, shapes, made.trainable, again=again).values())
+    with_remat = cfg["train"]["remat"] == "full"
+    executed = sum(run.lm_flops(cfg, model, shapes, made.trainable, with_remat=with_remat).values())
     item = 2 if cfg["train"]["dtype"] == "bfloat16" else 4
     learned = sum(math.prod(x.shape) for path, x in trees.flatten(shapes).items() if made.trainable(path))
-    passes = phase.global_batch // (phase.microbatch or phase.global_batch) * (4 if again else 3)
+    passes = phase.global_batch // (phase.microbatch or phase.global_batch) * (4 if with_remat else 3)
     return Lowered(
         stage, made.flops, executed, item * learned * passes / mesh.shape["tensor"], _held(made.shapes, made.layout)
     ), made
 
 
-def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, rows: int, prompt: int, masks: int = 1) -> dict[str, Lowered]:
+def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, batch: int, prompt: int, masks: int = 1) -> dict[str, Lowered]:
     """{phase: lowered} of answering a batch, as decode/engine.py does: weights in bfloat16.
 
     Args:
-      rows: B;  prompt: L, places that prompts are padded to;  masks: most of an answer.
+      batch: B;  prompt: L, tokens that prompts are padded to;  masks: most of an answer.
     """
     model = variants.build({**cfg["model"], "dtype": "bfloat16"})
     shapes = jax.eval_shape(run.init_fn(model), jax.random.key(0))
     count = lambda part: sum(math.prod(x.shape) for x in jax.tree.leaves(shapes[part]))
     with jax.set_mesh(mesh):
-        sharding.check_rows(rows, mesh, "--batch")
+        sharding.check_rows(batch, mesh, "--batch")
         phases = engine.Phases(model)
         prepare = functools.partial(inference_weights.for_inference, phases.model, split=phases.split)
         ready = jax.eval_shape(prepare, shapes)
@@ -123,9 +123,9 @@ def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, rows: int, prompt: int,
         capacity = phases.capacity(prompt, text, masks)
         prefill = phases.prefill.lower(
             params,
-            array((rows, prompt), jnp.int32),
-            array((rows,), jnp.int32),
-            array((rows, 1, side, side, 3), jnp.uint8),
+            array((batch, prompt), jnp.int32),
+            array((batch,), jnp.int32),
+            array((batch, 1, side, side, 3), jnp.uint8),
             Rules(),
             capacity,
             text,
@@ -137,15 +137,15 @@ def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, rows: int, prompt: int,
             "mask": phases.mask.lower(params, answer, False),
         }
     codes, llm = model.scales.num_codes, model.llm
-    attention = 4 * rows * llm.depth * llm.heads * llm.head_dim
+    attention = 4 * batch * llm.depth * llm.heads * llm.head_dim
     seen = lambda places, before: attention * places * (before + places / 2)
-    matrices = 2 * rows * (count("llm") - llm.vocab_rows * llm.width)  # without the look-up
+    matrices = 2 * batch * (count("llm") - llm.vocab_rows * llm.width)  # without the look-up
     counted = {
         "prefill": matrices * prompt
         + seen(prompt, 0)
-        + 2 * rows * count("vision") * ((side // model.vision.patch) ** 2 + 1),
+        + 2 * batch * count("vision") * ((side // model.vision.patch) ** 2 + 1),
         "text": text * (matrices + seen(1, prompt)),
-        "mask": (codes + 1) * matrices + seen(codes, prompt) + rows * flops.decoder(model, shapes["vqvae"]),
+        "mask": (codes + 1) * matrices + seen(codes, prompt) + batch * flops.decoder(model, shapes["vqvae"]),
     }
     read = 2 * count("llm") / (mesh.shape["tensor"] * mesh.shape["fsdp"])
     times = {"prefill": 1, "text": text, "mask": len(model.scales) + 1}
@@ -282,14 +282,14 @@ def train_report(
 
 
 def decode_report(
-    cfg: Mapping[str, Any], name: str, *, rows: int, prompt: int, keep: str | None = None
+    cfg: Mapping[str, Any], name: str, *, batch: int, prompt: int, keep: str | None = None
 ) -> dict[str, Any]:
     """Compiles the phases of decoding a batch; the largest decides, times add up."""
     kind, _ = topology(name)
     mesh = sharding.make_mesh(cfg["mesh"], devices(name))
     phases = {
         phase: compile_for(kind, lowered, mesh, keep=keep and f"{keep}.{phase}")
-        for phase, lowered in decode_phases(cfg, mesh, rows=rows, prompt=prompt).items()
+        for phase, lowered in decode_phases(cfg, mesh, batch=batch, prompt=prompt).items()
     }
     worst = max(phases.values(), key=lambda report: report["hbm_gib"])
     whole = {

@@ -14,11 +14,11 @@ _REMAT = ("full", "dots", "none")  # from the least memory to the most
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One setting: shards of every weight, tensor degree, rows a step, remat policy."""
+    """One setting: shards of every weight, tensor degree, sequences per step, remat policy."""
 
     fsdp: int
     tensor: int
-    rows: int
+    batch: int
     remat: str
     slices: int = 1
 
@@ -29,7 +29,7 @@ class Candidate:
             "--config.mesh.data=1",
             f"--config.mesh.fsdp={self.fsdp}",
             f"--config.mesh.tensor={self.tensor}",
-            f"--config.train.global_batch={self.rows}",
+            f"--config.train.global_batch={self.batch}",
             "--config.train.microbatch=0",
             f"--config.train.remat={self.remat}",
         ]
@@ -44,9 +44,9 @@ def expand(cfg: Mapping[str, Any], name: str, slices: int = 1) -> list[Candidate
     chips, kv_heads = chips_of(shape) * CHIPS[kind].devices, variants.build(cfg["model"]).llm.kv_heads
     found = []
     for tensor in (t for t in (1, 2, 4) if kv_heads % t == 0 and chips % t == 0):
-        for rows in (cfg["train"]["global_batch"] * n for n in (1, 2, 4)):
-            if rows % (chips // tensor * slices) == 0:
-                found += [Candidate(chips // tensor, tensor, rows, remat, slices) for remat in _REMAT]
+        for batch in (cfg["train"]["global_batch"] * n for n in (1, 2, 4)):
+            if batch % (chips // tensor * slices) == 0:
+                found += [Candidate(chips // tensor, tensor, batch, remat, slices) for remat in _REMAT]
     return found
 
 
@@ -56,7 +56,7 @@ def hopeless(candidate: Candidate, tried: Sequence[tuple[Candidate, Mapping[str,
     return any(
         not report["fits"]
         and other.tensor == candidate.tensor
-        and other.rows <= candidate.rows
+        and other.batch <= candidate.batch
         and order(other.remat) <= order(candidate.remat)
         for other, report in tried
     )
@@ -70,12 +70,12 @@ def ranked(tried: Sequence[tuple[Candidate, Mapping[str, Any]]]) -> list[tuple[C
 
 def line(candidate: Candidate, report: Mapping[str, Any]) -> str:
     """For people."""
-    setting = f"fsdp {candidate.fsdp}, tensor {candidate.tensor}, batch {candidate.rows}, remat {candidate.remat}"
+    setting = f"fsdp {candidate.fsdp}, tensor {candidate.tensor}, batch {candidate.batch}, remat {candidate.remat}"
     if "error" in report:
         return f"{setting}: {report['error']}"
     if not report["fits"]:
         return f"{setting}: does not fit, {report['hbm_gib']} GiB"
     return (
         f"{setting}: {report['hbm_gib']:.2f} GiB, MFU at most {report['mfu']:.0%} "
-        f"({report['bound']}), {candidate.rows / report['step_seconds']:.0f} rows a second at most"
+        f"({report['bound']}), {candidate.batch / report['step_seconds']:.0f} sequences per second at most"
     )

@@ -21,20 +21,20 @@ def lm_step(
     shapes: Mapping[str, Any],
     trainable: Callable[[str], bool],
     *,
-    rows: int,
-    width: int,
+    batch: int,
+    length: int,
     tiles: int,
     masks: int,
-    again: bool = False,
+    with_remat: bool = False,
 ) -> dict[str, float]:
     """{part: operations} of one step of the lm phase, forward and backward.
 
     Args:
       shapes: the whole model's parameters (anything with .shape).
       trainable: path -> whether the step changes it.
-      rows, width: B rows of T places.
-      tiles, masks: per row, padding included (it is computed as well).
-      again: also count what full remat computes a second time; not part of "model FLOPs".
+      batch, length: B sequences of T tokens.
+      tiles, masks: per sequence, padding included (it is computed as well).
+      with_remat: also count what full remat computes a second time; not part of "model FLOPs".
     """
     kernels = {
         path: math.prod(leaf.shape)
@@ -45,20 +45,20 @@ def lm_step(
     if not llm.tied:
         del kernels["llm/embed/embedding"]  # a look-up; a tied one is the head as well
     patches = (vit.image_size // vit.patch) ** 2 + 1
-    uses = {  # rows that each kernel of the part is multiplied with
-        "vision": rows * tiles * patches,
-        "connector": rows * tiles * model.image_tokens,
-        "llm": rows * width,
-        "visual": rows * masks * model.scales.num_codes,
+    uses = {  # input vectors that each kernel of the part is multiplied with
+        "vision": batch * tiles * patches,
+        "connector": batch * tiles * model.image_tokens,
+        "llm": batch * length,
+        "visual": batch * masks * model.scales.num_codes,
     }
     attention = {
-        "vision": 4 * rows * tiles * vit.depth * patches**2 * vit.width,
-        "llm": 2 * rows * llm.depth * width**2 * llm.heads * llm.head_dim,
+        "vision": 4 * batch * tiles * vit.depth * patches**2 * vit.width,
+        "llm": 2 * batch * llm.depth * length**2 * llm.heads * llm.head_dim,
     }  # causal: a half
     total = {}
     for part, count in uses.items():
         learns = any(trainable(path) for path in kernels if path.startswith(f"{part}/"))
-        twice = again and part in ("llm", "vision")
+        twice = with_remat and part in ("llm", "vision")
 
         def passes(learned: bool, path: str = "") -> int:
             """Forward, into inputs, into weights; and again, but for the head and a layer's last product,
@@ -70,7 +70,7 @@ def lm_step(
         total[part] = attention.get(part, 0) * passes(True) + 2 * count * sum(
             size * passes(trainable(path), path) for path, size in kernels.items() if path.startswith(f"{part}/")
         )
-    total["vqvae"] = rows * masks * encoder(model, shapes["vqvae"])
+    total["vqvae"] = batch * masks * encoder(model, shapes["vqvae"])
     return {part: float(value) for part, value in total.items()}
 
 

@@ -67,7 +67,7 @@ def run(
     init: Callable[[jax.Array], Params],
     *,
     load: Loader | None = None,
-    beside: Mapping[str, Callable[[epath.Path], None]] | None = None,
+    extra_files: Mapping[str, Callable[[epath.Path], None]] | None = None,
     devices: Sequence[jax.Device] | None = None,
     rules: Sequence[sharding.Rule] = sharding.PARAM_RULES,
     profile: tuple[int, int] | None = None,
@@ -81,7 +81,7 @@ def run(
       phases: in order; one step counter runs over all of them.
       init: rng -> the parameters of the whole model.
       load: shapes -> a tree of known weights (numpy) for some or all of them; the rest is drawn.
-      beside: {name: function that writes it} for what else the workdir holds (the tokenizer).
+      extra_files: {name: function that writes it} for what else the workdir holds (the tokenizer).
       devices: for the mesh; None = all.
       rules: parameter layouts.
       profile: first and last step of a trace, which goes to WORKDIR/profile (see `jax.profiler`).
@@ -110,7 +110,7 @@ def run(
         if saved is None:
             with jax.set_mesh(mesh):
                 params = initial_params(init, cfg["seed"], shapes, mesh, rules, load)
-        result = _run_phases(cfg, root, runners, params, saved, beside or {}, mesh, lock, profile, checksums)
+        result = _run_phases(cfg, root, runners, params, saved, extra_files or {}, mesh, lock, profile, checksums)
     return {**result, "seconds": round(time.perf_counter() - begin_time, 2)}
 
 
@@ -120,7 +120,7 @@ def _run_phases(
     runners: Sequence[_PhaseRunner],
     params: Params | None,
     saved: int | None,
-    beside: Mapping[str, Callable[[epath.Path], None]],
+    extra_files: Mapping[str, Callable[[epath.Path], None]],
     mesh: Mesh,
     lock: locks.Lock,
     profile: tuple[int, int] | None,
@@ -130,7 +130,7 @@ def _run_phases(
     if distributed.is_first():  # nothing is written before all else is well
         files.remove_leftovers(root)
         files.write(root / CONFIG, json.dumps(cfg, indent=1) + "\n")
-        for name, save in beside.items():
+        for name, save in extra_files.items():
             save(root / name)
     total = runners[-1].end
     checkpoints = Checkpointer(root, cfg["train"]["keep"], cfg["train"]["keep_best"], checksums=checksums)
@@ -151,7 +151,7 @@ def _run_phases(
             finally:  # of grain: its threads and processes
                 getattr(data, "close", lambda: None)()
         if checkpoints.best_step() is not None:
-            log.say(f"best by {cfg['train']['keep_best']}: step {checkpoints.best_step()}")
+            log.message(f"best by {cfg['train']['keep_best']}: step {checkpoints.best_step()}")
     last = log.last()
     return {"step": max(total, saved or 0), **{k: last.get(k) for k in ("loss", "text_loss", "gen_loss")}}
 
@@ -224,7 +224,7 @@ class _PhaseRunner:
         with located(f"step {step} in {self.root}", "state of a run", UserError):
             data.set_state(data_state)
             self.interval.set_state(self.checkpoints.meta(step).get("interval"))
-        self.log.say(f"resumed at step {step} ({self.phase.task.name})")
+        self.log.message(f"resumed at step {step} ({self.phase.task.name})")
         return want.replace(params=params, ema=ema, **rest), data
 
     def save(self, step: int, state: TrainState, data: Iterator) -> None:
@@ -251,7 +251,7 @@ class _PhaseRunner:
                 tracing = True
             batch = sharding.global_batch(self.mesh, interval.next(data))
             if step == first:
-                self.log.say(f"{self.phase.task.name}: trains {self.program.sizes}; the first step compiles")
+                self.log.message(f"{self.phase.task.name}: trains {self.program.sizes}; the first step compiles")
             state, metrics = self.program.step(state, batch)
             interval.add(metrics)
             self.log.advance()
@@ -261,7 +261,7 @@ class _PhaseRunner:
                 with files.writing(self.root / "profile"):
                     jax.profiler.stop_trace()
                 tracing = False
-                self.log.say(f"trace of steps {self.profile[0]} to {step}: {self.root / 'profile'}")
+                self.log.message(f"trace of steps {self.profile[0]} to {step}: {self.root / 'profile'}")
             if last or step % self.cfg["log_every"] == 0:
                 self._log(step, state, interval, sum(getattr(data, "broken", {}).values()))
             if self.phase.samples and self.cfg["sample_every"] and (last or step % self.cfg["sample_every"] == 0):
@@ -303,7 +303,7 @@ class _PhaseRunner:
     def _draw(self, step: int, state: TrainState) -> None:
         pictures = self.phase.samples(averaged(state))
         if distributed.is_first():
-            metrics_log.save_pictures(self.root / "samples", pictures, step)
+            metrics_log.save_images(self.root / "samples", pictures, step)
 
 
 def averaged(state: TrainState) -> Params:

@@ -20,50 +20,10 @@ from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.layers import DENSE, GradIn, head_product
 from argenseg_jax.models.lora import Lora
 from argenseg_jax.train import vqvae_loss
+from argenseg_jax.train.state import Aux, Batch, Params, Task
 from argenseg_jax.vocab import IGNORE
 
 Array = jax.Array
-Batch = Mapping[str, Array]
-Params = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Aux:
-    """What a loss returns beside its value.
-
-    Attributes:
-      metrics: scalars that add up over microbatches to the figures of the whole batch.
-      overrides: {leaf path: array} parameters set after the update (EMA codebook, restarted codes).
-      extra: the task's own state after this step (EMA sums), or None.
-    """
-
-    metrics: dict[str, Array]
-    overrides: dict[str, Array] = dataclasses.field(default_factory=dict)
-    extra: Any = None
-
-
-jax.tree_util.register_dataclass(Aux, ["metrics", "overrides", "extra"], [])
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One phase of training.
-
-    Attributes:
-      name: 'vqvae' or 'lm'; also the kind of batch it eats.
-      frozen: regexes of parameter paths that this task never changes.
-      init_extra: params -> the task's own state (None if it has none).
-      normalizer: whole batch -> denominators, so that accumulated microbatches give exact means.
-      loss: (params, extra, microbatch, rng, norm) -> (loss, Aux).
-      overridden: regexes of those `frozen` parameters that the loss sets itself, by Aux.overrides.
-    """
-
-    name: str
-    frozen: tuple[str, ...]
-    init_extra: Callable[[Params], Any]
-    normalizer: Callable[[Batch], dict[str, Array]]
-    loss: Callable[[Params, Any, Batch, Array, dict[str, Array]], tuple[Array, Aux]]
-    overridden: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,7 +76,7 @@ class MetricsLog:
             self._bar = self._new_bar()
         self._bar.update()
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """A line for people, above the bar."""
         if self._active:
             tqdm.write(text, file=sys.stderr)
@@ -170,7 +170,7 @@ class Interval:
         return {**means, "seconds_per_step": seconds, **speeds}
 
 
-def save_pictures(folder: epath.Path, pictures: Mapping[str, np.ndarray], step: int) -> None:
+def save_images(folder: epath.Path, pictures: Mapping[str, np.ndarray], step: int) -> None:
     """Writes u8[H, W, 3] pictures as STEP_NAME.png."""
     for name, picture in pictures.items():
         files.write(folder / f"{step:07d}_{name}.png", encode_png(picture))

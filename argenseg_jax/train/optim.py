@@ -47,8 +47,8 @@ def schedule(cfg: Mapping[str, Any], steps: int) -> Schedule:
     return optax.join_schedules([rise, body], [warmup])
 
 
-def trainable(shapes: Mapping[str, Any], freeze: Sequence[str], held: Sequence[str] = ()) -> Callable[[str], bool]:
-    """Predicate on paths: neither frozen by the config nor `held` by the task.
+def trainable(shapes: Mapping[str, Any], freeze: Sequence[str], frozen: Sequence[str] = ()) -> Callable[[str], bool]:
+    """Predicate on paths: neither frozen by the config nor `frozen` by the task.
 
     Raises UserError for a `freeze` pattern that matches no parameter, or if nothing is left.
     """
@@ -56,7 +56,7 @@ def trainable(shapes: Mapping[str, Any], freeze: Sequence[str], held: Sequence[s
     idle = [p for p in freeze if not any(re.fullmatch(p, path) for path in paths)]
     if idle:
         raise UserError(f"optim.freeze: '{idle[0]}' matches no parameter (paths look like '{paths[0]}')")
-    patterns = (*freeze, *held)
+    patterns = (*freeze, *frozen)
     if all(trees.match(patterns, path) for path in paths):
         raise UserError("optim.freeze leaves no parameter to train")
     return lambda path: not trees.match(patterns, path)

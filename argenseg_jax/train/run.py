@@ -65,7 +65,7 @@ def train(
         listed,
         init_fn(model, adapters(cfg)),
         load=load,
-        beside={checkpoint.TOKENIZER: tokenizer.save},
+        extra_files={checkpoint.TOKENIZER: tokenizer.save},
         profile=profile,
         checksums=checksums,
     )
@@ -216,7 +216,12 @@ def geometry(model: ARGenSeg) -> pipeline.Geometry:
 
 
 def lm_flops(
-    cfg: Mapping[str, Any], model: ARGenSeg, shapes: Params, trainable: Callable[[str], bool], *, again: bool = False
+    cfg: Mapping[str, Any],
+    model: ARGenSeg,
+    shapes: Params,
+    trainable: Callable[[str], bool],
+    *,
+    with_remat: bool = False,
 ) -> dict[str, float]:
     """{part: operations} of one step of the lm phase, over all devices; see flops.lm_step."""
     data = cfg["data"]
@@ -224,11 +229,11 @@ def lm_flops(
         model,
         shapes,
         trainable,
-        rows=cfg["train"]["global_batch"],
-        width=data["max_tokens"],
+        batch=cfg["train"]["global_batch"],
+        length=data["max_tokens"],
         tiles=data["max_tiles"],
         masks=data["max_masks"],
-        again=again,
+        with_remat=with_remat,
     )
     return {**parts, "vqvae": 0.0} if data.get("codes") else parts
 

@@ -11,8 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from argenseg_jax.train.losses import Task
-
 Params = dict[str, Any]
 Batch = Mapping[str, Any]  # every array has the rows of the batch first
 
@@ -36,6 +34,45 @@ class TrainState:
     opt_state: Any
     ema: Params
     extra: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Aux:
+    """What a loss returns beside its value.
+
+    Attributes:
+      metrics: scalars that add up over microbatches to the figures of the whole batch.
+      overrides: {leaf path: array} parameters set after the update (EMA codebook, restarted codes).
+      extra: the task's own state after this step (EMA sums), or None.
+    """
+
+    metrics: dict[str, jax.Array]
+    overrides: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    extra: Any = None
+
+
+jax.tree_util.register_dataclass(Aux, ["metrics", "overrides", "extra"], [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One phase of training.
+
+    Attributes:
+      name: 'vqvae' or 'lm'; also the kind of batch it eats.
+      frozen: regexes of parameter paths that this task never changes.
+      init_extra: params -> the task's own state (None if it has none).
+      normalizer: whole batch -> denominators, so that accumulated microbatches give exact means.
+      loss: (params, extra, microbatch, rng, norm) -> (loss, Aux).
+      overridden: regexes of those `frozen` parameters that the loss sets itself, by Aux.overrides.
+    """
+
+    name: str
+    frozen: tuple[str, ...]
+    init_extra: Callable[[Params], Any]
+    normalizer: Callable[[Batch], dict[str, jax.Array]]
+    loss: Callable[[Params, Any, Batch, jax.Array, dict[str, jax.Array]], tuple[jax.Array, Aux]]
+    overridden: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

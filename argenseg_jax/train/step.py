@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from argenseg_jax import sharding, trees
-from argenseg_jax.train.losses import Task
-from argenseg_jax.train.state import Batch, Params, TrainState
+from argenseg_jax.train.state import Batch, Params, Task, TrainState
 
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 

@@ -41,7 +41,7 @@ def work(made, tmp_path):
 
 @pytest.fixture(autouse=True)
 def say_again():
-    steps._say.cache_clear()
+    steps._log_once.cache_clear()
 
 
 def cut(step, *names):

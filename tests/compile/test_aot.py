@@ -73,7 +73,7 @@ def test_the_platform_is_that_of_the_mesh():
 
 def test_phases_of_decoding_lower_on_a_tensor_axis():
     cfg = tiny(tensor=2)
-    phases = aot.decode_phases(cfg, made(cfg), rows=2, prompt=64)
+    phases = aot.decode_phases(cfg, made(cfg), batch=2, prompt=64)
     assert list(phases) == ["prefill", "text", "mask"] and all(p.flops > 0 for p in phases.values())
     assert "all_reduce" in phases["mask"].stage.compile().as_text().replace("-", "_")
 
@@ -136,7 +136,7 @@ def test_search_leaves_out_what_cannot_fit():
     cfg["train"]["global_batch"] = 256
     listed = candidates.expand(cfg, "v5e:16x16")
     assert {(c.fsdp, c.tensor) for c in listed} == {(256, 1), (128, 2), (64, 4)}
-    assert {c.rows for c in listed} == {256, 512, 1024} and len(listed) == 27
+    assert {c.batch for c in listed} == {256, 512, 1024} and len(listed) == 27
     full = candidates.Candidate(256, 1, 512, "full")
     tried = [(full, {"fits": False, "hbm_gib": 20.0})]
     assert candidates.hopeless(candidates.Candidate(256, 1, 1024, "full"), tried)
@@ -146,7 +146,7 @@ def test_search_leaves_out_what_cannot_fit():
     good = {"fits": True, "hbm_gib": 5.0, "mfu": 0.5, "bound": "compute", "step_seconds": 2.0}
     ranked = candidates.ranked([*tried, (full, good), (full, {**good, "mfu": 0.6})])
     assert [report["mfu"] for _, report in ranked] == [0.6, 0.5]
-    assert "256 rows a second" in candidates.line(*ranked[0])
+    assert "256 sequences per second" in candidates.line(*ranked[0])
 
 
 def test_bounds():

@@ -66,7 +66,7 @@ def damaged(changes):
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder, "w")
         shutil.copytree(source, root)
-        steps._say.cache_clear()
+        steps._log_once.cache_clear()
         for change in changes:
             if len(change) == 2:
                 put(root / change[0], change[1])

@@ -20,12 +20,12 @@ def test_the_8b_costs_six_operations_a_parameter_and_token():
     model = variants.build({"variant": "8b"})
     shapes = hf_folder.param_shapes(model)
     frozen = lambda path: not path.startswith(("vision", "vqvae"))
-    parts = flops.lm_step(model, shapes, frozen, rows=1, width=2048, tiles=1, masks=1)
+    parts = flops.lm_step(model, shapes, frozen, batch=1, length=2048, tiles=1, masks=1)
     linear = 7.74e9 - model.llm.vocab_rows * 4096  # InternLM2.5-7B without the look-up
     attention = 3 * 2 * 32 * 2048**2 * 4096
     assert parts["llm"] == pytest.approx(6 * linear * 2048 + attention, rel=0.01)
     assert parts["vision"] == pytest.approx(2 * 302e6 * 1025 + 4 * 24 * 1025**2 * 1024, rel=0.02)
-    trained = flops.lm_step(model, shapes, lambda path: True, rows=2, width=2048, tiles=1, masks=1)
+    trained = flops.lm_step(model, shapes, lambda path: True, batch=2, length=2048, tiles=1, masks=1)
     assert trained["vision"] == 3 * 2 * parts["vision"] and trained["llm"] == 2 * parts["llm"]
 
 
@@ -51,7 +51,7 @@ def test_forward_passes_against_xla(part):
         return run(run(line, line, line, method="hidden"), method="logits")
 
     count = jax.jit(forward).lower(shapes).cost_analysis()["flops"]
-    parts = flops.lm_step(model, shapes, lambda path: False, rows=1, width=128, tiles=1, masks=1)
+    parts = flops.lm_step(model, shapes, lambda path: False, batch=1, length=128, tiles=1, masks=1)
     mine = {"vision": parts["vision"] + parts["connector"] / 2, "vqvae": parts["vqvae"], "llm": parts["llm"] / 2}[part]
     assert 0.8 * count < mine < 1.1 * count
 

@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from argenseg_jax import sharding
-from argenseg_jax.train.losses import Aux, Task
-from argenseg_jax.train.state import Phase
+from argenseg_jax.train.state import Aux, Phase, Task
 from configs import common
 
 WIDTH, OUT = 8, 4
