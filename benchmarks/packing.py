@@ -52,7 +52,7 @@ def model_config() -> dict[str, Any]:
 
 
 def samples(model: ARGenSeg, max_tokens: int, seed: int = 0) -> Iterator[packing.Example]:
-    """Endless pieces of the mix; what is longer than a row is left out, as in training."""
+    """Endless examples of the mix; those longer than a sequence are skipped, as in training."""
     rng, vocab, n = np.random.default_rng(seed), model.vocab, model.scales.num_codes
     while True:
         masks = int(rng.random() < SEGMENTATION / (SEGMENTATION + CHAT))
@@ -75,20 +75,20 @@ def samples(model: ARGenSeg, max_tokens: int, seed: int = 0) -> Iterator[packing
 
 
 def rows(model: ARGenSeg, ahead: int, room: packing.Size, count: int) -> list[list[packing.Example]]:
-    """The pieces of so many rows."""
-    source, waiting = enumerate(samples(model, room["tokens"])), []
-    rule = packing.Packing(room, packing.size, lambda pieces: {}, ahead)
+    """The examples of `count` sequences."""
+    source, pending = enumerate(samples(model, room["tokens"])), []
+    rule = packing.Packing(room, packing.size, lambda examples: {}, ahead)
 
     def refill(length: int) -> None:
-        while len(waiting) < length:
-            waiting.append(next(source))
+        while len(pending) < length:
+            pending.append(next(source))
 
-    return [packing.fill(rule, waiting, refill) for _ in range(count)]
+    return [packing.fill(rule, pending, refill) for _ in range(count)]
 
 
 def padding(rows: list[list[packing.Example]], room: packing.Size) -> dict[str, float]:
-    """Shares of the places, tiles and masks of the rows that are padding."""
-    used = [{key: sum(packing.size(piece)[key] for piece in row) for key in room} for row in rows]
+    """Shares of the tokens, tiles and masks of the sequences that are padding."""
+    used = [{key: sum(packing.size(example)[key] for example in row) for key in room} for row in rows]
     return {key: 1 - sum(u[key] for u in used) / (len(rows) * room[key]) for key in ("tokens", "tiles", "masks")}
 
 

@@ -1,8 +1,16 @@
-"""An endless order of samples -> batches, with grain: shared out among places, packed, stacked, resumed.
+"""An endless order of samples -> batches, with grain: distributed over slots, packed, stacked, resumed.
 
-What a place of the batch takes does not depend on the process that reads it, so a run may go on
-with another number of processes. A broken sample is skipped, counted by file and line, and too many
-of them end the run.
+    order     s0 s1 s2 s3 s4 s5 s6 s7 s8 s9 ...   endless, the same in every process (data/order.py)
+                |
+    slots     slot 0: s0 s4 s8 ...    slot 1: s1 s5 s9 ...    slot 2: s2 s6 ...    slot 3: s3 s7 ...
+                |   slot r of a batch of B reads the samples r, r + B, r + 2 B, ...; invalid ones are skipped
+                |   (_Slot); a buffer of pending examples fills one sequence per step (data/packing.py)
+    shares    [slot 0, slot 2]        [slot 1, slot 3]       the sequences of one worker, stacked (_Shares)
+                |
+    batches   [slot 0, slot 1, slot 2, slot 3]   all slots of this process, and the Cursor of each (_Batches)
+
+What a slot reads does not depend on the process that reads it, so a run may be resumed with another number
+of processes. An invalid sample is skipped and counted by file and line; too many of them end the run.
 """
 
 from __future__ import annotations
@@ -21,41 +29,41 @@ from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
 from argenseg_jax import processes
-from argenseg_jax.data import packing
+from argenseg_jax.data import packing as packing_lib
 from argenseg_jax.data.order import Order
 from argenseg_jax.errors import UserError, located
 
 Batch = dict[str, np.ndarray]
-SMALL = 100  # the share of broken samples is taken of at least so many: one early fault is no verdict
+MIN_SAMPLES = 100  # the share of invalid samples is relative to at least this many
 
 
 @dataclasses.dataclass(frozen=True)
 class InvalidSample:
-    """Stands in the order for a sample that cannot be used."""
+    """Takes the place in the order of a sample that cannot be used."""
 
     reason: str
 
 
 class BatchIterator(Iterator[Batch]):
-    """Iterates over batches, and remembers which samples were taken and which of them were broken.
+    """Iterates over batches, and tracks which samples were consumed and which of them were skipped.
 
-    All processes read one endless order of samples. Place r of a batch of B takes the samples r,
-    r + B, r + 2 B, ... of it, and a broken one is followed by the next of the same place. Where rows
-    are packed, some of the samples that a place has taken wait for a later row. So each place depends
-    on nothing but how many samples it has taken and which of them wait, whoever reads it: this is the
-    state, the same for any number of processes, devices and workers, and a run that goes on with
-    another number of them takes every sample once, as if nothing had happened.
+    All processes read one endless order of samples. Slot r of a batch of B reads the samples r, r + B,
+    r + 2 B, ... of it, and an invalid one is followed by the next of the same slot. With packing, some of
+    the samples that a slot has consumed are pending for a later sequence. So each slot depends only on how
+    many samples it has consumed and which of them are pending: this is the state, the same for any number
+    of processes, devices and workers, and a run that is resumed with another number of them reads every
+    sample once, as an uninterrupted run does.
 
     Attributes:
-      skipped: {message that names file and line: times seen} in this process's slots, up to the
-        last batch that came out.
+      skipped: {message that names file and line: times seen} in this process's slots, up to the last
+        batch that was returned.
       close: call it to end the reading threads and processes; otherwise they end with the iterator.
     """
 
     def __init__(
         self,
         order: Order,
-        rows: packing.Packing,
+        packing: packing_lib.Packing,
         batch_size: int,
         slots: Sequence[int],
         *,
@@ -66,154 +74,171 @@ class BatchIterator(Iterator[Batch]):
         """Starts at the beginning.
 
         Args:
-          order: of pieces (dicts of arrays) and InvalidSample, without end.
-          rows: how pieces become rows.
-          batch_size: B, rows of the global batch.
-          slots: the slots of it that this process reads.
-          max_broken: largest share of broken samples; more of them are a UserError.
-          workers: most worker processes; they divide the places evenly among them.
-          threads: that read in this process where there are no workers; 0 = the one that batches.
+          order: of examples (dicts of arrays) and InvalidSample, endless.
+          packing: how examples become sequences.
+          batch_size: B, sequences of the global batch.
+          slots: those of the B that this process reads.
+          max_broken: largest share of invalid samples; more of them are a UserError.
+          workers: maximum number of worker processes; they divide the slots evenly among them.
+          threads: that read in this process without workers; 0 = the thread that batches.
         """
-        self._order, self._packing, self._size = order, rows, batch_size
+        self._order, self._packing, self._batch_size = order, packing, batch_size
         self._max_broken, self._workers, self._threads = max_broken, workers, threads
-        self._open({place: _Taken() for place in slots})
+        self._open({slot: Cursor() for slot in slots})
 
     def __next__(self) -> Batch:
-        batch, self._taken = next(self._iterator)
+        batch, self._cursors = next(self._iterator)
         return batch
 
     @property
     def skipped(self) -> dict[str, int]:
         total = collections.Counter()
-        for taken in self._taken.values():
-            total.update(taken.broken)
+        for cursor in self._cursors.values():
+            total.update(cursor.skipped)
         return dict(total)
 
     def get_state(self) -> dict[str, Any]:
-        """{"taken", "waiting", "broken": {place: ...}, "order"} of this process; that of a run has all places.
+        """{"taken", "waiting", "broken": {slot: ...}, "order"} of this process; that of a run has all slots.
 
-        Which samples wait is said by their numbers among those that the place has taken.
+        Pending ("waiting") samples are given by their numbers among those that the slot has consumed ("taken").
         """
         return {
             "order": self._order.get_state(),
-            "taken": {str(place): t.count for place, t in self._taken.items()},
-            "waiting": {str(place): list(t.waiting) for place, t in self._taken.items() if t.waiting},
-            "broken": {str(place): dict(t.broken) for place, t in self._taken.items() if t.broken},
+            "taken": {str(slot): c.consumed for slot, c in self._cursors.items()},
+            "waiting": {str(slot): list(c.pending) for slot, c in self._cursors.items() if c.pending},
+            "broken": {str(slot): dict(c.skipped) for slot, c in self._cursors.items() if c.skipped},
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues where a run's state was taken; UserError if it is damaged or of another batch size."""
-        rows = sorted(map(str, range(self._size)))
+        """Resumes from a run's state; UserError if it is damaged or of another batch size."""
+        slots = sorted(map(str, range(self._batch_size)))
         with located("the saved iterator state", "state of the data", UserError):
-            if (found := sorted(state["taken"])) != rows:
-                raise UserError(f"of {len(found)} rows a batch, not of the {self._size} of this run")
-            taken = {p: _Taken.of(state, str(p)) for p in self._taken}
-            counts = {p: _Taken.of(state, str(p)).count for p in range(self._size)}
-            used = max((p + self._size * (count - 1) + 1 for p, count in counts.items() if count), default=0)
-            self._order.set_state(state.get("order", {}), used)
+            if (found := sorted(state["taken"])) != slots:
+                raise UserError(f"of {len(found)} sequences per batch, not of the {self._batch_size} of this run")
+            cursors = {r: Cursor.from_state(state, r) for r in range(self._batch_size)}
+            ends = [r + self._batch_size * (c.consumed - 1) + 1 for r, c in cursors.items() if c.consumed]
+            self._order.set_state(state.get("order", {}), max(ends, default=0))
         self.close()
-        self._open(taken)
+        self._open({slot: cursors[slot] for slot in self._cursors})
 
-    def _open(self, taken: dict[int, _Taken]) -> None:
-        self._taken = taken
-        rows = _Rows(
+    def _open(self, cursors: dict[int, Cursor]) -> None:
+        self._cursors = cursors
+        sequences = _Sequences(
             self._order.dataset(),
             self._packing,
-            self._size,
-            taken,
+            self._batch_size,
+            cursors,
             self._max_broken,
             threads=0 if self._workers else self._threads,
         )
-        shares, workers = _Shares(rows), 0
+        shares, workers = _Shares(sequences), 0
         if self._workers:
             if not flags.FLAGS.is_parsed():  # grain's workers read flags; a notebook has parsed none
                 flags.FLAGS.mark_as_parsed()
-            # Every worker has its own places; grain takes their shares of a batch in turn.
-            workers = max(n for n in range(1, self._workers + 1) if len(taken) % n == 0)
+            # Every worker has its own slots; grain takes their shares of a batch in turn.
+            workers = max(n for n in range(1, self._workers + 1) if len(cursors) % n == 0)
             shares = shares.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), processes.begin_worker)
         self._iterator = ThreadPrefetchIterDataset(
-            _Batches(shares, taken, self._max_broken, workers), prefetch_buffer_size=2
+            _Batches(shares, cursors, self._max_broken, workers), prefetch_buffer_size=2
         ).__iter__()
         # Also at exit: grain's threads must not outlive the modules that they use.
         self.close = weakref.finalize(self, _close, self._iterator)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Taken:
-    """How many samples a place has taken; which of them wait; the broken ones by reason."""
+class Cursor:
+    """Iterator state of one slot.
 
-    count: int = 0
-    waiting: tuple[int, ...] = ()
-    broken: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    Attributes:
+      consumed: samples read so far.
+      pending: numbers of those that are in the buffer.
+      skipped: invalid ones by reason.
+    """
+
+    consumed: int = 0
+    pending: tuple[int, ...] = ()
+    skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     @classmethod
-    def of(cls, state: Mapping[str, Any], row: str) -> _Taken:
-        """The part of a run's state that belongs to a row; ValueError or TypeError where it is damaged."""
-        count, waiting = state["taken"][row], state["waiting"].get(row, [])
-        broken = collections.Counter(state["broken"].get(row, {}))
-        if not all(type(n) is int and n >= 0 for n in (count, *waiting, *broken.values())):
-            raise ValueError(f"row {row} has a number of samples that is none")
-        if any(n >= count for n in waiting):
-            raise ValueError(f"row {row} waits with samples that it has not taken")
-        return cls(count, tuple(waiting), broken)
+    def from_state(cls, state: Mapping[str, Any], slot: int) -> Cursor:
+        """From the state of a run; ValueError or TypeError where it is damaged."""
+        key = str(slot)
+        consumed, pending = state["taken"][key], state["waiting"].get(key, [])
+        skipped = collections.Counter(state["broken"].get(key, {}))
+        if not all(type(n) is int and n >= 0 for n in (consumed, *pending, *skipped.values())):
+            raise ValueError(f"slot {slot} has an invalid number of samples")
+        if any(n >= consumed for n in pending):
+            raise ValueError(f"slot {slot} has pending samples that it has not consumed")
+        return cls(consumed, tuple(pending), skipped)
 
 
-class _Row(NamedTuple):
-    """A row, the place that it is for, what the place has taken by now and which of it waits, and the
-    broken samples that were skipped for it."""
+class _Sequence(NamedTuple):
+    """One sequence of a batch.
 
-    arrays: Batch
-    place: int
-    count: int
-    waiting: tuple[int, ...]
-    broken: tuple[str, ...]
+    Attributes:
+      arrays: its content.
+      slot: of the batch.
+      consumed, pending: of the slot's Cursor after this sequence.
+      skipped: reasons of the invalid samples that were skipped for it.
+    """
+
+    arrays: packing_lib.PackedSequence
+    slot: int
+    consumed: int
+    pending: tuple[int, ...]
+    skipped: tuple[str, ...]
 
 
-class _Rows(grain.IterDataset):
-    """Endless _Rows of some places of the batch, in turn."""
+class _Sequences(grain.IterDataset):
+    """Endless _Sequence of some slots of the batch, in turn."""
 
     def __init__(
         self,
         order: grain.MapDataset,
-        rows: packing.Packing,
-        stride: int,
-        taken: Mapping[int, _Taken],
+        packing: packing_lib.Packing,
+        batch_size: int,
+        cursors: Mapping[int, Cursor],
         max_broken: float,
         threads: int,
     ):
         super().__init__(order)
-        self.packing, self.stride, self.threads = rows, stride, threads
-        self.taken = dict(taken)
-        # In a row, which chance would not bring about; without such an end one could wait forever.
-        self.most = SMALL / (1 - max_broken) if max_broken < 1 else math.inf
+        self.packing, self.batch_size, self.threads = packing, batch_size, threads
+        self.cursors = dict(cursors)
+        # Consecutive ones, too many for chance; without this limit a slot could read forever.
+        self.max_consecutive = MIN_SAMPLES / (1 - max_broken) if max_broken < 1 else math.inf
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
-        """How grain gives each of its worker processes a share: some of the places."""
-        self.taken = dict(list(self.taken.items())[sl])
+        """Called by grain: gives each of its worker processes some of the slots."""
+        self.cursors = dict(list(self.cursors.items())[sl])
 
-    def __iter__(self) -> _RowsIterator:
-        return _RowsIterator(self._parent, self)
+    def __iter__(self) -> _SequencesIterator:
+        order: Any = self._parent
+        return _SequencesIterator(order, self)
 
 
-class _RowsIterator(grain.DatasetIterator):
-    def __init__(self, order: grain.MapDataset, rows: _Rows):
-        super().__init__()
-        self._places = [_Place(order, rows, place, taken) for place, taken in rows.taken.items()]
-        self._ready: collections.deque[_Row] = collections.deque()
-        self._pool = futures.ThreadPoolExecutor(rows.threads) if rows.threads else None
-
-    def __next__(self) -> _Row:
-        if not self._ready:
-            read = self._pool.map if self._pool else map
-            self._ready.extend(read(_Place.next_row, self._places))
-        return self._ready.popleft()
+class _Stateless(grain.DatasetIterator):
+    """An iterator whose state is saved with its elements, as Cursors."""
 
     def get_state(self) -> dict[str, Any]:
-        """Asked for by grain; what is saved comes with the rows."""
+        """Called by grain."""
         return {}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Never called: a new iterator is made for a new place in the data."""
+        """Never called: resuming makes a new iterator."""
+
+
+class _SequencesIterator(_Stateless):
+    def __init__(self, order: grain.MapDataset, sequences: _Sequences):
+        super().__init__()
+        self._slots = [_Slot(order, sequences, slot, cursor) for slot, cursor in sequences.cursors.items()]
+        self._ready: collections.deque[_Sequence] = collections.deque()
+        self._pool = futures.ThreadPoolExecutor(sequences.threads) if sequences.threads else None
+
+    def __next__(self) -> _Sequence:
+        if not self._ready:
+            read = self._pool.map if self._pool else map
+            self._ready.extend(read(_Slot.next_sequence, self._slots))
+        return self._ready.popleft()
 
     def close(self) -> None:
         super().close()
@@ -221,122 +246,114 @@ class _RowsIterator(grain.DatasetIterator):
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-class _Place:
-    """Reads the samples of one place of the batch and fills its rows."""
+class _Slot:
+    """Reads the samples of one slot of the batch and fills its sequences."""
 
-    def __init__(self, order: grain.MapDataset, rows: _Rows, place: int, taken: _Taken):
-        self._order, self._rows, self._place, self._count = order, rows, place, taken.count
-        self._resumed = taken.waiting  # numbers of samples to be read again
-        self._waiting: list[tuple[int, packing.Example]] = []  # number and content, the oldest first
+    def __init__(self, order: grain.MapDataset, sequences: _Sequences, slot: int, cursor: Cursor):
+        self._order, self._sequences = order, sequences
+        self._slot, self._consumed = slot, cursor.consumed
+        self._resumed = cursor.pending  # numbers of samples to be read again
+        self._pending: list[tuple[int, packing_lib.Example]] = []  # (number, example), the oldest first
 
-    def next_row(self) -> _Row:
-        rule, broken = self._rows.packing, []
+    def next_sequence(self) -> _Sequence:
+        packing, skipped = self._sequences.packing, []
         for number in self._resumed:
-            self._take(number, broken)
+            self._read(number, skipped)
         self._resumed = ()
-        chosen = packing.fill(rule, self._waiting, lambda count: self._fill(count, broken))
-        return _Row(rule.join(chosen), self._place, self._count, tuple(n for n, _ in self._waiting), tuple(broken))
+        chosen = packing_lib.fill(packing, self._pending, lambda count: self._refill(count, skipped))
+        pending = tuple(number for number, _ in self._pending)
+        return _Sequence(packing.join(chosen), self._slot, self._consumed, pending, tuple(skipped))
 
-    def _fill(self, length: int, broken: list[str]) -> None:
-        """Reads until so many samples wait."""
-        in_turn = 0
-        while len(self._waiting) < length:
-            in_turn = 0 if self._take(self._count, broken) else in_turn + 1
-            self._count += 1
-            if in_turn >= self._rows.most:
-                raise UserError(f"the next {in_turn} samples are broken, one after another; the last: {broken[-1]}")
+    def _refill(self, count: int, skipped: list[str]) -> None:
+        """Reads until `count` examples are pending."""
+        consecutive = 0
+        while len(self._pending) < count:
+            consecutive = 0 if self._read(self._consumed, skipped) else consecutive + 1
+            self._consumed += 1
+            if consecutive >= self._sequences.max_consecutive:
+                raise UserError(
+                    f"the next {consecutive} samples are broken, one after another; the last: {skipped[-1]}"
+                )
 
-    def _take(self, number: int, broken: list[str]) -> bool:
-        """Whether sample `number` of this place could be read."""
-        piece = self._order[self._place + self._rows.stride * number]
-        if isinstance(piece, InvalidSample):
-            broken.append(piece.reason)
+    def _read(self, number: int, skipped: list[str]) -> bool:
+        """Appends sample `number` of this slot to the buffer; False if it is invalid."""
+        example: Any = self._order[self._slot + self._sequences.batch_size * number]
+        if isinstance(example, InvalidSample):
+            skipped.append(example.reason)
             return False
-        self._waiting.append((number, piece))
+        self._pending.append((number, example))
         return True
 
 
 class _Shares(grain.IterDataset):
-    """Rows of one step, stacked: (batch of the places of this process or worker, its _Rows, emptied).
+    """Sequences of one step, stacked: (their batch, each _Sequence without arrays).
 
-    A worker sends a few large arrays a step instead of as many small ones as it has rows.
+    A share has the slots of one process or worker. A worker sends a few large arrays per step instead of
+    several small ones per sequence.
     """
 
     def __iter__(self) -> _SharesIterator:
-        return _SharesIterator(self._parent.__iter__(), len(self._parent.taken))
+        sequences: Any = self._parent
+        return _SharesIterator(sequences.__iter__(), len(sequences.cursors))
 
 
-class _SharesIterator(grain.DatasetIterator):
-    def __init__(self, parent: grain.DatasetIterator, places: int):
+class _SharesIterator(_Stateless):
+    def __init__(self, parent: grain.DatasetIterator, count: int):
         super().__init__(parent)
-        self._places = places
+        self._count = count
 
-    def __next__(self) -> tuple[Batch, list[_Row]]:
-        rows = [next(self._parent) for _ in range(self._places)]
-        stacked = {key: np.stack([row.arrays[key] for row in rows]) for key in rows[0].arrays}
-        return stacked, [row._replace(arrays={}) for row in rows]
-
-    def get_state(self) -> dict[str, Any]:
-        """Asked for by grain; what is saved comes with the rows."""
-        return {}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Never called: a new iterator is made for a new place in the data."""
+    def __next__(self) -> tuple[Batch, list[_Sequence]]:
+        sequences: list[_Sequence] = [next(self._parent) for _ in range(self._count)]
+        stacked = {key: np.stack([s.arrays[key] for s in sequences]) for key in sequences[0].arrays}
+        return stacked, [s._replace(arrays={}) for s in sequences]
 
 
 class _Batches(grain.IterDataset):
-    """Puts shares together: (batch, {place: _Taken}); counts and judges what is broken."""
+    """Joins shares: (batch, {slot: Cursor}); counts invalid samples."""
 
-    def __init__(self, shares: grain.IterDataset, taken: Mapping[int, _Taken], max_broken: float, workers: int):
+    def __init__(self, shares: grain.IterDataset, cursors: Mapping[int, Cursor], max_broken: float, workers: int):
         super().__init__(shares)
-        self.taken, self.max_broken, self.workers = dict(taken), max_broken, workers
+        self.cursors, self.max_broken, self.workers = dict(cursors), max_broken, workers
 
     def __iter__(self) -> _BatchesIterator:
         return _BatchesIterator(self._parent.__iter__(), self)
 
 
-class _BatchesIterator(grain.DatasetIterator):
+class _BatchesIterator(_Stateless):
     def __init__(self, parent: grain.DatasetIterator, batches: _Batches):
         super().__init__(parent)
-        self._taken, self._max_broken = dict(batches.taken), batches.max_broken
+        self._cursors, self._max_broken = dict(batches.cursors), batches.max_broken
         self._workers = batches.workers
 
-    def __next__(self) -> tuple[Batch, dict[int, _Taken]]:
+    def __next__(self) -> tuple[Batch, dict[int, Cursor]]:
         shares = [next(self._parent) for _ in range(self._workers or 1)]
-        for row in (row for _, rows in shares for row in rows):
-            before = self._taken[row.place].broken
-            self._taken[row.place] = _Taken(
-                row.count, row.waiting, before + collections.Counter(row.broken) if row.broken else before
-            )
-            if row.broken:
-                self._judge(row.broken[-1])
-        # What workers send lies in shared memory that is not ours to keep.
-        return self._joined(shares) if self._workers else shares[0][0], dict(self._taken)
+        for sequence in (s for _, sequences in shares for s in sequences):
+            skipped = self._cursors[sequence.slot].skipped
+            if sequence.skipped:
+                skipped = skipped + collections.Counter(sequence.skipped)
+            self._cursors[sequence.slot] = Cursor(sequence.consumed, sequence.pending, skipped)
+            if sequence.skipped:
+                self._check_skipped(sequence.skipped[-1])
+        # The arrays of a worker are in shared memory that is reused: copy them.
+        return self._joined(shares) if self._workers else shares[0][0], dict(self._cursors)
 
-    def _joined(self, shares: list[tuple[Batch, list[_Row]]]) -> Batch:
-        """The rows of all shares, each at its place."""
-        order = {place: at for at, place in enumerate(self._taken)}
-        whole = {key: np.empty((len(order), *array.shape[1:]), array.dtype) for key, array in shares[0][0].items()}
-        for batch, rows in shares:
+    def _joined(self, shares: list[tuple[Batch, list[_Sequence]]]) -> Batch:
+        """The sequences of all shares, each at its slot."""
+        index = {slot: k for k, slot in enumerate(self._cursors)}
+        joined = {key: np.empty((len(index), *array.shape[1:]), array.dtype) for key, array in shares[0][0].items()}
+        for batch, sequences in shares:
             for key, array in batch.items():
-                whole[key][[order[row.place] for row in rows]] = array
-        return whole
+                joined[key][[index[s.slot] for s in sequences]] = array
+        return joined
 
-    def _judge(self, last: str) -> None:
-        count = sum(taken.broken.total() for taken in self._taken.values())
-        seen = sum(taken.count for taken in self._taken.values())
-        if count > self._max_broken * max(seen, SMALL):
+    def _check_skipped(self, last: str) -> None:
+        count = sum(cursor.skipped.total() for cursor in self._cursors.values())
+        seen = sum(cursor.consumed for cursor in self._cursors.values())
+        if count > self._max_broken * max(seen, MIN_SAMPLES):
             raise UserError(
                 f"{count} of {seen} samples are broken, more than data.max_broken"
                 f" = {self._max_broken:g}; the last: {last}"
             )
-
-    def get_state(self) -> dict[str, Any]:
-        """Asked for by grain; what is saved comes with the batches."""
-        return {}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Never called: a new iterator is made for a new place in the data."""
 
 
 def _close(iterator: grain.DatasetIterator) -> None:

@@ -1,9 +1,9 @@
-"""The endless order of a mixture's samples, and how it stays the same where the data have changed.
+"""The endless order of a mixture's samples, and how it is resumed when the data have changed.
 
-The order of a part is a shuffle of its samples, epoch by epoch. It depends on the number of samples, so a
-run that is resumed on longer data would see some of them twice and others never. Instead an order is a
-row of spans: the epoch that was under way ends as it began, with the samples of then, and all of them
-take part from the next one on. The shares of the mixture stay those of then.
+The order of a component is a shuffle of its samples, epoch by epoch. It depends on the number of samples,
+so a run that is resumed on longer data would see some of them twice and others never. Instead an order is
+a sequence of spans: the current epoch ends with the samples that it began with, and all samples take
+part from the next epoch on. The weights of the mixture stay those of the saved run.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import grain.python as grain
 import numpy as np
 
 
-class Share(NamedTuple):
-    """A part of the mixture: its name for messages, its samples now, its weight."""
+class Component(NamedTuple):
+    """A component of the mixture: its name for messages, its current number of samples, its weight."""
 
     name: str
     length: int
@@ -25,84 +25,87 @@ class Share(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Epochs of the first `length` samples, up to place `end` of the part's stream (None: without end)."""
+    """Epochs of the first `length` samples, up to index `end` of the component's stream (None: endless)."""
 
     length: int
     end: int | None
 
 
 class Order:
-    """Which sample of which part comes when.
+    """The endless order of the samples of all components.
 
     Args:
-      shares: the parts.
-      stream: (number of the part, length, seed) -> its endless shuffled stream.
+      components: of the mixture.
+      stream: (number of the component, length, seed) -> its endless shuffled stream.
       seed: of all orders.
     """
 
-    def __init__(self, shares: Sequence[Share], stream: Callable[[int, int, int], grain.MapDataset], seed: int):
-        self._shares, self._stream = list(shares), stream
-        self._seeds = np.random.SeedSequence(seed).generate_state(len(shares))
-        self.spans = [(Span(share.length, None),) for share in shares]
-        self.weights = [share.weight for share in shares]
+    def __init__(self, components: Sequence[Component], stream: Callable[[int, int, int], grain.MapDataset], seed: int):
+        self._components, self._stream = list(components), stream
+        self._seeds = np.random.SeedSequence(seed).generate_state(len(components))
+        self.spans: list[tuple[Span, ...]] = [(Span(component.length, None),) for component in components]
+        self.weights = [component.weight for component in components]
 
     def dataset(self) -> grain.MapDataset:
         """The samples in their order."""
         streams = [
             _Spans([self._stream(k, span.length, int(self._seeds[k]) + n) for n, span in enumerate(spans)], spans)
             if len(spans) > 1
-            else self._stream(k, spans[0].length, int(self._seeds[k]))
+            else self._stream(k, spans[-1].length, int(self._seeds[k]))
             for k, spans in enumerate(self.spans)
         ]
         return streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights=self.weights)
 
     def get_state(self) -> dict[str, Any]:
-        """{number of the part: {"spans", "weight"}}."""
+        """{number of the component: {"spans", "weight"}}."""
         return {
             str(k): {"spans": [list(span) for span in spans], "weight": weight}
             for k, (spans, weight) in enumerate(zip(self.spans, self.weights, strict=True))
         }
 
-    def set_state(self, state: Mapping[str, Any], taken: int) -> None:
-        """Continues a run's order, of which the first `taken` places were in use; a line for changed data.
+    def set_state(self, state: Mapping[str, Any], consumed: int) -> None:
+        """Resumes a run's order, of which the first `consumed` samples were used; logs changed data.
 
-        ValueError, TypeError or KeyError where the state is damaged. One of other parts says nothing about
-        these: whoever changes `data.sources` begins another order.
+        A state with another number of components is ignored: a changed `data.sources` starts a new order.
+        ValueError, TypeError or KeyError where the state is damaged.
         """
-        if sorted(state) != sorted(map(str, range(len(self._shares)))):
+        if sorted(state) != sorted(map(str, range(len(self._components)))):
             return
-        spans = [_spans(state[str(k)]["spans"]) for k in range(len(self._shares))]
-        weights = [float(state[str(k)]["weight"]) for k in range(len(self._shares))]
-        if all(len(s) == 1 and s[0].length == share.length for s, share in zip(spans, self._shares, strict=True)):
-            return  # the same data; weights may have been set anew
+        spans = [_parse_spans(state[str(k)]["spans"]) for k in range(len(self._components))]
+        weights = [float(state[str(k)]["weight"]) for k in range(len(self._components))]
+        if all(len(s) == 1 and s[0].length == c.length for s, c in zip(spans, self._components, strict=True)):
+            return  # the same data; the config may have new weights
         self.spans, self.weights = spans, weights
-        used = self._used(taken)
-        for k, share in enumerate(self._shares):
-            if spans[k][-1].length == share.length:
+        used = self._consumed_by_component(consumed)
+        for k, component in enumerate(self._components):
+            saved = spans[k][-1].length
+            if saved == component.length:
                 continue
-            said = f"{share.name}: {share.length} samples, {spans[k][-1].length} when this run was saved; "
-            if spans[k][-1].length > share.length:
-                print(f"{said}those that are missing count as broken", file=sys.stderr)
+            message = f"{component.name}: {component.length} samples, {saved} when this run was saved; "
+            if saved > component.length:
+                print(f"{message}the missing ones are skipped as broken", file=sys.stderr)
                 continue
-            self.spans[k] = _grown(spans[k], share.length, used[k])
+            self.spans[k] = _extended(spans[k], component.length, used[k])
             print(
-                f"{said}the epoch under way ends with the samples of then, the next one has all of them",
+                f"{message}the current epoch ends with the {saved} samples, the next one has all of them",
                 file=sys.stderr,
             )
 
-    def _used(self, taken: int) -> list[int]:
-        """How many places of each part's stream lie before place `taken` of the mixture."""
-        if len(self._shares) == 1:
-            return [taken]
-        picks, used, place = self.dataset()._selection_map, {}, taken - 1  # grain offers no other way to ask
-        while place >= 0 and len(used) < len(self._shares):
-            part, index = picks[place]
-            used.setdefault(part, index + 1)
-            place -= 1
-        return [used.get(k, 0) for k in range(len(self._shares))]
+    def _consumed_by_component(self, consumed: int) -> list[int]:
+        """How many samples of each component's stream are among the first `consumed` of the mixture."""
+        if len(self._components) == 1:
+            return [consumed]
+        mixed: Any = self.dataset()
+        selection = mixed._selection_map  # grain has no public way to ask
+        used, position = {}, consumed - 1
+        while position >= 0 and len(used) < len(self._components):
+            component, index = selection[position]
+            used.setdefault(component, index + 1)
+            position -= 1
+        return [used.get(k, 0) for k in range(len(self._components))]
 
 
-def _spans(saved: Sequence[Sequence[Any]]) -> tuple[Span, ...]:
+def _parse_spans(saved: Sequence[Sequence[Any]]) -> tuple[Span, ...]:
     spans = tuple(Span(*span) for span in saved)
     ends = [0, *(span.end for span in spans[:-1])]
     if (
@@ -112,14 +115,14 @@ def _spans(saved: Sequence[Sequence[Any]]) -> tuple[Span, ...]:
         or ends != sorted(set(ends))
         or min(span.length for span in spans) < 1
     ):
-        raise ValueError("the spans of a part are none")
+        raise ValueError("invalid spans of a component")
     return spans
 
 
-def _grown(spans: Sequence[Span], length: int, used: int) -> tuple[Span, ...]:
+def _extended(spans: Sequence[Span], length: int, used: int) -> tuple[Span, ...]:
     """The spans with the last one closed at the end of its epoch, and one of `length` samples after it."""
     *before, last = spans
-    start = before[-1].end if before else 0
+    start = (before[-1].end if before else None) or 0
     end = start + -(-max(used - start, 0) // last.length) * last.length
     return (*before, *([Span(last.length, end)] if end > start else []), Span(length, None))
 

@@ -1,6 +1,6 @@
-"""Rows from encoded samples: one in each, or as many as fit, chosen from those that wait.
+"""Sequences from encoded examples: one in each, or as many as fit, chosen from a buffer.
 
-Axes: t tokens, p tiles and m masks of a sample; T, P, M those of a row.
+Axes: t tokens, p tiles and m masks of an example; T, P, M those of a packed sequence.
 """
 
 from __future__ import annotations
@@ -13,95 +13,97 @@ import numpy as np
 from argenseg_jax.vocab import IGNORE
 
 Example = Mapping[str, np.ndarray]  # tokens, labels i32[t], tiles u8[p, ...], masks u8[m, ...]
-Size = Mapping[str, int]  # of a piece, or the room that a row has
-Row = dict[str, np.ndarray]
+Size = Mapping[str, int]  # of an example, or the capacity of a sequence
+PackedSequence = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """How pieces become rows.
+    """How examples become sequences.
 
     Attributes:
-      room: of a row; no piece is larger.
-      size: of a piece.
-      join: pieces that fit together -> a row.
-      ahead: so many pieces wait for a row, of which it is filled; 0 = a row is one piece.
+      capacity: of a sequence; no example is larger.
+      size: of an example.
+      join: examples that fit together -> a sequence.
+      buffer: number of examples from which a sequence is filled; 0 = one example per sequence.
     """
 
-    room: Size
+    capacity: Size
     size: Callable[[Example], Size]
-    join: Callable[[Sequence[Example]], Row]
-    ahead: int = 0
+    join: Callable[[Sequence[Example]], PackedSequence]
+    buffer: int = 0
 
 
-def next_index(waiting: Sequence[Size], room: Size, *, first: bool) -> int | None:
-    """Which waiting piece goes into the room that is left: the longest that fits, or None.
+def next_index(pending: Sequence[Size], capacity: Size, *, first: bool) -> int | None:
+    """Index of the pending example to add to a sequence: the longest that fits, or None.
 
     Args:
-      waiting: the oldest first.
-      first: whether the row is empty; it then begins with the oldest, so that none waits forever.
+      pending: sizes, the oldest first.
+      capacity: what is left of the sequence.
+      first: whether the sequence is empty; it then begins with the oldest, so that none waits forever.
     """
     if first:
         return 0
-    fits = [k for k, size in enumerate(waiting) if all(size[key] <= room[key] for key in room)]
-    return max(fits, key=lambda k: (waiting[k]["tokens"], -k), default=None)
+    fits = [k for k, size in enumerate(pending) if all(size[key] <= capacity[key] for key in capacity)]
+    return max(fits, key=lambda k: (pending[k]["tokens"], -k), default=None)
 
 
-def fill(rule: Packing, waiting: list[tuple[int, Example]], refill: Callable[[int], None]) -> list[Example]:
-    """The pieces of the next row.
+def fill(packing: Packing, pending: list[tuple[int, Example]], refill: Callable[[int], None]) -> list[Example]:
+    """The examples of the next sequence.
 
     Args:
-      waiting: numbers and pieces, the oldest first; those of the row are taken out.
-      refill: count -> None, adds to `waiting` until so many wait.
+      packing: the rule.
+      pending: (number, example), the oldest first; those of the sequence are removed.
+      refill: n -> None, appends to `pending` until it holds n examples.
     """
-    chosen, room = [], rule.room
-    while not chosen or rule.ahead:
-        refill(max(rule.ahead, 1))
-        sizes = [rule.size(piece) for _, piece in waiting]
-        pick = next_index(sizes, room, first=not chosen)
-        if pick is None:
+    chosen, capacity = [], packing.capacity
+    while not chosen or packing.buffer:
+        refill(max(packing.buffer, 1))
+        sizes = [packing.size(example) for _, example in pending]
+        index = next_index(sizes, capacity, first=not chosen)
+        if index is None:
             break
-        chosen.append(waiting.pop(pick)[1])
-        room = {key: room[key] - sizes[pick][key] for key in room}
+        chosen.append(pending.pop(index)[1])
+        capacity = {key: capacity[key] - sizes[index][key] for key in capacity}
     return chosen
 
 
-def size(piece: Example) -> Size:
-    """Of a piece of the LM task; `labels` are the places with something to learn."""
+def size(example: Example) -> Size:
+    """Size of an example of the LM task; `labels` counts the positions with a target."""
     return {
-        "tokens": len(piece["tokens"]),
-        "labels": int(np.count_nonzero(piece["labels"][1:] != IGNORE)),
-        "tiles": len(piece["tiles"]),
-        "masks": len(piece["masks"]),
+        "tokens": len(example["tokens"]),
+        "labels": int(np.count_nonzero(example["labels"][1:] != IGNORE)),
+        "tiles": len(example["tiles"]),
+        "masks": len(example["masks"]),
     }
 
 
-def join(pieces: Sequence[Example], room: Size, pad: int) -> Row:
-    """One row: segments 1, 2, ... in order, positions from 0 in each, then padding of segment 0.
+def join(examples: Sequence[Example], capacity: Size, pad: int) -> PackedSequence:
+    """One sequence: segments 1, 2, ... in order, positions from 0 in each, then padding of segment 0.
 
-    Tiles and masks follow each other in the order of their places in the tokens, then zeros.
+    Tiles and masks are in the order of their placeholders in the tokens, followed by zeros.
 
     Returns:
       tokens, labels, positions, segment_ids i32[T], tiles u8[P, S, S, 3], masks u8[M, R, R, 3].
     """
 
-    def line(parts: Sequence[np.ndarray], fill: int) -> np.ndarray:
-        return _filled(np.concatenate(parts).astype(np.int32), room["tokens"], fill)
+    def padded_tokens(arrays: Sequence[np.ndarray], fill: int) -> np.ndarray:
+        return _padded(np.concatenate(arrays).astype(np.int32), capacity["tokens"], fill)
 
-    lengths = [len(p["tokens"]) for p in pieces]
-    # Nothing may be learned from the last place of one segment about the first of the next.
-    labels = [np.concatenate([[IGNORE], p["labels"][1:]]) for p in pieces]
+    lengths = [len(e["tokens"]) for e in examples]
+    # The last position of a segment must not predict the first token of the next one.
+    labels = [np.concatenate([[IGNORE], e["labels"][1:]]) for e in examples]
     return {
-        "tokens": line([p["tokens"] for p in pieces], pad),
-        "labels": line(labels, IGNORE),
-        "positions": line([np.arange(n) for n in lengths], 0),
-        "segment_ids": line([np.full(n, k) for k, n in enumerate(lengths, 1)], 0),
-        "tiles": _filled(np.concatenate([p["tiles"] for p in pieces]), room["tiles"]),
-        "masks": _filled(np.concatenate([p["masks"] for p in pieces]), room["masks"]),
+        "tokens": padded_tokens([e["tokens"] for e in examples], pad),
+        "labels": padded_tokens(labels, IGNORE),
+        "positions": padded_tokens([np.arange(n) for n in lengths], 0),
+        "segment_ids": padded_tokens([np.full(n, k) for k, n in enumerate(lengths, 1)], 0),
+        "tiles": _padded(np.concatenate([e["tiles"] for e in examples]), capacity["tiles"]),
+        "masks": _padded(np.concatenate([e["masks"] for e in examples]), capacity["masks"]),
     }
 
 
-def _filled(items: np.ndarray, length: int, fill: int = 0) -> np.ndarray:
-    filled = np.full((length, *items.shape[1:]), fill, items.dtype)
-    filled[: len(items)] = items
-    return filled
+def _padded(items: np.ndarray, length: int, fill: int = 0) -> np.ndarray:
+    padded = np.full((length, *items.shape[1:]), fill, items.dtype)
+    padded[: len(items)] = items
+    return padded

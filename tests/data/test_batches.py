@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from argenseg_jax.data.nano_tokenizer import nano_tokenizer
 from argenseg_jax.data.synthetic import shapes
-from argenseg_jax.data.tokenizer import nano_tokenizer
 from argenseg_jax.errors import UserError
 from tests.data.test_pipeline import iterate, numbered
 
@@ -22,13 +22,13 @@ def tokenizer():
 @pytest.mark.parametrize(
     "change, line",
     [
-        ({"taken": {str(p): 1 for p in range(4)}}, "of 4 rows a batch, not of the 6 of this run"),
-        ({"taken": {str(p): 1 for p in range(12)}}, "of 12 rows a batch, not of the 6 of this run"),
+        ({"taken": {str(p): 1 for p in range(4)}}, "of 4 sequences per batch, not of the 6 of this run"),
+        ({"taken": {str(p): 1 for p in range(12)}}, "of 12 sequences per batch, not of the 6 of this run"),
         ({"taken": None}, "not a state of the data"),
         ({"waiting": []}, "not a state of the data"),
-        ({"taken": {str(p): "1" for p in range(6)}}, "row 0 has a number of samples that is none"),
-        ({"waiting": {"1": [7]}}, "row 1 waits with samples that it has not taken"),
-        ({"broken": {"0": {"a.jsonl:1": -1}}}, "row 0 has a number of samples that is none"),
+        ({"taken": {str(p): "1" for p in range(6)}}, "slot 0 has an invalid number of samples"),
+        ({"waiting": {"1": [7]}}, "slot 1 has pending samples that it has not consumed"),
+        ({"broken": {"0": {"a.jsonl:1": -1}}}, "slot 0 has an invalid number of samples"),
     ],
 )
 def test_a_state_of_another_batch_or_damaged_is_refused(change, line, tokenizer, tmp_path):

@@ -1,4 +1,4 @@
-"""Packed rows: what goes into them, each sample once, resumed by any number of processes."""
+"""Packed sequences: what goes into them, each sample once, resumed by any number of processes."""
 
 import collections
 import json
@@ -13,7 +13,7 @@ from tests import tiny
 from tests.data.test_pipeline import SHAPES, drain, equal, iterate, numbered, shards, tokenizer  # noqa: F401
 
 
-def piece(tokens, masks=0, tiles=0):
+def example(tokens, masks=0, tiles=0):
     number = np.arange(1, tokens + 1)
     return {
         "tokens": number * 10,
@@ -24,23 +24,23 @@ def piece(tokens, masks=0, tiles=0):
 
 
 def test_the_oldest_then_the_longest_that_fits():
-    room = {"tokens": 10, "masks": 2}
+    capacity = {"tokens": 10, "masks": 2}
     sizes = [dict(tokens=t, masks=m) for t, m in ((4, 1), (6, 2), (5, 0), (5, 1))]
-    assert packing.next_index(sizes, room, first=True) == 0
+    assert packing.next_index(sizes, capacity, first=True) == 0
     rest = {"tokens": 6, "masks": 1}
     assert packing.next_index(sizes[1:], rest, first=False) == 1  # 6 tokens, but its masks are too many
     assert packing.next_index([dict(tokens=7, masks=0)], rest, first=False) is None
 
 
-def test_a_row_by_hand():
-    room = {"tokens": 8, "labels": 8, "tiles": 2, "masks": 3}
-    row = packing.join([piece(2, masks=1), piece(4, masks=1, tiles=1)], room, pad=99)
+def test_a_sequence_by_hand():
+    capacity = {"tokens": 8, "labels": 8, "tiles": 2, "masks": 3}
+    row = packing.join([example(2, masks=1), example(4, masks=1, tiles=1)], capacity, pad=99)
     assert row["tokens"].tolist() == [10, 20, 10, 20, 30, 40, 99, 99]
     assert row["segment_ids"].tolist() == [1, 1, 2, 2, 2, 2, 0, 0]
     assert row["positions"].tolist() == [0, 1, 0, 1, 2, 3, 0, 0]
     assert row["labels"].tolist() == [IGNORE, 20, IGNORE, 20, 30, 40, IGNORE, IGNORE]
     assert row["masks"][:, 0, 0, 0].tolist() == [2, 4, 0] and row["tiles"][:, 0, 0, 0].tolist() == [4, 0]
-    assert packing.size(piece(4, masks=1)) == {"tokens": 4, "labels": 3, "tiles": 0, "masks": 1}
+    assert packing.size(example(4, masks=1)) == {"tokens": 4, "labels": 3, "tiles": 0, "masks": 1}
 
 
 @pytest.fixture(scope="module")

@@ -395,7 +395,7 @@ def resumed(config, tokenizer, state):
 
 
 def test_data_that_grew(tokenizer, tmp_path, capfd):
-    """The epoch under way ends as it began; all samples take part from the next one on."""
+    """The current epoch ends as it began; all samples take part from the next one on."""
     config = {"sources": numbered(tmp_path, [10]), "max_tokens": 64, "system": ""}
     whole, first = (iterate(config, tokenizer, batch_size=2) for _ in range(2))
     want, seen = taken(whole, tokenizer, 5), taken(first, tokenizer, 3)
@@ -405,7 +405,7 @@ def test_data_that_grew(tokenizer, tmp_path, capfd):
     numbered(tmp_path, [20])
     grown = resumed(config, tokenizer, state)
     said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1 and "0.jsonl: 20 samples, 10 when this run was saved; the epoch under way" in said[0]
+    assert len(said) == 1 and "0.jsonl: 20 samples, 10 when this run was saved; the current epoch" in said[0]
     assert taken(grown, tokenizer, 2) == want[6:] and sorted(seen + want[6:]) == sorted(f"0 {k}" for k in range(10))
     middle = taken(grown, tokenizer, 4)
     later = grown.get_state()
@@ -434,7 +434,7 @@ def test_one_part_of_a_mixture_grew(tokenizer, tmp_path):
 
 
 def test_data_that_shrank(tokenizer, tmp_path, capfd):
-    """What is missing counts as broken; the rest keeps its order."""
+    """Missing samples are skipped; the rest keeps its order."""
     config = {"sources": numbered(tmp_path, [10]), "max_tokens": 64, "system": "", "max_broken": 0.5}
     whole, first = (iterate(config, tokenizer, batch_size=1) for _ in range(2))
     want = taken(whole, tokenizer, 10)
@@ -442,7 +442,7 @@ def test_data_that_shrank(tokenizer, tmp_path, capfd):
     numbered(tmp_path, [8])
     shrunk = iterate(config, tokenizer, batch_size=1)
     shrunk.set_state(first.get_state())
-    assert "8 samples, 10 when this run was saved; those that are missing" in capfd.readouterr().err
+    assert "8 samples, 10 when this run was saved; the missing ones are skipped" in capfd.readouterr().err
     gone = {"0 8", "0 9"}
     left = [row for row in want[2:] if row not in gone]
     assert taken(shrunk, tokenizer, len(left)) == left

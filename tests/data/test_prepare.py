@@ -366,8 +366,8 @@ def test_codes_are_kept_beside_the_masks(tmp_path):
     iterator.close()
     assert masks.shape == (4, 1, 3) and masks.dtype == np.int32
     for change, says in (
-        ({"augment": True}, "codes that were kept are of masks as they are"),
-        ({"sources": (SHAPES,)}, "no codes were kept of its masks; prepare it with --codes"),
+        ({"augment": True}, "its stored codes are those of unchanged masks"),
+        ({"sources": (SHAPES,)}, "no codes of its masks are stored; prepare it with --codes"),
     ):
         iterator = train_iterator({**config, **change}, words, size, seed=0, batch_size=4)
         with pytest.raises(UserError, match=says):
