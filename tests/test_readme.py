@@ -50,3 +50,12 @@ def test_files_exist(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.sh")), ids=lambda p: p.name)
 def test_launchers_parse(path):
     assert subprocess.run(["bash", "-n", path]).returncode == 0
+
+
+def test_the_tests_that_the_field_cases_name_exist():
+    text = (ROOT / "docs" / "field-cases.md").read_text()
+    named = set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text))
+    assert len(named) > 100
+    for path, name in named:
+        assert (ROOT / path).exists(), path
+        assert not name or f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
