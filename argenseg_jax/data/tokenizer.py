@@ -337,4 +337,8 @@ def _with_added(config: dict, added: dict[str, int]) -> dict:
 
 
 def _json(value) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
+    readable = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    try:
+        return readable.encode()
+    except UnicodeEncodeError:  # half an emoji, which UTF-8 cannot hold
+        return (json.dumps(value, indent=2) + "\n").encode()

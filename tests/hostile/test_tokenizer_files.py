@@ -124,6 +124,13 @@ def test_damaged_files_are_named(folder, files, says):
         Tokenizer.load(folder, 24)
 
 
+def test_half_an_emoji_is_saved_as_it_came(folder):
+    config = {**CONFIG, "added_tokens_decoder": {"520": {"content": "\ud83d"}}}
+    assert load(folder, {"tokenizer.model": PROTO, "tokenizer_config.json": json.dumps(config).encode()})
+    saved = json.loads((folder / "saved" / "added_tokens.json").read_text())
+    assert saved["\ud83d"] == 520 and saved["<visual token 000000>"] == 520 + 1 + 2 + 13
+
+
 def test_merges_that_begin_with_a_hash_are_merges(folder):
     """Only the first line, `#version`, is none."""
     words = {word: i for i, word in enumerate(["#", "##", "a", "b", "ab"])}
