@@ -1,12 +1,12 @@
-"""Checkpoints through Orbax: whole training states to resume from, or parameters alone to use.
+"""Checkpoints through Orbax: complete training states to resume from, or only parameters to use.
 
-Layout: W/checkpoints/STEP/{params, ema, train, meta, checksums-*.json}. A step counts only when it is whole
-(ckpt/steps.py), so a kill at any time leaves the last whole one: on a disk it is renamed last, in a bucket
-(gs://), where folders cannot be renamed, Orbax marks it by a last file. `ema` is absent where there is none.
-The checksums (ckpt/checksums.py) come after that, and are checked by whoever reads.
+Layout: W/checkpoints/STEP/{params, ema, train, meta, checksums-*.json}. Only complete steps count
+(ckpt/steps.py), so a kill at any time leaves the last complete one: on a disk the folder is renamed last, in
+a bucket (gs://), where folders cannot be renamed, Orbax writes a marker file last. `ema` is absent if the run
+has no average. The checksums (ckpt/checksums.py) are written after that, and are checked by every reader.
 
 Parameters that a phase of training never changes are written once, to W/checkpoints/frozen/N, before
-its first step N is; `meta` of each of its steps refers to them ("frozen": N).
+the phase's first step N; `meta` of each step of the phase refers to them ("frozen": N).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from argenseg_jax.ckpt.steps import DIRECTORY, FROZEN, find_step, newest_step, r
 from argenseg_jax.errors import UserError, brief
 
 CONFIG = "config.json"
-_STEP_FILES = ("meta", "metrics", steps.NOTES)  # what every reader of a step looks at
+_STEP_FILES = ("meta", "metrics", steps.NOTES)  # read by every reader of a step
 
 
 class Checkpointer:
@@ -52,10 +52,10 @@ class Checkpointer:
 
         Args:
           workdir: W, local or gs://.
-          keep: so many of the newest steps are kept; None or 0 = all.
-          best: 'min:NAME' or 'max:NAME' keeps, besides, the step with the best saved number.
+          keep: number of newest steps to keep; None or 0 = all.
+          best: 'min:NAME' or 'max:NAME' also keeps the step with the best saved metric.
           read_only: nothing is created, saved or cleaned up.
-          checksums: writes those of what is saved, and checks those of what is restored.
+          checksums: written with what is saved, and checked on what is restored.
         """
         found = re.fullmatch(r"(min|max):(.+)", best)
         if best and not found:
@@ -87,7 +87,7 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(
                 self._dir, options=options, item_names=("params", "ema", "train", "meta")
             )
-        self._frozen: int | None = None  # where this phase's frozen parameters are
+        self._frozen: int | None = None  # the step with which this phase's frozen parameters were written
         self._process = jax.process_index(), jax.process_count()
         self._checked = checksums
         self._checksums = checksum_files.Writer(*self._process) if checksums and not read_only else None
@@ -97,11 +97,11 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """Number of the step with the best number; None without `best`."""
+        """Number of the step with the best metric; None without `best`."""
         return self._manager.best_step() if self.best else None
 
     def begin_phase(self) -> None:
-        """The next save writes its frozen parameters anew; after `restore` there is no need to."""
+        """Makes the next save write the frozen parameters; after `restore` that is not needed."""
         self._frozen = None
 
     def save(
@@ -116,27 +116,27 @@ class Checkpointer:
         *,
         frozen: Mapping[str, Any] | None = None,
     ) -> None:
-        """Starts writing; the arrays are copied before it returns, the files come later.
+        """Starts writing; the arrays are copied before it returns, the files are written later.
 
         Args:
-          params: what may have changed since the phase began.
-          meta: JSON-able facts about the run, the same on every process.
-          data_state: this process's place in the data, a JSON-able dict. The dicts of all processes
-            are united, key by key at every level, and saved as one.
-          numbers: what was logged last; the one that `best` names ranks this step.
-          frozen: the other parameters; written, and waited for, at the first save of a phase.
+          params: the parameters that may have changed since the phase began.
+          meta: JSON-able metadata of the run, the same on every process.
+          data_state: this process's iterator state, a JSON-able dict. The dicts of all processes
+            are merged, key by key at every level, and saved as one.
+          numbers: the last logged metrics; the one that `best` names ranks this step.
+          frozen: the other parameters; written synchronously at the first save of a phase.
         """
         with self._writing():
             self._manager.wait_until_finished()
         if self._checksums:
-            self._checksums.wait()  # Orbax may now remove the folder that they are written into
+            self._checksums.wait()  # from now on Orbax may remove the folder that they are written into
         if frozen and self._frozen is None:
             with self._writing():
                 save_params(self._dir / FROZEN / str(step), frozen, force=True, checksums=False)
             if self._checksums:
                 self._checksums.add(self._dir / FROZEN / str(step))
             self._frozen = step
-        meta = {**meta, "data": _united(distributed.gather(data_state))}
+        meta = {**meta, "data": _merged(distributed.gather(data_state))}
         if frozen:
             meta[FROZEN] = self._frozen
         items = {
@@ -157,11 +157,11 @@ class Checkpointer:
         if self._checksums:
             self._checksums.add(folder, lambda: folder.exists() and steps.is_finished(folder))
         if distributed.is_first():
-            self._sweep()
+            self._remove_unused_frozen()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """A full or read-only disk as one line that says where a run can resume."""
+        """Turns a full or read-only disk into a UserError that names the step from which a run can resume."""
         try:
             with files.writing(self._dir):
                 yield
@@ -171,24 +171,24 @@ class Checkpointer:
             raise UserError(
                 f"{fault}; "
                 + (
-                    "there is no whole step yet"
+                    "there is no complete step yet"
                     if newest is None
-                    else f"the newest whole step is {newest}: the same command resumes there"
+                    else f"the newest complete step is {newest}: the same command resumes there"
                 )
             ) from fault
 
     def _clear(self, folder: epath.Path) -> None:
-        """Makes way for a step where a folder of its name is that is not whole; it stays under another name."""
+        """Renames an incomplete folder that has the name of the step to be written."""
         if not folder.exists():
             return
-        if files.is_remote(folder):  # where nothing can be renamed
-            raise UserError(f"{folder} is no whole step, and is where this one belongs: move or remove it")
+        if files.is_remote(folder):  # buckets cannot rename
+            raise UserError(f"{folder} is not a complete step, and has the name of the one to write: move or remove it")
         number = next(k for k in itertools.count() if not _aside(folder, k).exists())
         with self._writing():
             folder.rename(_aside(folder, number))
-        print(f"{folder} was no whole step; it is now {_aside(folder, number)}", file=sys.stderr, flush=True)
+        print(f"{folder} was not a complete step; it is now {_aside(folder, number)}", file=sys.stderr, flush=True)
 
-    def _sweep(self) -> None:
+    def _remove_unused_frozen(self) -> None:
         """Removes frozen parameters that no step refers to: of earlier phases, or of a killed run."""
         folder = self._dir / FROZEN
         found = [
@@ -198,25 +198,25 @@ class Checkpointer:
         ]
         if not found:
             return
-        try:  # also of steps that are not whole: they may be mended
+        try:  # incomplete steps too: they may be repaired
             used = {
                 read_meta(step).get(FROZEN) for step in self._dir.iterdir() if steps.number_of(step.name) is not None
             }
-        except UserError:  # a step went while it was read, or is damaged
+        except UserError:  # a step was removed while it was read, or is damaged
             return
         for path in found:
             if int(path.name) not in used:
                 path.rmtree()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The facts saved with a step."""
+        """The metadata saved with a step."""
         return read_meta(self._dir / str(step))
 
     def restore(self, step: int, params: Any, ema: Any, train: Any) -> tuple[Any, Any, Any, Any]:
         """(params, ema, train, data_state) into the shapes and shardings of the arguments' leaves.
 
-        `data_state` is that of all processes, on each of them. Raises UserError if the checkpoint
-        is of another model, optimizer or task.
+        `data_state` is the merged one, on every process. Raises UserError if the checkpoint is of
+        another model, optimizer or task.
         """
         path = self._dir / str(step)
         self._check(path)
@@ -236,14 +236,14 @@ class Checkpointer:
             raise UserError(
                 f"{path} is damaged, or was written with another optimizer or task: {brief(error, 300)}"
             ) from error
-        held = _restore_item(_frozen_folder(path), rest) if rest else {}
+        frozen = _restore_item(_frozen_folder(path), rest) if rest else {}
         self._frozen = found["meta"].get(FROZEN)
         data = found["meta"]["data"]
-        whole = trees.replace(params, {**trees.flatten(found["params"]), **trees.flatten(held)})
-        return whole, found["ema"] if ema else {}, found["train"], data
+        restored = trees.replace(params, {**trees.flatten(found["params"]), **trees.flatten(frozen)})
+        return restored, found["ema"] if ema else {}, found["train"], data
 
     def _check(self, step: epath.Path) -> None:
-        """Checks what `restore` reads: every process a share of the files, and all of them the result."""
+        """Checks what `restore` reads: every process checks a share of the files, then all compare results."""
         if not self._checked:
             return
         fault = None
@@ -258,9 +258,9 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Waits for the files, also when the run ends by an error.
+        """Waits for the files, also if the run ends with an error.
 
-        Not when it ends because another process is gone: that one's files would never come.
+        Not if it ends because another process is lost, whose files would never be written.
         """
         if not (kind and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1):
             with self._writing():
@@ -274,15 +274,15 @@ def _aside(folder: epath.Path, number: int) -> epath.Path:
 
 
 def _clean_bucket(folder: epath.Path) -> None:
-    """Removes the steps that a killed run had not finished. Orbax's own cleaning would take every folder
-    without its mark for one, that of the frozen parameters too."""
+    """Removes the steps that a killed run had not finished. Orbax's own cleanup would also remove every other
+    folder without its marker, such as that of the frozen parameters."""
     for step in folder.iterdir() if folder.is_dir() else ():
         if steps.number_of(step.name) is not None and not steps.is_finished(step):
             step.rmtree()
 
 
 def find_config(path: epath.PathLike) -> dict[str, Any]:
-    """The resolved configuration saved beside a checkpoint, as a nested dict."""
+    """The resolved config saved with a checkpoint, as a nested dict."""
     return read_config(find_run(path) / CONFIG)
 
 
@@ -297,10 +297,10 @@ def find_run(path: epath.PathLike) -> epath.Path:
 
 
 def read_config(file: epath.Path) -> dict[str, Any]:
-    """A saved configuration; UserError where the file holds something else."""
+    """A saved config; UserError if the file holds something else."""
     config = files.read_json(file)
     if not isinstance(config, dict):
-        raise UserError(f"{file} is no configuration of a run: it holds a {type(config).__name__}")
+        raise UserError(f"{file} is not the config of a run: it holds a {type(config).__name__}")
     return config
 
 
@@ -318,7 +318,7 @@ def _check(step: epath.Path, items: Sequence[str], share: tuple[int, int] = (0, 
 
 
 def restore_params(path: epath.PathLike, want: Any | None = None, *, ema: bool = True, checksums: bool = True) -> Any:
-    """Parameters for use: the averaged weights where the run kept an average.
+    """Parameters for inference: the averaged weights if the run has an average.
 
     Args:
       path: as for find_step.
@@ -327,7 +327,7 @@ def restore_params(path: epath.PathLike, want: Any | None = None, *, ema: bool =
       checksums: checks the files first.
 
     Raises:
-      UserError: nothing there, a file that is not as it was written, or names or shapes of another model.
+      UserError: no checkpoint, a file that was changed, or names or shapes of another model.
     """
     step = find_step(path)
     if checksums:
@@ -352,34 +352,34 @@ def saved_params(step: epath.Path) -> dict[str, Any]:
 
 
 def param_folders(step: epath.Path, *, ema: bool) -> list[epath.Path]:
-    """Where a step's parameters are; what a later folder has as well counts for use."""
+    """The folders of a step's parameters; for inference a leaf in a later folder replaces one in an earlier."""
     own = [step / item for item in ("params", *(["ema"] if ema else [])) if (step / item).exists()]
     frozen = _frozen_folder(step)
     return own if frozen is None else [frozen, *own]
 
 
 def _frozen_folder(step: epath.Path) -> epath.Path | None:
-    """Where the parameters are that were frozen when a step was saved, if any were."""
+    """The folder of the parameters that were frozen when a step was saved, if any were."""
     number = read_meta(step).get(FROZEN)
     if number is None:
         return None
     folder = step.parent / FROZEN / str(number) / "params"
     if not folder.exists():
-        raise UserError(f"{step} lacks what was frozen in training, {folder}: copy the folder {DIRECTORY}/ as a whole")
+        raise UserError(f"{step} lacks what was frozen in training, {folder}: copy the complete folder {DIRECTORY}/")
     return folder
 
 
 def read_train(path: epath.PathLike) -> dict[str, Any]:
-    """What a step holds beside parameters: step, skipped, opt_state, extra, as numpy arrays."""
+    """The rest of a step's train state: step, skipped, opt_state, extra, as numpy arrays."""
     folder = find_step(path) / "train"
     _check(folder.parent, (*_STEP_FILES, "train"))
     return _restore_item(folder, _abstract(_saved_shapes(folder)))
 
 
 def save_params(path: epath.PathLike, params: Any, *, force: bool = False, checksums: bool = True) -> None:
-    """Writes parameters alone, as a step that find_step and restore_params understand.
+    """Writes only parameters, as a step that find_step and restore_params can read.
 
-    `force` replaces what is there. `checksums`: writes them too.
+    `force` replaces an existing step. `checksums`: are written too.
     """
     step = files.absolute(path)
     if force and distributed.is_first():
@@ -392,9 +392,9 @@ def save_params(path: epath.PathLike, params: Any, *, force: bool = False, check
 
 
 def open_params(path: epath.PathLike, part: str = "", *, checksums: bool = True) -> dict[str, StoredLeaf]:
-    """{leaf: array} as restore_params gives them, but read when asked for; of one part ('vqvae') alone.
+    """{leaf: array} as from restore_params, but read lazily; with `part` ('vqvae') only its leaves.
 
-    `checksums`: the files are checked now.
+    `checksums`: the files are checked immediately.
     """
     step = find_step(path)
     if checksums:
@@ -409,18 +409,18 @@ def open_params(path: epath.PathLike, part: str = "", *, checksums: bool = True)
 
 
 def _by_layer(params: Any) -> Any:
-    """Orbax's options to save each layer of a stack apart: one can be read without the rest."""
+    """Orbax's options to store each layer of a stack as its own chunk, which can be read alone."""
     return trees.map_named(lambda name, leaf: ocp.SaveArgs(shard_axes=(0,) if is_stacked(name) else ()), params)
 
 
 def _restore_item(folder: epath.Path, want: Any) -> Any:
-    def place(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+    def restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
         if leaf.sharding is None:
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
         return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
     with _readable(folder), ocp.PyTreeCheckpointer() as reader:
-        return reader.restore(files.absolute(folder), item=want, restore_args=jax.tree.map(place, want))
+        return reader.restore(files.absolute(folder), item=want, restore_args=jax.tree.map(restore_args, want))
 
 
 def _saved_shapes(folder: epath.Path) -> dict[str, Any]:
@@ -430,7 +430,7 @@ def _saved_shapes(folder: epath.Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _readable(folder: epath.Path) -> Iterator[None]:
-    """Orbax's errors about a damaged folder, as one line."""
+    """Turns Orbax's errors about a damaged folder into a UserError of one line."""
     files.check_all_regular(folder)
     try:
         yield
@@ -442,9 +442,9 @@ def _abstract(saved: Any) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), saved)
 
 
-def _united(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """One dict of what any of them has; what several have is the same in all."""
+def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """One dict with the keys of all; a key that several have is the same in all."""
     if len(states) == 1 or not all(isinstance(state, Mapping) for state in states):
         return states[0]
     keys = dict.fromkeys(key for state in states for key in state)
-    return {key: _united([state[key] for state in states if key in state]) for key in keys}
+    return {key: _merged([state[key] for state in states if key in state]) for key in keys}

@@ -1,8 +1,8 @@
 """Floating-point operations of a training step, counted by hand from the parameters' shapes.
 
-Model FLOPs as in "model FLOPs utilisation": a product of two matrices is 2 operations a multiply-add,
-attention is counted where it sees something, and what remat computes again is left out. XLA's own
-count takes the body of a scan once and a Pallas kernel as nothing.
+Model FLOPs as in "model FLOPs utilisation": a matrix product has 2 operations per multiply-add,
+attention is counted where the mask is true, and recomputation by remat is not counted. XLA's own count
+takes the body of a scan once and a Pallas kernel as zero.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def lm_step(
       trainable: path -> whether the step changes it.
       batch, length: B sequences of T tokens.
       tiles, masks: per sequence, padding included (it is computed as well).
-      with_remat: also count what full remat computes a second time; not part of "model FLOPs".
+      with_remat: also count what full remat recomputes; not part of "model FLOPs".
     """
     kernels = {
         path: math.prod(leaf.shape)
@@ -43,7 +43,7 @@ def lm_step(
     }
     vit, llm = model.vision, model.llm
     if not llm.tied:
-        del kernels["llm/embed/embedding"]  # a look-up; a tied one is the head as well
+        del kernels["llm/embed/embedding"]  # a look-up, unless it is also the head
     patches = (vit.image_size // vit.patch) ** 2 + 1
     uses = {  # input vectors that each kernel of the part is multiplied with
         "vision": batch * tiles * patches,
@@ -54,18 +54,18 @@ def lm_step(
     attention = {
         "vision": 4 * batch * tiles * vit.depth * patches**2 * vit.width,
         "llm": 2 * batch * llm.depth * length**2 * llm.heads * llm.head_dim,
-    }  # causal: a half
+    }  # causal: half of the positions
     total = {}
     for part, count in uses.items():
-        learns = any(trainable(path) for path in kernels if path.startswith(f"{part}/"))
-        twice = with_remat and part in ("llm", "vision")
+        is_trained = any(trainable(path) for path in kernels if path.startswith(f"{part}/"))
+        recomputed = with_remat and part in ("llm", "vision")
 
-        def passes(learned: bool, path: str = "") -> int:
-            """Forward, into inputs, into weights; and again, but for the head and a layer's last product,
-            whose result is not needed."""
-            if part == "vision" and not learns:
-                return 1  # nothing to learn before it
-            return 2 + learned + (twice and not re.search("(mlp/down|mlp/fc2|lm_head)/kernel|embedding", path))
+        def passes(trained: bool, path: str = "") -> int:
+            """Products per kernel: forward, gradient of the input, gradient of the kernel; the forward one twice
+            with remat, except for the head and a layer's last product, whose result is not needed."""
+            if part == "vision" and not is_trained:
+                return 1  # nothing before it is trained
+            return 2 + trained + (recomputed and not re.search("(mlp/down|mlp/fc2|lm_head)/kernel|embedding", path))
 
         total[part] = attention.get(part, 0) * passes(True) + 2 * count * sum(
             size * passes(trainable(path), path) for path, size in kernels.items() if path.startswith(f"{part}/")
@@ -75,7 +75,7 @@ def lm_step(
 
 
 def encoder(model: ARGenSeg, shapes: Mapping[str, Any]) -> float:
-    """Operations of coding one mask: the VQ-VAE's encoder and the distances to its codes."""
+    """Operations to encode one mask: the VQ-VAE's encoder and the distances to its codes."""
     side, levels = model.mask_size // model.vqvae.patch_size, len(model.vqvae.ch_mult)
     total = _convolutions(
         shapes,
@@ -88,7 +88,7 @@ def encoder(model: ARGenSeg, shapes: Mapping[str, Any]) -> float:
 
 
 def decoder(model: ARGenSeg, shapes: Mapping[str, Any]) -> float:
-    """Operations of drawing one mask from its latent: the VQ-VAE's decoder."""
+    """Operations to decode one mask from its latent: the VQ-VAE's decoder."""
     side, levels = model.mask_size // model.vqvae.patch_size, len(model.vqvae.ch_mult)
     return _convolutions(
         shapes,
@@ -102,9 +102,9 @@ def decoder(model: ARGenSeg, shapes: Mapping[str, Any]) -> float:
 def _convolutions(
     shapes: Mapping[str, Any], which: str, level_of: str, side_at: Callable[[int], int], lowest: int
 ) -> float:
-    """Operations of the convolutions and attentions of one tower of the VQ-VAE, for one image.
+    """Operations of the convolutions and attentions of the VQ-VAE's encoder or decoder, for one image.
 
-    Taps of a kernel that meet the padding are left out: on a grid of 16 they are one in twelve.
+    Kernel taps on the padding are not counted: on a grid of 16 they are one in twelve.
     """
     total = 0.0
     for path, leaf in trees.flatten(shapes).items():
@@ -118,6 +118,6 @@ def _convolutions(
             side *= 2 if path.endswith("/upsample/kernel") else 1
             hits = taps * side - (taps * taps - 1) // 4  # both sides lose 1 + 2 + ... + taps // 2
         total += 2 * hits**2 * math.prod(leaf.shape[2:])
-        if path.endswith("/proj_out/kernel"):  # one attention over all places
+        if path.endswith("/proj_out/kernel"):  # one attention over all positions
             total += 4 * side**4 * leaf.shape[-1]
     return total

@@ -1,7 +1,21 @@
 """The only training loop: a run is a list of phases (mask tokenizer, then language model).
 
-What it starts from: a checkpoint in the workdir (resume), else `init_from`, else fresh weights.
-A resumed run repeats, bit for bit, what an uninterrupted one does: the state, the place in the data
+    run(cfg, workdir, phases, init)
+      for each phase: _PhaseRunner, with its Program: jitted `new_state` and `step`, their shardings
+      lock the workdir
+      saved = newest complete step, or None: params = initial_params (`load`ed, the rest drawn)
+      for each runner, from the phase of `saved` on:
+        state, data = runner.restore(saved) or runner.start(params)
+        runner.train(state, data):
+          for each step of the phase:
+            batch = next of data, as global arrays
+            state, metrics = program.step(state, batch)      # train/step.py: loss, gradients, update
+            every log_every: metrics; every sample_every: images; every checkpoint_every: save
+            after SIGTERM: save, raise Preempted
+        params = averaged(state), with which the next phase starts
+
+The first weights: a checkpoint in the workdir (resume), else `init_from`, else fresh ones.
+A resumed run repeats, bit for bit, what an uninterrupted one does: the train state, the iterator state
 and every random number follow from the checkpoint, the seed and the step.
 """
 
@@ -45,7 +59,7 @@ Loader = Callable[[Params], Params]
 
 
 class Preempted(Exception):
-    """SIGTERM or Ctrl-C came; everything is saved. The same command resumes from there.
+    """SIGTERM or Ctrl-C was received and everything is saved. The same command resumes from there.
 
     Attributes:
       signal: its number.
@@ -57,7 +71,7 @@ class Preempted(Exception):
 
 
 class HostLost(Exception):
-    """Another process of the run is gone, and this one cannot go on without it."""
+    """Another process of the run has ended, and this one cannot continue without it."""
 
 
 def run(
@@ -77,15 +91,15 @@ def run(
 
     Args:
       cfg: the resolved config as nested dicts; `seed`, `mesh` and `train` are read here.
-      workdir: gets config.json, metrics.jsonl, tensorboard/, samples/ and checkpoints/.
+      workdir: receives config.json, metrics.jsonl, tensorboard/, samples/ and checkpoints/.
       phases: in order; one step counter runs over all of them.
-      init: rng -> the parameters of the whole model.
+      init: rng -> the parameters of the model, all parts.
       load: shapes -> a tree of known weights (numpy) for some or all of them; the rest is drawn.
-      extra_files: {name: function that writes it} for what else the workdir holds (the tokenizer).
+      extra_files: {name: function that writes it}, further files of the workdir (the tokenizer).
       devices: for the mesh; None = all.
       rules: parameter layouts.
-      profile: first and last step of a trace, which goes to WORKDIR/profile (see `jax.profiler`).
-      checksums: writes them with each checkpoint, and checks those of the one that is resumed.
+      profile: first and last step of a trace, written to WORKDIR/profile (see `jax.profiler`).
+      checksums: written with each checkpoint, and checked on the one that is resumed.
 
     Returns:
       {step, loss, text_loss, gen_loss, seconds}: the last logged losses, None where there are none.
@@ -93,7 +107,7 @@ def run(
     Raises:
       UserError: the workdir holds another run, or the config does not fit the mesh or the model.
       Preempted: after SIGTERM.
-      HostLost: another process ended; this one should end too, without waiting for it.
+      HostLost: another process ended; this one should exit too, without waiting for it.
     """
     begin_time = time.perf_counter()
     root = files.to_path(workdir)
@@ -104,7 +118,7 @@ def run(
         runners = [_PhaseRunner(cfg, *pair, shapes, mesh, rules) for pair in zip(phases, begins)]
     with _locked(root) as lock:
         saved = _newest_of_all(root)
-        _check_room(root, runners)
+        _check_disk_space(root, runners)
         check_config(root / CONFIG, cfg, resumed=saved is not None)
         params = None
         if saved is None:
@@ -127,7 +141,7 @@ def _run_phases(
     checksums: bool,
 ) -> dict[str, Any]:
     """The part of `run` that writes: from `params`, or from step `saved`, to the end; see `run`."""
-    if distributed.is_first():  # nothing is written before all else is well
+    if distributed.is_first():  # nothing is written before all checks have passed
         files.remove_leftovers(root)
         files.write(root / CONFIG, json.dumps(cfg, indent=1) + "\n")
         for name, save in extra_files.items():
@@ -148,7 +162,7 @@ def _run_phases(
                 state, data = runner.start(params)
             try:
                 params = averaged(runner.train(state, data))
-            finally:  # of grain: its threads and processes
+            finally:  # ends grain's threads and processes
                 getattr(data, "close", lambda: None)()
         if checkpoints.best_step() is not None:
             log.message(f"best by {cfg['train']['keep_best']}: step {checkpoints.best_step()}")
@@ -158,19 +172,19 @@ def _run_phases(
 
 @contextlib.contextmanager
 def _locked(root: epath.Path) -> Iterator[locks.Lock]:
-    """Holds the workdir's lock in the first process; UserError in all of them where it cannot be had."""
-    lock, taken = locks.Lock(root / locks.FILE, str(root)), False
+    """Holds the workdir's lock in the first process; UserError in all processes if it is not available."""
+    lock, acquired = locks.Lock(root / locks.FILE, str(root)), False
     try:
-        while not taken:
+        while not acquired:
             fault = None
             try:
-                taken = not distributed.is_first() or lock.attempt()
+                acquired = not distributed.is_first() or lock.attempt()
             except UserError as error:
                 fault = str(error)
-            taken, fault = distributed.gather([taken, fault])[0]  # no process waits long for another one
+            acquired, fault = distributed.gather([acquired, fault])[0]  # the first process decides for all
             if fault:
                 raise UserError(fault)
-            if not taken:
+            if not acquired:
                 time.sleep(lock.pause)
         yield lock
     finally:
@@ -189,7 +203,7 @@ class _PhaseRunner:
         mesh: Mesh,
         rules: Sequence[sharding.Rule],
     ):
-        """Checks the sizes and the optimizer's section, as UserErrors; nothing runs yet."""
+        """Checks the sizes and the optimizer's section (UserError); nothing runs yet."""
         self.cfg, self.phase, self.begin, self.mesh = cfg["train"], phase, begin, mesh
         self.end = begin + phase.steps
         self.program = program.build(cfg, phase, shapes, mesh, rules, begin)
@@ -204,8 +218,7 @@ class _PhaseRunner:
         total: int,
         profile: tuple[int, int] | None,
     ) -> None:
-        """Says where the phase writes, what tells it to stop, the run's last step, and which steps are
-        traced."""
+        """Sets where the phase writes, what tells it to stop, the run's last step, and which steps are traced."""
         self.checkpoints, self.log, self.root, self.stop = checkpoints, log, root, stop
         self.lock, self.total = lock, total
         self.interval = metrics_log.Interval()
@@ -217,7 +230,7 @@ class _PhaseRunner:
         return self.program.new_state(params), self.phase.data(self.mesh)
 
     def restore(self, step: int) -> tuple[TrainState, Iterator]:
-        """The state and the data as they were when `step` was saved; also what was not logged yet."""
+        """The train state and the iterator state saved with `step`, and the metrics not logged by then."""
         want = self.program.abstract_state()
         params, ema, rest, data_state = self.checkpoints.restore(step, *_parts(want))
         data = self.phase.data(self.mesh)
@@ -228,19 +241,19 @@ class _PhaseRunner:
         return want.replace(params=params, ema=ema, **rest), data
 
     def save(self, step: int, state: TrainState, data: Iterator) -> None:
-        """Saves all that a resumed run needs to write the same numbers as this one."""
+        """Saves everything that a resumed run needs to write the same numbers as this one."""
         if self.checkpoints.latest() != step:
             self.lock.check()
-            # A CPU client of one thread would wait for ever in a copy of what is not computed yet.
+            # A CPU client with one thread would deadlock while copying an array that is not computed yet.
             jax.block_until_ready(state)
-            interval = distributed.gather(self.interval.get_state(jax.device_get))[0]  # of the process that logs
+            interval = distributed.gather(self.interval.get_state(jax.device_get))[0]  # the first process logs
             meta = {"phase": self.phase.task.name, "step": step, "interval": interval}
             params, ema, rest = _parts(state)
             params, frozen = trees.split(params, self.program.changes)
             self.checkpoints.save(step, params, ema, rest, meta, data.get_state(), self.log.last(), frozen=frozen)
 
     def train(self, state: TrainState, data: Iterator) -> TrainState:
-        """Steps until the end of the phase; saves on the way, at the end, and on SIGTERM."""
+        """Runs steps until the end of the phase; saves every checkpoint_every, at the end, and on SIGTERM."""
         interval, tracing = self.interval, False
         interval.begin()
         first = int(state.step) + 1
@@ -265,7 +278,7 @@ class _PhaseRunner:
             if last or step % self.cfg["log_every"] == 0:
                 self._log(step, state, interval, sum(getattr(data, "broken", {}).values()))
             if self.phase.samples and self.cfg["sample_every"] and (last or step % self.cfg["sample_every"] == 0):
-                self._draw(step, state)
+                self._save_samples(step, state)
             stopped = self.stop(step)
             if last or stopped or step % self.cfg["checkpoint_every"] == 0:
                 self.save(step, state, data)
@@ -300,19 +313,19 @@ class _PhaseRunner:
                 f"the data; the newest checkpoint is of step {self.checkpoints.latest()}"
             )
 
-    def _draw(self, step: int, state: TrainState) -> None:
-        pictures = self.phase.samples(averaged(state))
+    def _save_samples(self, step: int, state: TrainState) -> None:
+        images = self.phase.samples(averaged(state))
         if distributed.is_first():
-            metrics_log.save_images(self.root / "samples", pictures, step)
+            metrics_log.save_images(self.root / "samples", images, step)
 
 
 def averaged(state: TrainState) -> Params:
-    """The parameters to use: moving averages where there are some."""
+    """The parameters to use: the moving averages where the state has them."""
     return trees.replace(state.params, trees.flatten(state.ema))
 
 
 def _parts(state: TrainState) -> tuple[Any, Any, dict[str, Any]]:
-    """A state as the items of a checkpoint: (params, ema, the rest)."""
+    """The items of a checkpoint: (params, ema, the rest of the state)."""
     return (
         state.params,
         state.ema,
@@ -328,22 +341,22 @@ def initial_params(
     rules: Sequence[sharding.Rule],
     load: Loader | None,
 ) -> Params:
-    """Parameters on the mesh: those that `load` knows; the others drawn into their shards."""
+    """Parameters on the mesh: those that `load` returns; the others are drawn directly into their shards."""
     layout = trees.flatten(sharding.shardings(shapes, mesh, rules))
     known = trees.flatten(load(shapes)) if load else {}
-    if strange := sorted(set(known) - set(layout)):
-        raise UserError(f"init_from has parameters that the model lacks: {', '.join(strange[:5])}")
-    drawn = {name: place for name, place in layout.items() if name not in known}
+    if unexpected := sorted(set(known) - set(layout)):
+        raise UserError(f"init_from has parameters that the model lacks: {', '.join(unexpected[:5])}")
+    drawn = {name: layout[name] for name in layout if name not in known}
     fresh = jax.jit(lambda key: {n: x for n, x in trees.flatten(init(key)).items() if n in drawn}, out_shardings=drawn)(
         jax.random.fold_in(jax.random.key(seed), 0)
     )
-    # Each process places its own shards; device_put would compare the whole arrays of all of them.
-    placed = {n: jax.make_array_from_callback(x.shape, layout[n], x.__getitem__) for n, x in known.items()}
-    return trees.unflatten({n: fresh[n] if n in fresh else placed[n] for n in layout})
+    # Each process places its own shards; device_put would compare the complete arrays across processes.
+    loaded = {n: jax.make_array_from_callback(x.shape, layout[n], x.__getitem__) for n, x in known.items()}
+    return trees.unflatten({n: fresh[n] if n in fresh else loaded[n] for n in layout})
 
 
 def check_config(path: epath.Path, cfg: Mapping[str, Any], *, resumed: bool) -> None:
-    """UserError naming the keys in which a resumed run's config differs from the saved one."""
+    """UserError that names the keys in which a resumed run's config differs from the saved one."""
     if not resumed or not path.exists():
         return
     old = trees.flatten(orbax_io.read_config(path))
@@ -365,7 +378,7 @@ def check_config(path: epath.Path, cfg: Mapping[str, Any], *, resumed: bool) -> 
 
 
 def _newest_of_all(root: epath.Path) -> int | None:
-    """Number of the newest complete step; UserError where the processes see different ones."""
+    """Number of the newest complete step; UserError if the processes see different ones."""
     found = distributed.gather(newest_step(root, training=True))
     if len(set(found)) > 1:
         raise UserError(
@@ -377,8 +390,8 @@ def _newest_of_all(root: epath.Path) -> int | None:
     return found[0]
 
 
-def _check_room(root: epath.Path, runners: Sequence[_PhaseRunner]) -> None:
-    """UserError where the disk has not even half the room of a checkpoint (compression may save some)."""
+def _check_disk_space(root: epath.Path, runners: Sequence[_PhaseRunner]) -> None:
+    """UserError if the disk has less than half the space of a checkpoint (compression may save some)."""
     if files.is_remote(root) or not distributed.is_first():
         return
     sizes = [
@@ -393,7 +406,7 @@ def _check_room(root: epath.Path, runners: Sequence[_PhaseRunner]) -> None:
 
 
 def _check_unused(root: epath.Path) -> None:
-    """UserError where a workdir has no step to resume from, but work that a new run would overwrite."""
+    """UserError if a workdir has no step to resume from, but results that a new run would overwrite."""
     if weights := steps.complete_steps(root):
         raise UserError(
             f"{root}: step {weights[-1]} holds weights alone, from which no run can resume; train "
@@ -403,13 +416,13 @@ def _check_unused(root: epath.Path) -> None:
     if lines and steps.has_damaged(root):
         raise UserError(
             f"{root} has metrics up to step {lines[-1]['step']}, but no step in {steps.DIRECTORY}/ is "
-            "whole: copy one again, or name another --workdir"
+            "complete: copy one again, or name another --workdir"
         )
 
 
 @contextlib.contextmanager
 def _lost_host(root: epath.Path) -> Iterator[None]:
-    """What jax says when the processes cannot reach each other, as HostLost."""
+    """Turns jax's error when the processes cannot reach each other into HostLost."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -417,8 +430,8 @@ def _lost_host(root: epath.Path) -> Iterator[None]:
             raise
         raise HostLost(
             f"process {jax.process_index()} of {jax.process_count()} stops, most likely because "
-            f"another one ended, whose log says why ({' '.join(str(error).split())[:200]}); the newest "
-            f"checkpoint is of step {newest_step(root)}: the same command on all hosts goes on "
+            f"another one ended, whose log has the reason ({' '.join(str(error).split())[:200]}); the newest "
+            f"checkpoint is of step {newest_step(root)}: the same command on all hosts resumes "
             "from there"
         ) from error
 
@@ -431,9 +444,9 @@ def _index(names: Sequence[str], name: str, workdir: epath.PathLike) -> int:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[int], int]]:
-    """A function step -> the signal because of which to stop now, or 0: SIGTERM, or a first Ctrl-C.
+    """A function step -> the signal to stop for (SIGTERM, or a first Ctrl-C), or 0.
 
-    On several hosts they all agree on the step, and SIGTERM alone is heeded.
+    On several hosts all processes stop after the same step, for SIGTERM only.
     """
     if jax.process_count() > 1:
         yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
@@ -444,12 +457,12 @@ def _stop_signals() -> Iterator[Callable[[int], int]]:
         if number == signal.SIGINT:
             if number in asked:
                 raise KeyboardInterrupt
-            print("\nCtrl-C: stops and saves after this step; once more: at once", file=sys.stderr, flush=True)
+            print("\nCtrl-C: stops and saves after this step; once more: stops now", file=sys.stderr, flush=True)
         asked.append(number)
 
     try:
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread: whoever called handles signals
+    except ValueError:  # not in the main thread: the caller handles signals
         yield lambda step: 0
         return
     try:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, a bar on stderr, sample pictures."""
+"""Writes a run's metrics: metrics.jsonl, TensorBoard, a progress bar on stderr, sample images."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """One line of JSON per logging interval, and the same numbers in TensorBoard."""
+    """One line of JSON per logging interval, and the same values in TensorBoard."""
 
     def __init__(self, workdir: epath.Path, step: int, total: int, *, active: bool = True):
-        """Opens the run's files at `step`; lines of later steps, written before a crash, go.
+        """Opens the run's files at `step`; lines of later steps, written before a crash, are removed.
 
-        Only the `active` process of several writes and shows anything.
+        Of several processes only the `active` one writes and shows anything.
         """
         self._path = workdir / METRICS
         self._lines = [line for line in read_lines(self._path) if line["step"] <= step]
@@ -40,7 +40,7 @@ class MetricsLog:
             if not self._remote:
                 with files.writing(workdir / "tensorboard"):
                     self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=step + 1)
-        self._bar: tqdm | None = None  # comes with the first step, so that an early error is alone
+        self._bar: tqdm | None = None  # created by the first step, so that an early error is the only output
         self._new_bar = lambda: tqdm(
             total=total,
             initial=step,
@@ -52,7 +52,7 @@ class MetricsLog:
         )
 
     def write(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Adds a line; numbers that are not finite become null."""
+        """Appends a line; values that are not finite become null."""
         line = {"step": step, **{k: _finite(v) for k, v in numbers.items()}}
         self._lines.append(line)
         if not self._active:
@@ -71,13 +71,13 @@ class MetricsLog:
             self._bar.set_postfix(shown, refresh=False)
 
     def advance(self) -> None:
-        """One step is done."""
+        """Advances the progress bar by one step."""
         if self._bar is None:
             self._bar = self._new_bar()
         self._bar.update()
 
     def message(self, text: str) -> None:
-        """A line for people, above the bar."""
+        """Prints a line on stderr, above the progress bar."""
         if self._active:
             tqdm.write(text, file=sys.stderr)
 
@@ -100,20 +100,20 @@ class MetricsLog:
 
 
 class Interval:
-    """Means of the steps since the last line; the devices are asked only when it ends."""
+    """Means over the steps since the last line; arrays are fetched from the devices only at its end."""
 
     def __init__(self):
         self._steps: list[Mapping[str, Any]] = []
-        self._before = 0.0  # seconds of the steps that another process made
+        self._before = 0.0  # seconds of the steps before the run was resumed
         self._begin = time.perf_counter()
-        self._waited = self._tokens = self._samples = self._places = 0.0
+        self._waited = self._tokens = self._samples = self._positions = 0.0
 
     def begin(self) -> None:
-        """The time runs from now on."""
+        """Starts the clock."""
         self._begin = time.perf_counter()
 
     def get_state(self, get: Callable[[Any], Any]) -> dict[str, Any]:
-        """What is not logged yet, JSON-able and exact; `get` brings arrays to the host."""
+        """What is not logged yet, JSON-able and exact; `get` fetches arrays to the host."""
         steps = [{k: _finite(float(v)) for k, v in step.items()} for step in get(self._steps)]
         return {
             "steps": steps,
@@ -121,22 +121,22 @@ class Interval:
             "waited": self._waited,
             "tokens": float(self._tokens),
             "samples": float(self._samples),
-            "places": float(self._places),
+            "places": float(self._positions),
         }
 
     def set_state(self, state: Mapping[str, Any] | None) -> None:
-        """Continues what `get_state` gave; None, of an older version, is the beginning of an interval."""
+        """Restores the result of `get_state`; None, of an older version, starts a new interval."""
         if state is None:
             return
         self._steps = [
             {str(k): math.nan if v is None else float(v) for k, v in step.items()} for step in state["steps"]
         ]
-        self._before, self._waited, self._tokens, self._samples, self._places = (
+        self._before, self._waited, self._tokens, self._samples, self._positions = (
             float(state[key]) for key in ("seconds", "waited", "tokens", "samples", "places")
         )
 
     def next(self, data: Iterator[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
-        """The next batch; counts how long it took, its samples, and its tokens that are no padding."""
+        """The next batch; records the time it took, its samples, and its tokens without padding."""
         begin = time.perf_counter()
         batch = next(data)
         self._waited += time.perf_counter() - begin
@@ -144,42 +144,42 @@ class Interval:
             segments = batch["segment_ids"]
             self._tokens += np.count_nonzero(segments)
             self._samples += segments.max(axis=1).sum()
-            self._places += segments.size
+            self._positions += segments.size
         return batch
 
     def add(self, metrics: Mapping[str, Any]) -> None:
-        """Takes one step's metrics, still on the device."""
+        """Adds one step's metrics, as arrays on the device."""
         self._steps.append(metrics)
 
     def mean(self, get: Callable[[Any], Any]) -> dict[str, float]:
         """Means over the finite values, seconds_per_step, and of this process tokens_per_second,
-        samples_per_second, padding (share of the places) and data_wait (share of the time); `get` brings
-        arrays to the host."""
+        samples_per_second, padding (fraction of the positions) and data_wait (fraction of the time); `get`
+        fetches arrays to the host."""
         steps, self._steps = get(self._steps), []
         now = time.perf_counter()
-        taken = self._before + now - self._begin
-        speeds = {"data_wait": self._waited / taken}
+        elapsed = self._before + now - self._begin
+        speeds = {"data_wait": self._waited / elapsed}
         if self._tokens:
-            speeds["tokens_per_second"] = self._tokens / taken
-            speeds["samples_per_second"] = self._samples / taken
-            speeds["padding"] = 1 - self._tokens / self._places
-        self._before = self._waited = self._tokens = self._samples = self._places = 0.0
-        seconds, self._begin = taken / len(steps), now
+            speeds["tokens_per_second"] = self._tokens / elapsed
+            speeds["samples_per_second"] = self._samples / elapsed
+            speeds["padding"] = 1 - self._tokens / self._positions
+        self._before = self._waited = self._tokens = self._samples = self._positions = 0.0
+        seconds, self._begin = elapsed / len(steps), now
         values = {k: np.asarray([s[k] for s in steps], np.float64) for k in steps[-1]}
         means = {k: float(v[np.isfinite(v)].mean()) if np.isfinite(v).any() else math.nan for k, v in values.items()}
         return {**means, "seconds_per_step": seconds, **speeds}
 
 
-def save_images(folder: epath.Path, pictures: Mapping[str, np.ndarray], step: int) -> None:
-    """Writes u8[H, W, 3] pictures as STEP_NAME.png."""
-    for name, picture in pictures.items():
-        files.write(folder / f"{step:07d}_{name}.png", encode_png(picture))
+def save_images(folder: epath.Path, images: Mapping[str, np.ndarray], step: int) -> None:
+    """Writes images u8[h, w, 3] as STEP_NAME.png."""
+    for name, image in images.items():
+        files.write(folder / f"{step:07d}_{name}.png", encode_png(image))
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, [] without a file; a last one that a kill cut short is left out.
+    """The lines of a run's metrics, [] without a file; an incomplete last line (after a kill) is left out.
 
-    Raises UserError with the number of a line that is damaged.
+    Raises UserError with the number of a damaged line.
     """
     if not path.exists():
         return []
@@ -191,9 +191,9 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
         try:
             line = files.parse_json(text, f"{path}:{number}")
             if not isinstance(line, dict) or type(line.get("step")) is not int:
-                raise UserError(f"{path}:{number} is no line of metrics: it has no whole number `step`")
+                raise UserError(f"{path}:{number} is not a line of metrics: it has no integer `step`")
         except UserError as fault:
-            if number == len(texts):  # without its end: a kill, or a full disk
+            if number == len(texts):  # incomplete: after a kill, or on a full disk
                 break
             raise UserError(f"{fault}; mend or remove the line") from None
         lines.append(line)

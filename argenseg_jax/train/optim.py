@@ -1,8 +1,8 @@
 """Optimizers by path regex: AdamW, Adafactor or Muon, schedules, clipping, weight decay, groups, freezing.
 
-Everything is decided by the parameter's path ('llm/layers/attn/q/kernel'); the keys of a config
-section are those of configs/common.py `optimizer`. Frozen parameters never reach this module's
-transformations: the step splits them off first, so they have no state and no gradient.
+Every choice is made by the parameter's path ('llm/layers/attn/q/kernel'); the keys of a config section
+are those of configs/common.py `optimizer`. Frozen parameters never reach these transformations: the
+step splits them off first, so they have no state and no gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_REPORTED = 3
 
 
 def steps_of(amount: float, steps: int) -> int:
-    """A duration of a config: below 1 a share of `steps`, otherwise a number of steps."""
+    """A duration of a config: below 1 a fraction of `steps`, otherwise a number of steps."""
     return round(amount * steps) if amount < 1 else int(amount)
 
 
@@ -43,8 +43,8 @@ def schedule(cfg: Mapping[str, Any], steps: int) -> Schedule:
         body = optax.linear_schedule(cfg["lr"], last, decay, rest - decay)
     else:
         raise UserError(f"optim.schedule='{cfg['schedule']}'; there are cosine, constant, wsd")
-    rise = lambda t: cfg["lr"] * (t + 1) / (warmup + 1)  # the first update is not wasted on lr 0
-    return optax.join_schedules([rise, body], [warmup])
+    rising = lambda t: cfg["lr"] * (t + 1) / (warmup + 1)  # not 0 in the first update
+    return optax.join_schedules([rising, body], [warmup])
 
 
 def trainable(shapes: Mapping[str, Any], freeze: Sequence[str], frozen: Sequence[str] = ()) -> Callable[[str], bool]:
@@ -53,9 +53,9 @@ def trainable(shapes: Mapping[str, Any], freeze: Sequence[str], frozen: Sequence
     Raises UserError for a `freeze` pattern that matches no parameter, or if nothing is left.
     """
     paths = list(trees.flatten(shapes))
-    idle = [p for p in freeze if not any(re.fullmatch(p, path) for path in paths)]
-    if idle:
-        raise UserError(f"optim.freeze: '{idle[0]}' matches no parameter (paths look like '{paths[0]}')")
+    unmatched = [p for p in freeze if not any(re.fullmatch(p, path) for path in paths)]
+    if unmatched:
+        raise UserError(f"optim.freeze: '{unmatched[0]}' matches no parameter (paths look like '{paths[0]}')")
     patterns = (*freeze, *frozen)
     if all(trees.match(patterns, path) for path in paths):
         raise UserError("optim.freeze leaves no parameter to train")
@@ -63,13 +63,13 @@ def trainable(shapes: Mapping[str, Any], freeze: Sequence[str], frozen: Sequence
 
 
 def multipliers(params: Mapping[str, Any], groups: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """{path: learning-rate multiplier} by the first matching group; UserError if one has none."""
+    """{path: learning-rate multiplier} by the first matching group; UserError if a path has no group."""
     found = {path: next((m for p, m in groups if re.fullmatch(p, path)), None) for path in trees.flatten(params)}
-    bare = [path for path, m in found.items() if m is None]
-    if bare:
+    ungrouped = [path for path, m in found.items() if m is None]
+    if ungrouped:
         raise UserError(
-            f"optim.groups covers not {', '.join(bare[:_MAX_REPORTED])}"
-            f"{' ...' if len(bare) > _MAX_REPORTED else ''}; end with ('.*', 1.0)"
+            f"optim.groups does not cover {', '.join(ungrouped[:_MAX_REPORTED])}"
+            f"{' ...' if len(ungrouped) > _MAX_REPORTED else ''}; end with ('.*', 1.0)"
         )
     return found
 
@@ -98,7 +98,7 @@ def build(cfg: Mapping[str, Any], steps: int, params: Mapping[str, Any]) -> opta
     elif cfg["name"] == "adamw":
         precondition = adam
     elif cfg["name"] == "adafactor":
-        # Shazeer and Stern, 2018, without momentum: a matrix keeps one number a row and a column.
+        # Shazeer and Stern, 2018, without momentum: one number per row and per column of a matrix.
         precondition = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     else:
         raise UserError(f"optim.name='{cfg['name']}'; there are adamw, adafactor, muon")
@@ -115,7 +115,7 @@ def build(cfg: Mapping[str, Any], steps: int, params: Mapping[str, Any]) -> opta
 def matrix_axes(path: str, rank: int) -> MuonDimensionNumbers:
     """Which axes of a kernel are its inputs and outputs; the layer axis is neither.
 
-    q, k, v are [L, D, N, H]: one D x NH matrix a layer; o is [L, N, H, D]: one NH x D matrix.
+    q, k, v are [L, D, H, N]: one D x HN matrix per layer; o is [L, H, N, D]: one HN x D matrix.
     """
     first = 1 if "/layers/" in path else 0
     if re.search(r"/attn/[qkv]/kernel$", path):
@@ -131,7 +131,7 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
     """Muon per layer matrix, times sqrt(max(1, outputs / inputs)) (Jordan et al., 2024)."""
 
     def axes(tree: Any) -> Any:
-        # optax.partition has put empty nodes in the places of the other group: keep them.
+        # optax.partition has replaced the leaves of the other group by empty nodes; they stay.
         return jax.tree_util.tree_map_with_path(
             lambda path, x: matrix_axes("/".join(str(k.key) for k in path), x.ndim), tree
         )

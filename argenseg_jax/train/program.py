@@ -1,6 +1,6 @@
-"""The program of a phase: its jitted step, and the layout of all that the step takes and gives.
+"""The program of a phase: its jitted step, and the shardings of the step's arguments and results.
 
-train/loop.py runs it; `compile` lowers the same object for machines that are not here.
+train/loop.py runs it; `compile` lowers the same object for a topology that is not attached.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from argenseg_jax.train import optim
 from argenseg_jax.train import step as step_lib
 from argenseg_jax.train.state import Params, Phase, TrainState
 
-_LARGE = 64 << 20  # bytes; less may be replicated without a word
+_LARGE = 64 << 20  # bytes; less may be replicated without an error
 _MAX_REPLICATED = 0.02  # of the trained bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a phase runs.
+    """The compiled functions of a phase.
 
     Attributes:
       new_state: jitted, params (donated) -> the first state.
       step: jitted, (state (donated), batch) -> (state, metrics); see step.make_train_step.
       shapes, layout: TrainStates of ShapeDtypeStruct and of NamedSharding.
-      schedule: update of the phase -> learning rate.
+      schedule: update of the phase, from 0 -> learning rate.
       trainable: path -> whether the optimizer changes the parameter.
-      changes: path -> whether it or the loss does; what never changes is saved once.
-      flops: operations of one step over all devices, None where nobody counted.
-      sizes: for people: how much is trained, and how much every device holds whole.
+      changes: path -> whether the optimizer or the loss changes it; the other parameters are saved once.
+      flops: operations of one step over all devices, None if unknown.
+      sizes: a text for the log: the trained parameters, and the bytes replicated on every device.
     """
 
     new_state: Callable[[Params], TrainState]
@@ -65,25 +65,25 @@ def build(
 
     Args:
       cfg: nested dict; `seed` is read here.
-      shapes: of the whole model's parameters.
+      shapes: of all parameters of the model.
 
     Raises:
-      UserError: sizes that do not fit each other or the mesh, or a mistake in the optimizer's section.
+      UserError: sizes that do not match each other or the mesh, or a mistake in the optimizer's section.
     """
     micro = phase.microbatch or phase.global_batch
     if phase.global_batch % micro:
         raise UserError(
             f"{phase.task.name}: the microbatch {micro} does not divide the global batch {phase.global_batch}"
         )
-    sharding.check_rows(micro, mesh, f"{phase.task.name}: rows per forward pass")
+    sharding.check_rows(micro, mesh, f"{phase.task.name}: sequences per forward pass")
     task, ema = phase.task, phase.optim["ema"]
     trainable = optim.trainable(shapes, phase.optim["freeze"], task.frozen)
     trained, _ = trees.split(shapes, trainable)
     schedule = optim.schedule(phase.optim, phase.steps)
     count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) / 1e6
-    whole = check_replicated(shapes, trainable, mesh, rules)
+    replicated = check_replicated(shapes, trainable, mesh, rules)
     sizes = f"{count(trained):.2f} M of {count(shapes):.2f} M parameters" + (
-        f", {whole / 2**20:,.1f} MiB whole on each of {mesh.size} devices" if mesh.size > 1 else ""
+        f", {replicated / 2**20:,.1f} MiB replicated on each of {mesh.size} devices" if mesh.size > 1 else ""
     )
     tx = optim.build(phase.optim, phase.steps, trained)
 
@@ -111,20 +111,20 @@ def build(
 def check_replicated(
     shapes: Params, trainable: Callable[[str], bool], mesh: Mesh, rules: Sequence[sharding.Rule]
 ) -> int:
-    """Bytes of the parameters, trained or not, that every device of the mesh holds whole.
+    """Bytes of the parameters, trained or not, that are replicated on every device of the mesh.
 
-    UserError where these are more than 2 % of the trained bytes although weights are sharded.
+    UserError if those of trained parameters are more than 2 % of the trained bytes although weights are sharded.
     """
     layout = trees.flatten(sharding.shardings(shapes, mesh, rules))
     size = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in trees.flatten(shapes).items()}
-    whole = {path: size[path] for path, place in layout.items() if place.is_fully_replicated}
-    trained = {path: n for path, n in whole.items() if trainable(path)}
+    replicated = {path: size[path] for path, sharding in layout.items() if sharding.is_fully_replicated}
+    trained = {path: n for path, n in replicated.items() if trainable(path)}
     limit = _MAX_REPLICATED * sum(n for path, n in size.items() if trainable(path))
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and sum(trained.values()) > max(limit, _LARGE):
         largest = sorted(trained, key=trained.get, reverse=True)[:3]
         raise UserError(
-            f"{sum(trained.values()) / 2**20:,.0f} MiB of trained parameters would be whole on every "
+            f"{sum(trained.values()) / 2**20:,.0f} MiB of trained parameters would be replicated on every "
             f"device, more than {_MAX_REPLICATED:.0%} of them: {', '.join(largest)}, ...; give them a "
             "rule in sharding.PARAM_RULES"
         )
-    return sum(whole.values())
+    return sum(replicated.values())

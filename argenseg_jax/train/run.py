@@ -27,20 +27,20 @@ from argenseg_jax.models.lora import Lora, is_adapter
 from argenseg_jax.train import flops, loop, losses, optim
 from argenseg_jax.train.state import Params, Phase
 
-SAMPLES = 4  # rows drawn every train.sample_every steps
+SAMPLES = 4  # samples decoded every train.sample_every steps
 
 
 def train(
     cfg: Mapping[str, Any], workdir: str, *, profile: tuple[int, int] | None = None, checksums: bool = True
 ) -> dict[str, Any]:
-    """Trains the config's phases in the workdir, or goes on with them; returns the loop's result.
+    """Trains the config's phases in the workdir, or resumes them; returns the loop's result.
 
-    `profile`: the first and last step of a trace in WORKDIR/profile. `checksums`: of checkpoints, written
+    `profile`: the first and last step of a trace in WORKDIR/profile. `checksums`: of checkpoints, are written
     and checked.
     """
     cfg = config_keys.plain(cfg)
     config_keys.check(cfg)
-    # Spelled out, so that the saved config means the same when a variant has changed.
+    # Resolved, so that the saved config keeps its meaning when a variant changes.
     cfg = {**cfg, "model": variants.resolve(cfg["model"])}
     parts = open_data(cfg)
     cfg["data"] = {**cfg["data"], "window": cfg["data"].get("window") or mixture.window(parts)}
@@ -48,7 +48,7 @@ def train(
     source, tokenizer = begin(cfg, model, workdir, checksums)
     if cfg["data"].get("codes") and (not cfg["init_from"] or cfg["vqvae"]["steps"]):
         raise UserError(
-            "data.codes=true: kept codes belong to a fixed VQ-VAE: set init_from to the "
+            "data.codes=true: stored codes belong to a fixed VQ-VAE: set init_from to the "
             "checkpoint that wrote them, and vqvae.steps=0"
         )
     listed = phases(cfg, model, tokenizer, parts)
@@ -72,7 +72,7 @@ def train(
 
 
 def open_data(cfg: Mapping[str, Any]) -> list[mixture.MixtureComponent]:
-    """The data sets of the section `data`; UserError where one cannot be opened."""
+    """The data sets of the section `data`; UserError if one cannot be opened."""
     data = pipeline.DataConfig.from_config(cfg["data"])
     return mixture.open_mixture(data.sources, data.root, reading=data.reading())
 
@@ -82,7 +82,7 @@ def begin(
 ) -> tuple[checkpoint.Checkpoint | None, Tokenizer]:
     """(the checkpoint of the first weights, if any, the tokenizer).
 
-    A workdir with a complete step has both itself: `init_from` may be gone by then.
+    A workdir with a complete step has both: `init_from` may have been removed since.
     """
     if newest_step(workdir, training=True) is not None:
         loop.check_config(epath.Path(workdir) / orbax_io.CONFIG, cfg, resumed=True)
@@ -94,7 +94,7 @@ def begin(
 
 
 def build_model(cfg: Mapping[str, Any]) -> ARGenSeg:
-    """The module as it is trained."""
+    """The module for training: train.dtype, train.remat."""
     return variants.build({**cfg["model"], "dtype": cfg["train"]["dtype"], "remat": cfg["train"]["remat"]})
 
 
@@ -104,15 +104,14 @@ def adapters(cfg: Mapping[str, Any]) -> Lora:
 
 
 def init_fn(model: ARGenSeg, lora: Lora = Lora()) -> Callable[[jax.Array], Params]:
-    """rng -> fresh parameters of the whole model, adapters included."""
+    """rng -> fresh parameters of the model, adapters included."""
     return lambda rng: lora.add(init_params(model, rng), jax.random.fold_in(rng, 1))
 
 
 def known_weights(source: checkpoint.Checkpoint, shapes: Params) -> Params:
     """Weights of another model for the parameters that have the same path and shape here.
 
-    The rest starts fresh; what that is, is said on stderr. A released InternVL folder may lack what
-    ARGenSeg adds.
+    The rest starts fresh and is listed on stderr. A released InternVL folder may lack what ARGenSeg adds.
     """
     have = source.load_params(optional=("vqvae/.*", "visual/.*"))
     flat, want = trees.flatten(have), trees.flatten(shapes)
@@ -133,9 +132,9 @@ def known_weights(source: checkpoint.Checkpoint, shapes: Params) -> Params:
 
 
 def check_fresh(cfg: Mapping[str, Any], listed: Sequence[Phase], shapes: Params, known: Params) -> None:
-    """UserError that names what would stay as it was drawn: neither loaded nor changed by any phase.
+    """UserError that names the parameters that would stay random: neither loaded nor changed by any phase.
 
-    `train.allow_fresh` are regexes of parameters that may.
+    `train.allow_fresh` has regexes of parameters that may.
     """
     changed = [optim.trainable(shapes, phase.optim["freeze"], phase.task.frozen) for phase in listed]
     overridden = [pattern for phase in listed for pattern in phase.task.overridden]
@@ -149,27 +148,27 @@ def check_fresh(cfg: Mapping[str, Any], listed: Sequence[Phase], shapes: Params,
     ]
     if left:
         raise UserError(
-            f"nothing loads or trains {summary(left, set(names) - set(left))}: of random numbers, nothing is learned. "
+            f"nothing loads or trains {summary(left, set(names) - set(left))}: it would stay random. "
             + (f"init_from={cfg['init_from']} lacks it" if cfg["init_from"] else "There is no init_from")
             + "; set init_from to a checkpoint that has it (an InternVL folder as released: `convert --vqvae` "
             "completes it), or train it (vqvae.steps for vqvae/*, optim.freeze for the rest); "
-            "train.allow_fresh lists what may stay as it is drawn"
+            "train.allow_fresh lists what may stay random"
         )
 
 
 def summary(names: Iterable[str], others: Iterable[str]) -> str:
-    """Names of parameters in few words: 'vqvae/*' for a part of which `others` have none."""
+    """A short list of parameter names: 'vqvae/*' for a part of the model that `others` do not have."""
     parts = {name.split("/")[0] for name in names} - {name.split("/")[0] for name in others}
     return ", ".join(sorted({f"{n.split('/')[0]}/*" if n.split("/")[0] in parts else n for n in names}))
 
 
 def check_codes(cfg: Mapping[str, Any], model: ARGenSeg, vqvae: Params | None) -> None:
-    """UserError where data.codes asks for codes that this run would not have computed itself."""
+    """UserError if data.codes is set and the stored codes are not those that this run would compute."""
     data = cfg["data"]
     if not data.get("codes"):
         return
     if vqvae is None:
-        raise UserError(f"init_from={cfg['init_from']} has no VQ-VAE, whose codes data.codes asks for")
+        raise UserError(f"init_from={cfg['init_from']} has no VQ-VAE, which data.codes needs")
     mine = mask_tokenizer.identity(
         mask_tokenizer.fingerprint(vqvae),
         cfg["train"]["dtype"],
@@ -178,9 +177,9 @@ def check_codes(cfg: Mapping[str, Any], model: ARGenSeg, vqvae: Params | None) -
         model.scales.num_codes,
     )
     for part in open_data(cfg):
-        kept = getattr(part.source, "codes", None)
-        if differs := sorted(k for k in mine if kept and kept.get(k) != mine[k]):
-            shown = "; ".join(f"{k}: {kept.get(k)!r}, here {mine[k]!r}" for k in differs)
+        stored = getattr(part.source, "codes", None)
+        if differs := sorted(k for k in mine if stored and stored.get(k) != mine[k]):
+            shown = "; ".join(f"{k}: {stored.get(k)!r}, here {mine[k]!r}" for k in differs)
             raise UserError(
                 f"data.codes=true: {part.source.path} holds codes of another mask tokenizer "
                 f"({shown}); prepare it again with --codes of this run's init_from, or set "
@@ -191,7 +190,7 @@ def check_codes(cfg: Mapping[str, Any], model: ARGenSeg, vqvae: Params | None) -
 def sampler(
     cfg: Mapping[str, Any], model: ARGenSeg, tokenizer: Tokenizer, part: mixture.MixtureComponent
 ) -> Callable[[Params], dict[str, np.ndarray]]:
-    """params -> pictures of a few training samples: image | truth | prediction."""
+    """params -> images of a few training samples: input | target mask | predicted mask."""
     predictor, lora = Predictor(model, {}, tokenizer, cfg), adapters(cfg)
     samples = [part.source[i] for i in range(min(SAMPLES, part.length))]
     samples = [s for s in samples if s.images and s.masks]
@@ -203,15 +202,15 @@ def sampler(
         for i, (sample, result) in enumerate(zip(samples, results)):
             empty = np.zeros(sample.images[0].shape[:2], bool)
             mask = result.masks[0] if result.masks else empty
-            picture = visualize.comparison(sample.images[0], sample.masks[0] > 127, mask)
-            drawn[f"{i}"] = np.asarray(picture.convert("RGB"))
+            image = visualize.comparison(sample.images[0], sample.masks[0] > 127, mask)
+            drawn[f"{i}"] = np.asarray(image.convert("RGB"))
         return drawn
 
     return draw
 
 
 def geometry(model: ARGenSeg) -> pipeline.Geometry:
-    """What the data pipeline has to know of the model."""
+    """The sizes of the model that the data pipeline needs."""
     return pipeline.Geometry(model.image_size, model.image_tokens, model.mask_size, model.scales.num_codes)
 
 
@@ -244,18 +243,18 @@ def phases(
     """First the VQ-VAE (vqvae.steps > 0), then the language model (train.steps > 0).
 
     Without a tokenizer no data is read: such phases can be compiled, not run. `parts`: of `open_data`;
-    the first is shown during training.
+    samples of the first one are decoded during training.
     """
 
-    def batches(task: str, rows: int, seed: int) -> Callable[[Mesh], BatchIterator] | None:
+    def batches(task: str, batch_size: int, seed: int) -> Callable[[Mesh], BatchIterator] | None:
         return tokenizer and (
             lambda mesh: pipeline.train_iterator(
                 cfg["data"],
                 tokenizer,
                 geometry(model),
                 seed=seed,
-                batch_size=rows,
-                slots=sharding.local_rows(mesh, rows),
+                batch_size=batch_size,
+                slots=sharding.local_rows(mesh, batch_size),
                 task=task,
             )
         )
@@ -267,8 +266,8 @@ def phases(
     llm = model.llm
     if data["pack"] and llm.ntk_factor > 1 and data["max_tokens"] > llm.max_positions:
         raise UserError(
-            f"data.pack: beyond {llm.max_positions} tokens this model turns positions by the "
-            "length of the row, so samples may not share one; lower data.max_tokens"
+            f"data.pack: beyond {llm.max_positions} tokens this model's RoPE depends on the "
+            "length of the sequence, so samples cannot be packed; lower data.max_tokens"
         )
     listed = []
     if vq["steps"]:
@@ -284,7 +283,7 @@ def phases(
         )
     if lm["steps"]:
         if lm["grad_dtype"] not in ("", "float32", "bfloat16"):
-            raise UserError(f"train.grad_dtype='{lm['grad_dtype']}'; there are float32, bfloat16, ''")
+            raise UserError(f"train.grad_dtype='{lm['grad_dtype']}'; choose float32, bfloat16 or ''")
         options = losses.LMOptions(
             **lm["loss"], max_labels=data["max_labels"], grad_dtype=lm["grad_dtype"], packed=bool(data["pack"])
         )

@@ -1,4 +1,4 @@
-"""What the loop and the step pass to each other: TrainState, and Phase, one stretch of a run."""
+"""The types that loop, step and losses share: TrainState, Task and its Aux, and Phase, one part of a run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 Params = dict[str, Any]
-Batch = Mapping[str, Any]  # every array has the rows of the batch first
+Batch = Mapping[str, Any]  # the first axis of every array is B, the sequences (or images) of the batch
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step changes; a checkpoint holds it whole.
+    """Everything that a step changes, and all of it is checkpointed.
 
     Attributes:
       step: int32[], updates tried so far, over all phases.
-      skipped: int32[], how many of this phase's were left out because they were not finite.
+      skipped: int32[], updates of this phase that were skipped because they were not finite.
       params: nested dict, f32; trained and frozen ones.
-      opt_state: of the trained params only.
+      opt_state: optax state of the trained params only.
       ema: moving average of the trained params; empty where optim.ema is 0.
       extra: the task's own state, or None.
     """
@@ -38,10 +38,10 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Aux:
-    """What a loss returns beside its value.
+    """What a loss returns in addition to its value.
 
     Attributes:
-      metrics: scalars that add up over microbatches to the figures of the whole batch.
+      metrics: scalars whose sum over microbatches is the metric of the batch.
       overrides: {leaf path: array} parameters set after the update (EMA codebook, restarted codes).
       extra: the task's own state after this step (EMA sums), or None.
     """
@@ -56,13 +56,13 @@ jax.tree_util.register_dataclass(Aux, ["metrics", "overrides", "extra"], [])
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One phase of training.
+    """The objective of a phase.
 
     Attributes:
-      name: 'vqvae' or 'lm'; also the kind of batch it eats.
+      name: 'vqvae' or 'lm'; also the kind of batch it takes.
       frozen: regexes of parameter paths that this task never changes.
       init_extra: params -> the task's own state (None if it has none).
-      normalizer: whole batch -> denominators, so that accumulated microbatches give exact means.
+      normalizer: batch, before it is split -> denominators, so that accumulated microbatches give exact means.
       loss: (params, extra, microbatch, rng, norm) -> (loss, Aux).
       overridden: regexes of those `frozen` parameters that the loss sets itself, by Aux.overrides.
     """
@@ -81,15 +81,15 @@ class Phase:
 
     Attributes:
       steps: number of updates.
-      global_batch, microbatch: rows per update and per forward pass, over all devices (microbatch
-        0 = global_batch).
+      global_batch, microbatch: sequences per update and per forward pass, over all devices
+        (microbatch 0 = global_batch).
       optim: keys of configs/common.py `optimizer`.
-      data: mesh -> endless iterator of this process's rows of the batches (dicts of numpy arrays,
+      data: mesh -> endless iterator over this process's share of the batches (dicts of numpy arrays,
         see sharding.local_rows), with get_state() -> JSON-able dict of what this process knows, and
         set_state() of the union of all processes' dicts. None in a phase that is only compiled.
-      samples: params -> {name: u8[H, W, 3]}, pictures for people; None draws nothing.
+      samples: params -> {name: u8[h, w, 3]}, images to look at; None = no images.
       flops: (shapes of all parameters, path -> trained?) -> operations of one step over all
-        devices, for the utilisation; None where nobody counted.
+        devices, for the MFU; None if unknown.
     """
 
     task: Task

@@ -1,6 +1,6 @@
 """One training step: gradients over microbatches, update, overrides; the same for every task.
 
-Axes: A microbatches, b rows of a microbatch, B = A * b rows of the batch.
+Axes: B sequences of the batch. It is split into A = `microbatches` microbatches of B / A sequences.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def init_state(
     ema: float = 0.0,
     extra: Any = None,
 ) -> TrainState:
-    """State at the start of a phase; also under `jax.eval_shape`."""
+    """State at the start of a phase; can be traced by `jax.eval_shape`."""
     trained, _ = trees.split(params, trainable)
     return TrainState(
         step=jnp.asarray(step, jnp.int32),
@@ -40,20 +40,20 @@ def init_state(
 
 
 def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh, rules: tuple = sharding.PARAM_RULES) -> TrainState:
-    """Tree of NamedSharding for a whole TrainState: moments lie where their parameters lie."""
+    """Tree of NamedSharding for a TrainState: moments are sharded like their parameters."""
     params = sharding.shardings(shapes.params, mesh, rules)
     flat = trees.flatten(params)
-    sizes = {path: leaf.shape for path, leaf in trees.flatten(shapes.params).items()}
+    param_shapes = {path: leaf.shape for path, leaf in trees.flatten(shapes.params).items()}
 
-    def place(path: tuple, leaf: Any) -> jax.sharding.NamedSharding:
+    def sharding_of(path: tuple, leaf: Any) -> jax.sharding.NamedSharding:
         names = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
         for i in range(len(names)):  # .../adam/llm/norm/scale -> llm/norm/scale
             name = "/".join(names[i:])
-            if sizes.get(name) == leaf.shape:
+            if param_shapes.get(name) == leaf.shape:
                 return flat[name]
         return sharding.replicated(mesh)
 
-    others = jax.tree_util.tree_map_with_path(place, shapes.replace(params={}))
+    others = jax.tree_util.tree_map_with_path(sharding_of, shapes.replace(params={}))
     return others.replace(params=params)
 
 
@@ -69,12 +69,12 @@ def make_train_step(
 ) -> StepFn:
     """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    Gradients are those of the whole batch, whatever the number of microbatches: the loss parts are
-    divided by counts over the whole batch, then summed. Where the loss or the gradient is not
-    finite, parameters and optimizer stay as they were and `skipped` counts one. Frozen parameters
-    are neither differentiated nor touched. The rng depends on seed, step and microbatch only.
-    `begin` is the phase's first step: the decay of `ema` grows from there, (1 + t) / (10 + t), so
-    that the initial weights are soon forgotten.
+    Gradients are those of the full batch for any number of microbatches: the loss terms are divided
+    by counts over the full batch, then summed. If the loss or the gradient is not finite, parameters
+    and optimizer are unchanged and `skipped` is increased. Frozen parameters are neither
+    differentiated nor updated. The rng depends on seed, step and microbatch only. `begin` is the
+    phase's first step: the decay of `ema` grows from there, (1 + t) / (10 + t), so that the initial
+    weights have little influence.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -82,45 +82,46 @@ def make_train_step(
         norm = task.normalizer(batch)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
 
-        def loss_fn(trained: Params, carry: tuple, rows: Batch, key: jax.Array):
+        def loss_fn(trained: Params, carry: tuple, microbatch: Batch, key: jax.Array):
             overrides, extra = carry
             params = trees.merge(trained, trees.replace(rest, overrides))
-            return task.loss(params, extra, rows, key, norm)
+            return task.loss(params, extra, microbatch, key, norm)
 
-        def part(carry: tuple, rows: Batch, index: jax.Array):
+        def grad_fn(carry: tuple, microbatch: Batch, index: jax.Array):
             """One microbatch: ({loss, metrics, grads} to be summed, carry for the next one)."""
             (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                trained, carry, rows, jax.random.fold_in(key, index)
+                trained, carry, microbatch, jax.random.fold_in(key, index)
             )
             sums = {"loss": loss, "metrics": aux.metrics, "grads": grads}
             return sums, (aux.overrides, aux.extra)
 
         carry = ({}, state.extra)
         if microbatches == 1:
-            total, (overrides, extra) = part(carry, batch, jnp.zeros((), jnp.int32))
+            total, (overrides, extra) = grad_fn(carry, batch, jnp.zeros((), jnp.int32))
         else:
-            total, (overrides, extra) = _accumulate(part, carry, rest, batch, microbatches)
+            total, (overrides, extra) = _accumulate(grad_fn, carry, rest, batch, microbatches)
 
-        if strange := [name for name in overrides if not trees.match(task.overridden, name)]:
+        if unexpected := [name for name in overrides if not trees.match(task.overridden, name)]:
             raise ValueError(
-                f"the loss of task '{task.name}' sets {strange}, which its `overridden` "
+                f"the loss of task '{task.name}' sets {unexpected}, which its `overridden` "
                 "does not name: checkpoints would miss the change"
             )
         grads, grad_norm = total["grads"], optax.tree.norm(total["grads"])
-        ok = jnp.isfinite(total["loss"]) & jnp.isfinite(grad_norm)
-        updates, opt_state = tx.update(grads, state.opt_state, trained)
-        after = (optax.apply_updates(trained, updates), opt_state, overrides, extra)
-        held = {name: trees.flatten(rest)[name] for name in overrides}
-        before = (trained, state.opt_state, held, state.extra)
+        ok = jnp.isfinite(total["loss"]) & jnp.isfinite(grad_norm)  # bool[]
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, trained)
+            after = (optax.apply_updates(trained, updates), opt_state, overrides, extra)
+        overridden = {name: trees.flatten(rest)[name] for name in overrides}
+        before = (trained, state.opt_state, overridden, state.extra)
         new, opt_state, overrides, extra = jax.tree.map(lambda a, b: jnp.where(ok, a, b), after, before)
         t = state.step - begin
-        share = 1 - jnp.minimum(ema, (1 + t) / (10 + t))
+        ema_rate = 1 - jnp.minimum(ema, (1 + t) / (10 + t))  # f32[]
         state = TrainState(
             step=state.step + 1,
             skipped=state.skipped + (1 - ok.astype(jnp.int32)),
             params=trees.merge(new, trees.replace(rest, overrides)),
             opt_state=opt_state,
-            ema=jax.tree.map(lambda m, p: m + share * (p - m), state.ema, new) if ema else {},
+            ema=jax.tree.map(lambda m, p: m + ema_rate * (p - m), state.ema, new) if ema else {},
             extra=extra,
         )
         return state, {**total["metrics"], "loss": total["loss"], "grad_norm": grad_norm}
@@ -128,24 +129,24 @@ def make_train_step(
     return step
 
 
-def _accumulate(part: Callable, carry: tuple, rest: Params, batch: Batch, count: int) -> tuple[Any, tuple]:
-    """Sum of `part` over `count` microbatches; overrides and extra pass from each to the next."""
+def _accumulate(grad_fn: Callable, carry: tuple, rest: Params, batch: Batch, count: int) -> tuple[Any, tuple]:
+    """Sum of `grad_fn` over `count` microbatches; overrides and extra are carried from each to the next."""
 
-    def rows(x: jax.Array) -> jax.Array:
-        # Strided, so that every device keeps its own rows: [B, ...] -> [b, A, ...] -> [A, b, ...].
+    def microbatches(x: jax.Array) -> jax.Array:
+        # Strided, so that no sequence moves to another device: [B, ...] -> [B/A, A, ...] -> [A, B/A, ...].
         x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
         return sharding.constrain(x, None, "act_batch", *(None,) * (x.ndim - 2))
 
-    split = jax.tree.map(rows, batch)
+    split = jax.tree.map(microbatches, batch)
     first = jax.tree.map(lambda x: x[0], split)
-    shapes, (names, _) = jax.eval_shape(part, carry, first, jnp.zeros((), jnp.int32))
+    shapes, (names, _) = jax.eval_shape(grad_fn, carry, first, jnp.zeros((), jnp.int32))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     _, extra = carry
     carry = {name: trees.flatten(rest)[name] for name in names}, extra
 
     def body(sums: tuple, xs: tuple) -> tuple[tuple, None]:
         total, carry = sums
-        more, carry = part(carry, *xs)
+        more, carry = grad_fn(carry, *xs)
         return (jax.tree.map(jnp.add, total, more), carry), None
 
     (total, carry), _ = jax.lax.scan(body, (zeros, carry), (split, jnp.arange(count)))

@@ -142,7 +142,7 @@ def test_what_is_frozen_is_written_once_a_phase(tmp_path):
 
 def test_states_of_several_processes_are_one():
     states = [{"taken": {"0": 3, "1": 4}, "step": 7}, {"taken": {"1": 4, "2": 5}, "step": 7}]
-    assert orbax_io._united(states) == {"taken": {"0": 3, "1": 4, "2": 5}, "step": 7}
+    assert orbax_io._merged(states) == {"taken": {"0": 3, "1": 4, "2": 5}, "step": 7}
 
 
 def test_a_half_written_step_does_not_count(tmp_path):

@@ -103,7 +103,7 @@ def test_names_that_are_no_numbers_of_steps(work, capfd):
     (work / "checkpoints" / "8").write_text("a file")
     assert steps.complete_steps(work) == [2, 4]
     said = capfd.readouterr().err
-    assert said.count("\n") == 1 and "'²' is no step" in said and "'8' is no step" in said and "notes" not in said
+    assert said.count("\n") == 1 and "'²' is not a step" in said and "'8' is not a step" in said and "notes" not in said
     assert run(work)["step"] == 4
 
 
@@ -118,10 +118,10 @@ def test_no_whole_step_beside_metrics_is_refused(work):
     """A new run would overwrite what is left of the old one."""
     for step in ("2", "4"):
         cut(work / "checkpoints" / step, "train")
-    with pytest.raises(UserError, match=r"has metrics up to step 4, but no step in checkpoints/ is whole"):
+    with pytest.raises(UserError, match=r"has metrics up to step 4, but no step in checkpoints/ is complete"):
         run(work)
     assert steps.find_step(work).name == "4"  # its weights are there: `evaluate` may use them
-    with pytest.raises(UserError, match="2 is not whole: it lacks ema"):
+    with pytest.raises(UserError, match="2 is not complete: it lacks ema"):
         cut(work / "checkpoints" / "2", "ema")
         steps.find_step(work / "checkpoints" / "2")
 

@@ -90,7 +90,7 @@ def test_train_names_the_line_when_too_many_are_broken(data, tmp_path, capfd):
         (["--config.train.dtype=float99"], "dtype 'float99' is unknown"),
         (["--config.train.remat=half"], "remat 'half' is unknown"),
         (["--config.mesh.data=3"], "mesh.data=3"),
-        (["--config.train.global_batch=3"], "lm: rows per forward pass"),
+        (["--config.train.global_batch=3"], "lm: sequences per forward pass"),
         (["--config.train.microbatch=5"], "microbatch 5 does not divide"),
         (["--config.train.steps=0"], "nothing to train"),
         (["--config.optim.freeze=('visoin/.*',)"], "visoin"),

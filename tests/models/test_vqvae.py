@@ -15,7 +15,7 @@ from safetensors.numpy import load
 from argenseg_jax import trees
 from argenseg_jax.interop import state_dict as interop
 from argenseg_jax.models.vqvae import VQVAE, _depth_to_space, _space_to_depth
-from argenseg_jax.train.vqvae_loss import init_state, mix_masks, vqvae_loss
+from argenseg_jax.train.vqvae_loss import VqvaeLossOptions, init_state, mix_masks, vqvae_loss
 
 NANO = VQVAE(
     ch=16,
@@ -221,7 +221,7 @@ def test_training_learns_masks_and_keeps_code_zero():
     @jax.jit
     def step(params, opt, state, key):
         def loss_fn(p):
-            loss, *rest = vqvae_loss(model, p, grey, key, state, mix=0.0)
+            loss, *rest = vqvae_loss(model, p, grey, key, state, VqvaeLossOptions(mix=0.0))
             return loss, rest
 
         (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)

@@ -38,7 +38,7 @@ def test_a_killed_process_ends_the_others_and_one_goes_on(whole, tmp_path):
         if index != 2:
             last = err.strip().split("\n")[-1]
             assert last.startswith(f"error: process {index} of 4 stops, most likely because another")
-            assert "the same command on all hosts goes on" in last and "Traceback" not in err
+            assert "the same command on all hosts resumes" in last and "Traceback" not in err
     assert 2 <= orbax_io.newest_step(tmp_path) <= 6  # of step 6 it may not have been told yet
     hosts_child.train(tmp_path, devices=jax.devices()[:2])
     np.testing.assert_allclose(losses(tmp_path), whole[0], rtol=1e-5)

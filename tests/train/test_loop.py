@@ -180,7 +180,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, capfd):
 
     with pytest.raises(KeyboardInterrupt):
         run(toy.config(), tmp_path, data=Impatient)
-    assert "once more: at once" in capfd.readouterr().err
+    assert "once more: stops now" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert run(toy.config(), tmp_path)["step"] == 6
 
@@ -243,7 +243,7 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(tmp_path, monkeypatch, wher
         with pytest.raises(UserError, match="cannot be written .No space left on device.") as caught:
             run(toy.config(), tmp_path)
     if where != "metrics":
-        assert str(caught.value).endswith("there is no whole step yet")
+        assert str(caught.value).endswith("there is no complete step yet")
     assert not (tmp_path / locks.FILE).exists()
     assert run(toy.config(), tmp_path)["step"] == 6
 
@@ -251,7 +251,7 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(tmp_path, monkeypatch, wher
 @pytest.mark.parametrize(
     "name, content, line",
     [
-        ("config.json", "[]", "config.json is no configuration of a run"),
+        ("config.json", "[]", "config.json is not the config of a run"),
         ("config.json", "{", "config.json is no valid JSON"),
         ("metrics.jsonl", '{"step": 2}\n{\n{"step": 3}\n', "metrics.jsonl:2"),
         (

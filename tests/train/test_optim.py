@@ -54,7 +54,7 @@ def test_adamw_first_update_is_the_sign():
         np.testing.assert_allclose(np.abs(u), 0.1, rtol=1e-4, err_msg=path)
 
 
-def test_adafactor_keeps_rows_and_columns():
+def test_adafactor_stores_rows_and_columns():
     """A large matrix has two vectors of state; the update of a rank-one square is the gradient's sign."""
     params = {"llm": {"layers": {"mlp": {"gate": {"kernel": jnp.ones((2, 128, 256))}}}}}
     tx = optim.build(section(name="adafactor"), 10, params)
@@ -77,7 +77,7 @@ def test_muon_orthogonalises_each_layer_as_one_matrix():
         for layer in layers:
             values = np.linalg.svd(layer, compute_uv=False) / (0.1 * fan)
             assert values.min() > 0.3 and values.max() < 1.3, (name, values)
-    for name in ("llm/layers/norm/scale", "llm/embed/embedding"):  # AdamW with a rate of its own
+    for name in ("llm/layers/norm/scale", "llm/embed/embedding"):  # AdamW with its own learning rate
         np.testing.assert_allclose(np.abs(got[name]), 0.01, rtol=1e-4)
 
 
@@ -102,7 +102,7 @@ def test_groups_scale_the_rate_and_the_first_match_wins():
     assert rates["llm/layers/attn/q/kernel"] == pytest.approx(0.05, rel=1e-3)
     assert rates["llm/layers/mlp/gate/kernel"] == 0
     assert rates["llm/embed/embedding"] == pytest.approx(0.1, rel=1e-3)
-    with pytest.raises(UserError, match="optim.groups covers not llm/embed/embedding"):
+    with pytest.raises(UserError, match="optim.groups does not cover llm/embed/embedding"):
         optim.build(section(groups=(("llm/layers/.*", 1.0),)), 10, PARAMS)
 
 
@@ -116,7 +116,7 @@ def test_clipping_uses_the_global_norm():
 
 
 def test_freezing():
-    select = optim.trainable(PARAMS, (r"llm/embed/.*",), held=(r".*/scale",))
+    select = optim.trainable(PARAMS, (r"llm/embed/.*",), frozen=(r".*/scale",))
     assert [p for p in trees.flatten(PARAMS) if not select(p)] == ["llm/layers/norm/scale", "llm/embed/embedding"]
     with pytest.raises(UserError, match="'lm/.*' matches no parameter"):
         optim.trainable(PARAMS, ("lm/.*",))

@@ -1,4 +1,4 @@
-"""init_from: whatever a checkpoint holds is taken over, the rest starts fresh and is named."""
+"""init_from: whatever a checkpoint holds is loaded, the rest starts fresh and is listed."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from argenseg_jax.models import variants
 from argenseg_jax.train import run
 from tests import tiny
 
-OLD_WORDS = tiny.made()[0].vocab.base + 9  # before <mask> and the codes
+OLD_VOCAB = tiny.made()[0].vocab.base + 9  # before <mask> and the codes
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +28,17 @@ def sources(tmp_path_factory):
     base.mkdir()
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (base / file).write_bytes((folder / file).read_bytes())
-    kept = {}
+    tensors = {}
     for name, tensor in dict(hf_folder.open_tensors(folder)).items():
         if name.startswith(("vision_model.", "language_model.", "mlp1.")):
-            words = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-            kept[name] = tensor[:OLD_WORDS] if words else tensor
-    (base / "model.safetensors").write_bytes(safetensors.numpy.save(kept))
+            is_table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+            tensors[name] = tensor[:OLD_VOCAB] if is_table else tensor
+    (base / "model.safetensors").write_bytes(safetensors.numpy.save(tensors))
     return {"workdir": workdir, "step": workdir / "checkpoints" / "1", "hf": folder, "base": base}
 
 
 @pytest.mark.parametrize("kind", ["workdir", "step", "hf", "nano"])
-def test_whole_checkpoints(sources, monkeypatch, capsys, kind):
+def test_complete_checkpoints(sources, monkeypatch, capsys, kind):
     monkeypatch.setattr(checkpoint, "NANO", sources["hf"])
     model, params = tiny.made()
     source = checkpoint.open_checkpoint("nano" if kind == "nano" else str(sources[kind]))
@@ -49,7 +49,7 @@ def test_whole_checkpoints(sources, monkeypatch, capsys, kind):
 
 
 def test_a_released_folder_lacks_what_argenseg_adds(sources, capsys):
-    """New words start as the mean of the old rows, tables and VQ-VAE fresh; all of it is said."""
+    """New tokens start as the mean of the old entries, tables and VQ-VAE fresh; all of it is listed."""
     model, params = tiny.made()
     source = checkpoint.open_checkpoint(str(sources["base"]))
     assert checkpoint.tokenizer_for(model, source).vocab == model.vocab
@@ -57,14 +57,14 @@ def test_a_released_folder_lacks_what_argenseg_adds(sources, capsys):
     want = trees.flatten(params)
     assert {n.split("/")[0] for n in known} == {"vision", "connector", "llm"}
     for name, array in known.items():
-        words = np.s_[:OLD_WORDS] if "embedding" in name else np.s_[:, :OLD_WORDS]
-        where = words if name in ("llm/embed/embedding", "llm/lm_head/kernel") else ...
+        old = np.s_[:OLD_VOCAB] if "embedding" in name else np.s_[:, :OLD_VOCAB]
+        where = old if name in ("llm/embed/embedding", "llm/lm_head/kernel") else ...
         np.testing.assert_array_equal(array[where], want[name][where])
     embed = known["llm/embed/embedding"]
-    np.testing.assert_allclose(embed[OLD_WORDS : model.vocab.size].std(axis=0), 0, atol=1e-6)
-    np.testing.assert_allclose(embed[OLD_WORDS], embed[:OLD_WORDS].mean(0), atol=1e-5)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "these start fresh: visual/*, vqvae/*" in said
+    np.testing.assert_allclose(embed[OLD_VOCAB : model.vocab.size].std(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(embed[OLD_VOCAB], embed[:OLD_VOCAB].mean(0), atol=1e-5)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "these start fresh: visual/*, vqvae/*" in err
 
 
 def test_a_bfloat16_checkpoint_trains_in_float32(tmp_path):
@@ -85,13 +85,13 @@ def test_other_sizes_start_fresh_and_another_model_is_refused(sources, capsys):
         "fresh: llm/layers/mlp/down/kernel, llm/layers/mlp/gate/kernel, llm/layers/mlp/up/kernel"
         in capsys.readouterr().err
     )
-    strange = {"other": {"kernel": jax.ShapeDtypeStruct((3,), np.float32)}}
+    unexpected = {"other": {"kernel": jax.ShapeDtypeStruct((3,), np.float32)}}
     with pytest.raises(UserError, match="none of its parameters fits"):
-        run.known_weights(source, strange)
+        run.known_weights(source, unexpected)
 
 
-def test_training_goes_on_from_a_released_folder(sources, tmp_path):
-    """The whole way: `train` with init_from; frozen vision stays what the folder held."""
+def test_training_starts_from_a_released_folder(sources, tmp_path):
+    """`train` with init_from; frozen vision is that of the folder."""
     from configs import common
 
     cfg = common.base().to_dict()
@@ -128,14 +128,14 @@ def test_a_part_that_is_neither_loaded_nor_trained_is_an_error(sources):
 
     vqvae = cfg["vqvae"] | {"steps": 3}
     everything = cfg["optim"] | {"freeze": ()}
-    whole = tiny.made()[1]
+    params = tiny.made()[1]
     assert left() == "vision/*, vqvae/*"  # the paper's recipe without init_from
     assert left(vqvae=vqvae) == "vision/*" and left(optim=everything) == "vqvae/*"
-    assert left(vqvae=vqvae, optim=everything) == "" == left(whole)
+    assert left(vqvae=vqvae, optim=everything) == "" == left(params)
     assert left(allow=("vision/.*", "vqvae/.*")) == ""
-    assert left({"vision": whole["vision"]}, vqvae=vqvae) == ""
+    assert left({"vision": params["vision"]}, vqvae=vqvae) == ""
     frozen = cfg["optim"] | {"freeze": ("vision/.*", "llm/norm/.*", "connector/.*")}
-    assert left({k: whole[k] for k in ("vision", "vqvae")}, optim=frozen) == "connector/*, llm/norm/scale"
+    assert left({k: params[k] for k in ("vision", "vqvae")}, optim=frozen) == "connector/*, llm/norm/scale"
 
 
 def test_a_resumed_run_needs_no_init_from(sources, tmp_path):

@@ -1,4 +1,4 @@
-"""The step: accumulation, frozen and held parameters, steps that are not finite, devices."""
+"""The step: accumulation, frozen and overridden parameters, steps that are not finite, devices."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from argenseg_jax.train import optim
 from argenseg_jax.train import step as step_lib
 from tests.train import toy
 
-STEADY = 1e-4  # AdamW's eps: a gradient that is rounding alone must not become a whole step
+STEADY = 1e-4  # AdamW's eps: a gradient of rounding errors only must not become a full update
 
 
 def build(*, task=None, microbatches=1, ema=0.0, freeze=("visual/lvl_embed",), **section):
@@ -33,20 +33,20 @@ def close(a, b, **tolerance):
 @pytest.mark.parametrize("count", [2, 4])
 def test_accumulation_equals_the_full_batch(count):
     task = toy.task(dropout=False)
-    state, whole = build(task=task)
+    state, full = build(task=task)
     _, parts = build(task=task, microbatches=count)
     batch = {k: jnp.asarray(v) for k, v in toy.batch(0).items()}
-    a, m = jax.jit(whole)(state, batch)
+    a, m = jax.jit(full)(state, batch)
     b, n = jax.jit(parts)(state, batch)
     close(m, n, rtol=1e-5)
-    # Rows of weight 0 fall unevenly: a mean of the microbatches' own means would be off.
+    # Examples of weight 0 are distributed unevenly: a mean of the microbatches' own means would be wrong.
     assert len({float(batch["weight"][i::count].sum()) for i in range(count)}) > 1
     trained = lambda s: trees.split(s.params, lambda p: not p.startswith("vqvae"))[0]
     close(trained(a), trained(b), rtol=1e-4, atol=1e-6)
     assert float(a.extra["seen"]) == float(b.extra["seen"]) == batch["weight"].sum()
 
 
-def test_frozen_parameters_keep_every_bit_and_have_no_state():
+def test_frozen_parameters_are_unchanged_and_have_no_state():
     state, step = build(name="muon", matrices=("connector/.*/kernel",), weight_decay=0.1, ema=0.5)
     moments = {
         "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
@@ -70,7 +70,7 @@ def test_overrides_are_set_directly():
     batch = toy.batch(0)
     after, _ = step(state, batch)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 0), 0)
-    _, aux = toy.loss(state.params, state.extra, batch, key, {"rows": batch["weight"].sum()})
+    _, aux = toy.loss(state.params, state.extra, batch, key, {"examples": batch["weight"].sum()})
     close(after.params["vqvae"]["quantizer"]["codebook"], aux.overrides["vqvae/quantizer/codebook"], rtol=1e-4)
 
 
@@ -117,7 +117,7 @@ def test_devices_do_not_change_the_result(sizes, one_device):
     mesh = sharding.make_mesh(cfg, jax.devices()[: int(np.prod(list(cfg.values())))])
     layout = step_lib.state_shardings(jax.eval_shape(lambda: state), mesh)
     fc1 = layout.params["connector"]["fc1"]["kernel"].spec
-    assert fc1 == layout.ema["connector"]["fc1"]["kernel"].spec  # averages lie with their weights
+    assert fc1 == layout.ema["connector"]["fc1"]["kernel"].spec  # averages are sharded like their weights
     assert fc1 in {s.spec for s in jax.tree.leaves(layout.opt_state)}
     state = jax.device_put(state, layout)
     with jax.set_mesh(mesh):
@@ -130,7 +130,7 @@ def test_devices_do_not_change_the_result(sizes, one_device):
     assert shard == (toy.WIDTH // cfg["fsdp"], 16 // cfg["tensor"])
 
 
-def test_the_held_list_must_cover_the_overrides():
+def test_overrides_must_be_frozen():
     task = dataclasses.replace(toy.task(), frozen=())
     state, step = build(task=task, freeze=())
     with pytest.raises(KeyError, match="codebook"):

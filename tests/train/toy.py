@@ -1,4 +1,4 @@
-"""A small task with every feature that the loop knows: dropout, a held codebook, frozen weights."""
+"""A small task with every feature that the loop supports: dropout, an overridden codebook, frozen weights."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def init(rng: jax.Array) -> dict[str, Any]:
 
 
 def loss(params, extra, batch, rng, norm):
-    """Squared error over the rows with weight; the codebook counts what it has seen."""
+    """Squared error over the examples with weight; `extra` counts them."""
     x = batch["x"] * params["connector"]["norm"]["scale"] + params["connector"]["norm"]["bias"]
     x = x + x @ params["visual"]["word_embed"]["kernel"] * 0.1 + params["visual"]["lvl_embed"][0]
     h = jnp.tanh(x @ params["connector"]["fc1"]["kernel"] + params["connector"]["fc1"]["bias"])
     keep = jax.random.bernoulli(rng, 0.9, h.shape[-1:])
     y = (h * keep) @ params["connector"]["fc2"]["kernel"] + params["connector"]["fc2"]["bias"]
     error = jnp.sum((y - batch["y"]) ** 2, -1) * batch["weight"]
-    value = jnp.sum(error) / norm["rows"]
+    value = jnp.sum(error) / norm["examples"]
     codebook = params["vqvae"]["quantizer"]["codebook"]
     return value, Aux(
         {"gen_loss": value},
@@ -59,27 +59,27 @@ def task(name: str = "lm", frozen: tuple[str, ...] = ("vqvae/.*",), *, dropout: 
         name,
         frozen,
         lambda params: {"seen": jnp.zeros(())},
-        lambda batch: {"rows": jnp.maximum(batch["weight"].sum(), 1.0)},
+        lambda batch: {"examples": jnp.maximum(batch["weight"].sum(), 1.0)},
         fn,
         overridden=("vqvae/quantizer/codebook",),
     )
 
 
-def batch(index: int, rows: int = 8) -> dict[str, np.ndarray]:
+def batch(index: int, size: int = 8) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(index)
-    x = rng.normal(size=(rows, WIDTH)).astype(np.float32)
-    return {"x": x, "y": np.tanh(x[:, :OUT]) + 1, "weight": (np.arange(rows) % 3 > 0).astype(np.float32)}
+    x = rng.normal(size=(size, WIDTH)).astype(np.float32)
+    return {"x": x, "y": np.tanh(x[:, :OUT]) + 1, "weight": (np.arange(size) % 3 > 0).astype(np.float32)}
 
 
 class Data(Iterator):
-    """This process's rows of the batches 0, 1, 2, ...; the state is the number of the next one."""
+    """This process's examples of the batches 0, 1, 2, ...; the state is the index of the next batch."""
 
-    def __init__(self, mesh: Mesh, rows: int = 8):
-        self.index, self.rows, self.places = 0, rows, sharding.local_rows(mesh, rows)
+    def __init__(self, mesh: Mesh, size: int = 8):
+        self.index, self.size, self.slots = 0, size, sharding.local_rows(mesh, size)
 
     def __next__(self) -> dict[str, np.ndarray]:
         self.index += 1
-        return {k: x[self.places] for k, x in batch(self.index - 1, self.rows).items()}
+        return {k: x[self.slots] for k, x in batch(self.index - 1, self.size).items()}
 
     def get_state(self) -> dict[str, int]:
         return {"index": self.index}
@@ -99,7 +99,7 @@ def config(**train: Any) -> dict[str, Any]:
 
 
 def phases(cfg: dict[str, Any], first: int = 0, data: type = Data) -> list[Phase]:
-    """An lm phase, behind `first` steps of another one."""
+    """An lm phase, after `first` steps of another one."""
     t = cfg["train"]
     lm = Phase(task(), t["steps"], t["global_batch"], t["microbatch"], cfg["optim"], data)
     if not first:
