@@ -25,7 +25,7 @@ from etils import epath
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from argenseg_jax.ckpt import checksums, orbax_io
+from argenseg_jax.ckpt import checksums, orbax_io, params_writer
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         step = epath.Path(folder) / "checkpoints" / "1"
         leaves = {"layers/w": jax.ShapeDtypeStruct(shape, ml_dtypes.bfloat16)}
-        with orbax_io.ParamsWriter(step, leaves, checksums=False) as writer:
+        with params_writer.ParamsWriter(step, leaves, checksums=False) as writer:
             for layer in range(layers):
                 writer.write(
                     "layers/w", (layer,), rng.integers(0, 2**16, shape[1:], np.uint16).view(ml_dtypes.bfloat16)
