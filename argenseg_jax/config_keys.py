@@ -55,7 +55,7 @@ METRICS = (
     "mmmu",
     "exact",
 )  # of eval/metrics/registry.py
-PROMPTS = ("referring", "semantic", "reasoning")  # of data/sources/psalm.py
+PROMPTS = ("referring", "semantic", "reasoning")  # of data/sources/templates.py
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from argenseg_jax import config_keys
-from argenseg_jax.data.sources import psalm
+from argenseg_jax.data.sources import templates
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval.metrics import registry
 from argenseg_jax.models import layers, variants
@@ -104,7 +104,7 @@ def test_the_table_and_the_defaults_name_the_same_keys():
 
 def test_names_that_other_files_define():
     assert config_keys.METRICS == tuple(registry.METRICS)
-    assert config_keys.PROMPTS == tuple(psalm.PROMPTS)
+    assert config_keys.PROMPTS == tuple(templates.PROMPTS)
     assert set(config_keys.REMAT) == set(layers.REMAT_POLICIES)
 
 

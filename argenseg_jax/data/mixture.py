@@ -39,9 +39,10 @@ from etils import epath
 from argenseg_jax import files
 from argenseg_jax.data.reader import Reader, Reading, Window
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources.base import MixtureComponent, Source
 from argenseg_jax.data.sources.coco import CocoSource
 from argenseg_jax.data.sources.interactive import Change, InteractiveSource
-from argenseg_jax.data.sources.jsonl import JsonlSource, MetaSource, MixtureComponent, Source
+from argenseg_jax.data.sources.jsonl import JsonlSource, MetaSource
 from argenseg_jax.data.sources.label_maps import LabelMapSource
 from argenseg_jax.data.sources.mvtec import AnomalySource
 from argenseg_jax.data.sources.own import open_own
@@ -194,7 +195,7 @@ def open_source(
     Args:
       name: see the module's text.
       root: directory that relative paths in `name` start from.
-      prompt: of PSALM files: a name in psalm.PROMPTS or a text with `{sent}`.
+      prompt: of PSALM files: a name in templates.PROMPTS or a text with `{sent}`.
       image_root: directory of the pictures; by default that of the annotation file.
       reading: how images and masks are read (data/reader.py).
     """

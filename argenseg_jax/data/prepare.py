@@ -37,7 +37,7 @@ from argenseg_jax import files, locks, processes
 from argenseg_jax.data import mixture, prompt, transforms
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import psalm, records, tfds_folder
+from argenseg_jax.data.sources import records, templates, tfds_folder
 from argenseg_jax.data.sources.prepared import FORMAT, MANIFEST, PLAN, SHARDS, SUMMARY, checksum
 from argenseg_jax.data.statistics import Statistics
 from argenseg_jax.errors import SampleError, UserError, brief, located
@@ -114,7 +114,7 @@ class _Items:
             job.image_root,
             Reading(job.window, job.max_pixels, allow_outside=job.allow_outside),
         )
-        if job.prompt != psalm.DEFAULT and not any(mixture.takes_prompt(part.source) for part in self.parts):
+        if job.prompt != templates.DEFAULT and not any(mixture.takes_prompt(part.source) for part in self.parts):
             raise UserError(f"prompt {job.prompt!r} changes nothing: these sources hold their own questions")
         self.counts = []
         for part in self.parts:

@@ -9,7 +9,7 @@ from pycocotools import mask as coco
 
 from argenseg_jax.data import mixture
 from argenseg_jax.data.mixture import open_mixture, open_source
-from argenseg_jax.data.sources import jsonl, panoptic, psalm
+from argenseg_jax.data.sources import jsonl, panoptic, templates
 from argenseg_jax.errors import SampleError, UserError
 
 SIZE = (12, 8)  # width, height
@@ -249,7 +249,7 @@ def test_psalm(folder):
     )
     other = open_source(f"psalm:{path}", prompt="Segment the {sent} in the image.")
     assert other[0].conversations[0]["value"] == "Segment the a. b c in the image."
-    assert psalm.question(["sky"], "semantic") == "<image>\n Please segment sky in this image."
+    assert templates.question(["sky"], "semantic") == "<image>\n Please segment sky in this image."
     with pytest.raises(UserError, match="eval.prompt"):
         open_source(str(path), prompt="nonsense")
 

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from etils import epath
@@ -18,9 +18,41 @@ from argenseg_jax.data.reader import Reader, Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import DATA_FAULTS, SampleError, UserError, brief, located
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-ANSWER = "Sure, the segmentation result: <mask>."
-Entry, Made = TypeVar("Entry"), TypeVar("Made")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+MOST_TIMES = 1e9  # that a data set is repeated; sums of weights stay finite, and none disappears beside them
+Entry, Built = TypeVar("Entry"), TypeVar("Built")
+
+
+class Source(Protocol):
+    """Random access to samples. `draw` is only needed where chance takes part."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+class MixtureComponent(NamedTuple):
+    """One part of a mixture: `length` samples are drawn in proportion to `weight`."""
+
+    source: Source
+    length: int
+    weight: float
+
+    def repeated(self, times: float, name: str) -> MixtureComponent:
+        """The part counted `times` times; below 1 only the first part of its samples is used."""
+        if not 1 / MOST_TIMES <= times <= MOST_TIMES:
+            raise UserError(
+                f"{name}: the weight (repeat_time) must be above 0 (from {1 / MOST_TIMES:g} to "
+                f"{MOST_TIMES:g}), not {times:g}"
+            )
+        length = min(self.length, max(1, int(self.length * times))) if times < 1 else self.length
+        return MixtureComponent(self.source, length, self.weight * times)
+
+
+def check_index(index: int, length: int) -> None:
+    """IndexError unless 0 <= index < length: a source has no negative indices."""
+    if not 0 <= index < length:
+        raise IndexError(f"index {index} is outside of 0..{length - 1}")
 
 
 class Indexed(Generic[Entry]):
@@ -41,12 +73,11 @@ class Indexed(Generic[Entry]):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.named(index, self.made)
+        return self.with_meta(index, self.build)
 
     def named(self, index: int, made: Callable[[Entry], Sample]) -> Sample:
         """made(entries[index]) with its place in `meta` and in the message of any fault."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside of 0..{len(self) - 1}")
+        check_index(index, len(self))
         entry = self.entries[index]
         where = self.where(entry)
         with located(where, self.what, faults=Exception):
@@ -64,12 +95,12 @@ class Indexed(Generic[Entry]):
 
     def where(self, entry: Entry) -> str:
         """The file and the entry, for messages and reports."""
-        return f"{self.name}: {self.from_(entry)}"
+        return f"{self.name}: {self.describe(entry)}"
 
-    def made(self, entry: Entry) -> Sample:
+    def build(self, entry: Entry) -> Sample:
         raise NotImplementedError
 
-    def from_(self, entry: Entry) -> str:
+    def describe(self, entry: Entry) -> str:
         raise NotImplementedError
 
 
@@ -129,9 +160,9 @@ def frames(
     folder = root.file(video)
     if files.kind_of(folder, SampleError) != "folder":
         raise SampleError(f"video {video}: no folder of frames (video files must be unpacked first)")
-    found = pictures(folder, SampleError)
+    found = image_files(folder, SampleError)
     if not found:
-        raise SampleError(f"video {video}: no frames; looked for {', '.join(PICTURES)}")
+        raise SampleError(f"video {video}: no frames; looked for {', '.join(IMAGE_SUFFIXES)}")
     step = max(1.0, len(found) / most)
     chosen = [found[int(k * step)] for k in range(min(len(found), most))]
     written = "\n".join(f"Frame{k}: <image>" for k in range(1, len(chosen) + 1)) + "\n"
@@ -148,9 +179,9 @@ def subfolders(folder: epath.Path) -> list[epath.Path]:
     return [p for p in files.listed(folder) if files.kind_of(p) == "folder"]
 
 
-def pictures(folder: epath.Path, error: type[UserError] = UserError) -> list[epath.Path]:
+def image_files(folder: epath.Path, error: type[UserError] = UserError) -> list[epath.Path]:
     """The image files of a folder, by name; hidden ones (macOS's ._a.png) are left out."""
-    return [p for p in files.listed(folder, error) if p.suffix.lower() in PICTURES]
+    return [p for p in files.listed(folder, error) if p.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def by_stem(paths: Sequence[epath.Path]) -> dict[str, epath.Path]:
@@ -162,11 +193,6 @@ def by_stem(paths: Sequence[epath.Path]) -> dict[str, epath.Path]:
 def stem(path: epath.Path) -> str:
     """The name without its ending; macOS takes letters apart (NFD), others do not."""
     return unicodedata.normalize("NFC", path.stem)
-
-
-def turns(question: str, answer: str = ANSWER) -> list[dict[str, str]]:
-    """A conversation of one question and one answer."""
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def records(content: Any, key: str, path: Any) -> list[Mapping[str, Any]]:
@@ -181,7 +207,7 @@ def records(content: Any, key: str, path: Any) -> list[Mapping[str, Any]]:
     return found
 
 
-def each(entries: Sequence[Any], make: Callable[[Any], Made], where: str) -> list[Made]:
+def each(entries: Sequence[Any], make: Callable[[Any], Built], where: str) -> list[Built]:
     """make(entry) of all; UserError names `where` and the number of the entry that is of another form."""
     try:
         return [make(entry) for entry in entries]
@@ -217,7 +243,7 @@ def classes(
 ) -> tuple[dict[int | str, str], dict[int | str, int | str]]:
     """({category id: name}, {category id: the first id of that name}): two of one name are one question."""
     known = by_id(categories, where)
-    names = each(list(known.values()), lambda c: spoken(text(c["name"], "the name")), where)
+    names = each(list(known.values()), lambda c: sentence(text(c["name"], "the name")), where)
     return dict(zip(known, names, strict=True)), firsts(dict(zip(known, names, strict=True)))
 
 
@@ -256,7 +282,7 @@ def ids_of(**ids: Any) -> dict[str, int | str]:
     return found
 
 
-def spoken(name: str) -> str:
+def sentence(name: str) -> str:
     """A class name as words: 'trash_can' -> 'trash can', 'bicycle:wheel' -> 'wheel of the bicycle'."""
     name = unicodedata.normalize("NFC", name)
     whole, _, part = (" ".join(w.replace("_", " ").split()) for w in name.partition(":"))

@@ -17,7 +17,7 @@ from argenseg_jax import files
 from argenseg_jax.data import rle
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import base, psalm
+from argenseg_jax.data.sources import base, templates
 
 # family -> (annotation files, folders of pictures); {split} is filled in
 LAYOUTS = {
@@ -70,7 +70,7 @@ class CocoSource(base.Indexed[Objects]):
       family: a key of LAYOUTS.
       split: such as val2017.
       image_root: folder that file names start from; by default looked for in the usual places.
-      prompt: how a class is asked for; see psalm.question.
+      prompt: how a class is asked for; see templates.question.
       reading: see data/reader.py.
     """
 
@@ -82,10 +82,10 @@ class CocoSource(base.Indexed[Objects]):
         family: str = "coco",
         split: str = "",
         image_root: epath.PathLike = "",
-        prompt: str = psalm.DEFAULT,
+        prompt: str = templates.DEFAULT,
         reading: Reading = Reading(),
     ):
-        psalm.question([], prompt)
+        templates.question([], prompt)
         split = split or SPLITS[family]
         annotations, places = ([p.format(split=split) for p in part] for part in LAYOUTS[family])
         path = base.find(folder, f"annotations of {family}", *annotations)
@@ -109,10 +109,10 @@ class CocoSource(base.Indexed[Objects]):
         self._root = base.Root(root, reading.allow_outside)
         super().__init__(str(path), entries, reading)
 
-    def from_(self, entry: Objects) -> str:
+    def describe(self, entry: Objects) -> str:
         return f"image {entry.image_id}, category {entry.category_id}"
 
-    def made(self, entry: Objects) -> Sample:
+    def build(self, entry: Objects) -> Sample:
         info = base.look_up(self._images, entry.image_id, "image")
         name = base.look_up(self._names, entry.category_id, "category")
         image, height, width = self.sized(info, self._root, "of the entry")
@@ -127,7 +127,7 @@ class CocoSource(base.Indexed[Objects]):
         if self.family != "coco":
             drawn = rle.objects(single, height, width)
             return Sample(
-                base.turns(psalm.question([name], psalm.wording(self.prompt))),
+                templates.turns(templates.question([name], templates.class_prompt(self.prompt))),
                 (image,),
                 (drawn.mask,),
                 {**meta, **drawn.meta(), "metric": "semantic"},
@@ -141,8 +141,8 @@ class CocoSource(base.Indexed[Objects]):
         meta |= rle.Drawn(each[0].mask, sum(one.dropped for one in each)).meta()
         asked = f"<image>\n Please segment every {name} in this image, one by one."
         return Sample(
-            base.turns(
-                asked if self.prompt == psalm.DEFAULT else psalm.question([name], self.prompt),
+            templates.turns(
+                asked if self.prompt == templates.DEFAULT else templates.question([name], self.prompt),
                 f"Sure, the segmentation results: {', '.join(['<mask>'] * len(each))}.",
             ),
             (image,),

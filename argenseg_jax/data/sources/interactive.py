@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import base
+from argenseg_jax.data.sources import templates
 from argenseg_jax.errors import SampleError, UserError
 
 Change = Callable[[Sample, np.random.Generator], Sample]
@@ -78,7 +78,7 @@ class InteractiveSource:
             raise SampleError(f"{where}: the mask is no grey mask at the size of its image")
         image, text = prompted(sample.images[0], inside, self.prompt, rng, central)
         meta = {k: v for k, v in sample.meta.items() if k != "sents"}
-        return Sample(base.turns(text), (image,), (mask,), {**meta, "kind": self.prompt, "metric": "interactive"})
+        return Sample(templates.turns(text), (image,), (mask,), {**meta, "kind": self.prompt, "metric": "interactive"})
 
 
 def prompted(

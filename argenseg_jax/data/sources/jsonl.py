@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -16,7 +16,6 @@ from argenseg_jax.data.sample import Sample, is_generated
 from argenseg_jax.data.sources import base, panoptic
 from argenseg_jax.errors import SampleError, UserError, brief, located
 
-MOST_TIMES = 1e9  # that a data set is repeated; sums of weights stay finite, and none disappears beside them
 _BLANK = tuple(b" \t\r\n\v\f")
 # Encodings by the first bytes of a file: (name, bytes of a unit). UTF-16's mark begins as UTF-32's.
 _MARKS = {
@@ -26,32 +25,6 @@ _MARKS = {
     codecs.BOM_UTF16_BE: ("utf-16-be", 2),
 }
 _HINT = '; a JSONL file has one sample a line, {"conversations": ...}'
-
-
-class Source(Protocol):
-    """Random access to samples. `draw` is only needed where chance takes part."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-
-class MixtureComponent(NamedTuple):
-    """One part of a mixture: `length` samples are drawn in proportion to `weight`."""
-
-    source: Source
-    length: int
-    weight: float
-
-    def repeated(self, times: float, name: str) -> MixtureComponent:
-        """The part counted `times` times; below 1 only the first part of its samples is used."""
-        if not 1 / MOST_TIMES <= times <= MOST_TIMES:
-            raise UserError(
-                f"{name}: the weight (repeat_time) must be above 0 (from {1 / MOST_TIMES:g} to "
-                f"{MOST_TIMES:g}), not {times:g}"
-            )
-        length = min(self.length, max(1, int(self.length * times))) if times < 1 else self.length
-        return MixtureComponent(self.source, length, self.weight * times)
 
 
 class JsonlSource(base.Indexed[int]):
@@ -86,7 +59,7 @@ class JsonlSource(base.Indexed[int]):
 
     def draw(self, index: int, rng: np.random.Generator) -> Sample:
         """The sample; rng picks the class where the mask is a panoptic map."""
-        return self.named(index, lambda entry: self._sample(self._record(entry), rng))
+        return self.with_meta(index, lambda entry: self._sample(self._record(entry), rng))
 
     def where(self, entry: int) -> str:
         return f"{self.path}:{self._lines[entry]}"
@@ -168,7 +141,7 @@ class MetaSource:
             raise UserError(f"{path}: names no data set")
         self._ends = np.cumsum([part.length for part in self.parts])
 
-    def _part(self, name: str, entry: Mapping[str, Any], reading: Reading) -> MixtureComponent:
+    def _part(self, name: str, entry: Mapping[str, Any], reading: Reading) -> base.MixtureComponent:
         repeat, length = entry.get("repeat_time", 1), entry.get("length") or 0
         if type(repeat) not in (int, float):
             raise UserError(f"repeat_time {brief(repr(repeat), 40)} is no number")
@@ -185,7 +158,7 @@ class MetaSource:
             extra["augment"] = True  # data_augment: JPEG re-compression, see augment.recompress
         annotation = self._found(entry["annotation"], "file", reading)
         source = JsonlSource(annotation, self._found(entry["root"], "folder", reading), extra, reading)
-        return MixtureComponent(source, len(source), length or len(source)).repeated(repeat, "repeat_time")
+        return base.MixtureComponent(source, len(source), length or len(source)).repeated(repeat, "repeat_time")
 
     def _found(self, name: Any, kind: str, reading: Reading) -> epath.Path:
         """A file or folder that an entry names."""
@@ -206,8 +179,7 @@ class MetaSource:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside of 0..{len(self) - 1}")
+        base.check_index(index, len(self))
         k = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[k].source[int(index - (self._ends[k - 1] if k else 0))]
 

@@ -17,7 +17,7 @@ from argenseg_jax import files
 from argenseg_jax.data import transforms
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import base, psalm
+from argenseg_jax.data.sources import base, templates
 from argenseg_jax.errors import SampleError, UserError
 
 # family -> (pictures, maps, class names, value of the first class, values that are no class)
@@ -51,7 +51,7 @@ class LabelMapSource(base.Indexed[tuple]):
       family: a key of LAYOUTS.
       split: such as validation.
       asked: one of ASKED.
-      prompt: how a class is asked for; see psalm.question.
+      prompt: how a class is asked for; see templates.question.
       reading: see data/reader.py.
     """
 
@@ -63,32 +63,32 @@ class LabelMapSource(base.Indexed[tuple]):
         family: str,
         split: str = "",
         asked: str = "",
-        prompt: str = psalm.DEFAULT,
+        prompt: str = templates.DEFAULT,
         reading: Reading = Reading(),
     ):
         check_asked(asked, f"{family}:{folder}:{split}")
-        psalm.question([], prompt)
+        templates.question([], prompt)
         self.prompt = prompt
         split = split or SPLITS[family]
         images, maps, names, first, self._none = LAYOUTS[family]
         self._folder = base.find(folder, f"label maps of {family}", *(p.format(split=split) for p in maps))
-        self._maps = base.by_stem(base.pictures(self._folder))
+        self._maps = base.by_stem(base.image_files(self._folder))
         root = base.find(folder, f"pictures of {family}", *(p.format(split=split) for p in images))
         self.names = read_names(base.find(folder, f"class names of {family}", *names), first)
         self._same = base.firsts(self.names)  # two values of one name are one question
-        paths, every = base.pictures(root), [k for k, first in self._same.items() if k == first]
+        paths, every = base.image_files(root), [k for k, first in self._same.items() if k == first]
         super().__init__(str(root), [(p, None) for p in paths], reading)
         if asked:
             self.entries = [(p, v) for p in paths for v in (every if asked == "every" else self._shown(p))]
 
-    def from_(self, entry: tuple) -> str:
+    def describe(self, entry: tuple) -> str:
         return entry[0].name
 
     def draw(self, index: int, rng: np.random.Generator) -> Sample:
         """The sample; rng picks the class where the index does not."""
-        return self.named(index, lambda entry: self._class_of(entry, rng))
+        return self.with_meta(index, lambda entry: self._class_of(entry, rng))
 
-    def made(self, entry: tuple) -> Sample:
+    def build(self, entry: tuple) -> Sample:
         return self._class_of(entry, np.random.default_rng(0))
 
     def _class_of(self, entry: tuple, rng: np.random.Generator) -> Sample:
@@ -101,7 +101,7 @@ class LabelMapSource(base.Indexed[tuple]):
         name, ignored = self.names[value], np.isin(labels, self._none)
         mask = np.isin(labels, [k for k, first in self._same.items() if first == value])
         return Sample(
-            base.turns(psalm.question([name], psalm.wording(self.prompt))),
+            templates.turns(templates.question([name], templates.class_prompt(self.prompt))),
             (image,),
             (mask.astype(np.uint8) * 255,),
             {
@@ -175,7 +175,7 @@ def read_names(path: epath.Path, first: int) -> dict[int, str]:
         )
     names: dict[int, str] = {}
     for value, name in found:
-        spoken = base.spoken(name.replace(":", " "))
+        spoken = base.sentence(name.replace(":", " "))
         if not spoken or names.setdefault(value - 1 + first, spoken) != spoken:
             raise UserError(f"{path}: class {value} has {'two names' if spoken else 'no name'}")
     return names

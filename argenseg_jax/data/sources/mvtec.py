@@ -14,7 +14,7 @@ from argenseg_jax import files
 from argenseg_jax.data import transforms
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import base, psalm
+from argenseg_jax.data.sources import base, templates
 from argenseg_jax.errors import SampleError, UserError
 
 QUESTION = "<image>\n Please segment the defect of the {} in this image."
@@ -35,7 +35,7 @@ class AnomalySource(base.Indexed[Part]):
       folder: of all categories, or of one.
       split: train (good pictures only) or test.
       category: only this one, such as bottle.
-      prompt: how a defect is asked for; see psalm.question.
+      prompt: how a defect is asked for; see templates.question.
     """
 
     takes_prompt = True
@@ -45,10 +45,10 @@ class AnomalySource(base.Indexed[Part]):
         folder: epath.Path,
         split: str = "test",
         category: str = "",
-        prompt: str = psalm.DEFAULT,
+        prompt: str = templates.DEFAULT,
         reading: Reading = Reading(),
     ):
-        psalm.question([], prompt)
+        templates.question([], prompt)
         self.prompt = prompt
         roots = (
             [folder / category]
@@ -60,17 +60,17 @@ class AnomalySource(base.Indexed[Part]):
             for root in roots
             if files.kind_of(root / split) == "folder"
             for kind in base.subfolders(root / split)
-            for picture in base.pictures(kind)
+            for picture in base.image_files(kind)
         ]
         if not entries:
             looked = f"{category or 'CATEGORY'}/{split}/good/*.png"
             raise UserError(f"{folder}: no pictures of anomaly detection; looked for {looked}")
         super().__init__(str(folder), entries, reading)
 
-    def from_(self, entry: Part) -> str:
+    def describe(self, entry: Part) -> str:
         return str(entry.path)
 
-    def made(self, entry: Part) -> Sample:
+    def build(self, entry: Part) -> Sample:
         image = self.reader.image(entry.path)
         if entry.defect == "good":
             mask = np.zeros(image.shape[:2], np.uint8)
@@ -81,15 +81,15 @@ class AnomalySource(base.Indexed[Part]):
             transforms.check_sizes(image, [mask], [path.name], [entry.path, path])
             if not mask.any():
                 raise SampleError(f"{path.name} shows no defect")
-        name = base.spoken(entry.category.name)
-        asked = QUESTION.format(name) if self.prompt == psalm.DEFAULT else psalm.question([name], self.prompt)
+        name = base.sentence(entry.category.name)
+        asked = QUESTION.format(name) if self.prompt == templates.DEFAULT else templates.question([name], self.prompt)
         return Sample(
-            base.turns(asked),
+            templates.turns(asked),
             (image,),
             (mask,),
             {
                 "files": [entry.path.name],
-                "kind": f"{name}, {base.spoken(entry.defect)}",
+                "kind": f"{name}, {base.sentence(entry.defect)}",
                 "sents": [name],
                 "metric": "anomaly",
             },

@@ -17,7 +17,7 @@ from argenseg_jax import files
 from argenseg_jax.data import transforms
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import base, psalm
+from argenseg_jax.data.sources import base, templates
 from argenseg_jax.data.sources.coco import CocoSource
 from argenseg_jax.data.sources.label_maps import LabelMapSource
 from argenseg_jax.errors import UserError
@@ -36,40 +36,40 @@ class MaskFolders(base.Indexed[Masked]):
 
     takes_prompt = True
 
-    def __init__(self, folder: epath.Path, prompt: str = psalm.DEFAULT, reading: Reading = Reading()):
-        psalm.question([], prompt)
+    def __init__(self, folder: epath.Path, prompt: str = templates.DEFAULT, reading: Reading = Reading()):
+        templates.question([], prompt)
         self.prompt = prompt
         pictures: dict[str, list[epath.Path]] = {}
-        for path in base.pictures(_images(folder)):
+        for path in base.image_files(_images(folder)):
             pictures.setdefault(base.stem(path), []).append(path)
         entries = []
         for kind in base.subfolders(folder / "masks"):
-            for mask in base.pictures(kind):
+            for mask in base.image_files(kind):
                 found = pictures.get(base.stem(mask), ())
                 if len(found) != 1:
                     raise UserError(
                         f"{mask}: {'several pictures' if found else 'no picture'} of this name in {folder / 'images'}"
                     )
-                entries.append(Masked(found[0], base.spoken(kind.name), mask))
+                entries.append(Masked(found[0], base.sentence(kind.name), mask))
         if not entries:
             raise UserError(f"{folder}: no masks; looked for masks/CLASS/*.png")
         super().__init__(str(folder), sorted(entries), reading)
 
-    def from_(self, entry: Masked) -> str:
+    def describe(self, entry: Masked) -> str:
         return str(entry.mask)
 
-    def made(self, entry: Masked) -> Sample:
+    def build(self, entry: Masked) -> Sample:
         image, mask = self.reader.image(entry.picture), self.reader.mask(entry.mask)
         transforms.check_sizes(image, [mask], [entry.mask.name], [entry.picture, entry.mask])
         return Sample(
-            base.turns(psalm.question([entry.name], psalm.wording(self.prompt))),
+            templates.turns(templates.question([entry.name], templates.class_prompt(self.prompt))),
             (image,),
             (mask,),
             {"files": [entry.picture.name], "kind": entry.name, "sents": [entry.name], "metric": "semantic"},
         )
 
 
-def open_own(folder: epath.Path, prompt: str = psalm.DEFAULT, reading: Reading = Reading()) -> base.Indexed:
+def open_own(folder: epath.Path, prompt: str = templates.DEFAULT, reading: Reading = Reading()) -> base.Indexed:
     """The source of whichever form the folder has; UserError where it is none of them, or several."""
     forms = {
         "annotations.json": lambda: CocoSource(folder, "own", prompt=prompt, reading=reading),

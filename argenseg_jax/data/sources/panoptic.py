@@ -17,7 +17,7 @@ from argenseg_jax import files
 from argenseg_jax.data import transforms
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import base, label_maps, psalm
+from argenseg_jax.data.sources import base, label_maps, templates
 from argenseg_jax.errors import SampleError, brief
 
 _THINGS = (
@@ -109,7 +109,7 @@ class PanopticSource(base.Indexed[Map]):
       split: such as val2017.
       asked: one of label_maps.ASKED.
       image_root: folder of the pictures; by default looked for in the usual places.
-      prompt: how a class is asked for; see psalm.question.
+      prompt: how a class is asked for; see templates.question.
       reading: see data/reader.py.
     """
 
@@ -121,10 +121,10 @@ class PanopticSource(base.Indexed[Map]):
         split: str = "val2017",
         asked: str = "",
         image_root: epath.PathLike = "",
-        prompt: str = psalm.DEFAULT,
+        prompt: str = templates.DEFAULT,
         reading: Reading = Reading(),
     ):
-        psalm.question([], prompt)
+        templates.question([], prompt)
         self.prompt = prompt
         label_maps.check_asked(asked, f"panoptic:{folder}:{split}")
         name = f"panoptic_{split}"
@@ -160,14 +160,14 @@ class PanopticSource(base.Indexed[Map]):
         shown = {self._same.get(s["category_id"], s["category_id"]) for s in segments if not s.get("iscrowd")}
         return sorted(shown, key=base.in_order) if asked else [None]
 
-    def from_(self, entry: Map) -> str:
+    def describe(self, entry: Map) -> str:
         return str(entry.file)
 
     def draw(self, index: int, rng: np.random.Generator) -> Sample:
         """The sample; rng picks the class where the index does not."""
-        return self.named(index, lambda entry: self._class_of(entry, rng))
+        return self.with_meta(index, lambda entry: self._class_of(entry, rng))
 
-    def made(self, entry: Map) -> Sample:
+    def build(self, entry: Map) -> Sample:
         return self._class_of(entry, np.random.default_rng(0))
 
     def _class_of(self, entry: Map, rng: np.random.Generator) -> Sample:
@@ -189,7 +189,7 @@ class PanopticSource(base.Indexed[Map]):
         name = names[category] if category in names else base.look_up(self.names, category, "category")
         crowds = [s["id"] for s in entry.segments if s.get("iscrowd")]
         return Sample(
-            base.turns(psalm.question([name], psalm.wording(self.prompt))),
+            templates.turns(templates.question([name], templates.class_prompt(self.prompt))),
             (image,),
             (mask,),
             {
@@ -204,7 +204,7 @@ class PanopticSource(base.Indexed[Map]):
 
 
 def _classes(categories: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[Any, str], dict[Any, Any]]:
-    """As layout.classes; of COCO's own categories the plainer names of COCO_NAMES ('wall-brick')."""
+    """As base.classes; of COCO's own categories the plainer names of COCO_NAMES ('wall-brick')."""
     own, same = base.classes(categories, where)
     return (COCO_NAMES, {k: k for k in COCO_NAMES}) if set(own) == set(COCO_NAMES) else (own, same)
 

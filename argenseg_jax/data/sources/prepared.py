@@ -11,6 +11,7 @@ from etils import epath
 from argenseg_jax import files
 from argenseg_jax.data import images
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources import base
 from argenseg_jax.data.sources.records import TfdsSource
 from argenseg_jax.errors import SampleError, UserError, brief, located
 
@@ -49,8 +50,7 @@ class PreparedSource:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside of 0..{len(self) - 1}")
+        base.check_index(index, len(self))
         try:
             return self._samples[index]
         except SampleError as error:
@@ -104,8 +104,7 @@ class Span:
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self.length:
-            raise IndexError(f"index {index} is outside of 0..{self.length - 1}")
+        base.check_index(index, self.length)
         return self.source[self.first + index]
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,31 +14,8 @@ from etils import epath
 from argenseg_jax.data import rle
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import base
+from argenseg_jax.data.sources import base, templates
 from argenseg_jax.errors import SampleError, UserError
-
-# {sents} is every expression as " s."; {sent} has them as "s. s", fit for the middle of a sentence.
-PROMPTS = {
-    "referring": "<image>\n Given the following instructions: {sents}; please perform referring "
-    "segmentation on this image.",
-    "semantic": "<image>\n Please segment {sent} in this image.",
-    "reasoning": "<image>\n Please perform instance segmentation following the instructions below: {sents}.",
-}
-DEFAULT = "referring"
-
-
-def question(sents: Sequence[str], prompt: str = "referring") -> str:
-    """The human turn: `prompt` is a name in PROMPTS, or a text with {sent} or {sents}."""
-    template = PROMPTS.get(prompt, prompt)
-    if not isinstance(template, str) or not re.search(r"\{sents?\}", template):
-        raise UserError(f"eval.prompt: '{prompt}' is none of {', '.join(PROMPTS)} and has no {{sent}}")
-    whole = "".join(f" {s}." for s in sents)
-    return template.replace("{sents}", whole).replace("{sent}", ". ".join(sents))
-
-
-def wording(prompt: str) -> str:
-    """The prompt of data that ask for a class: its own wording, unless another one was asked for."""
-    return "semantic" if prompt == DEFAULT else prompt
 
 
 class PsalmSource(base.Indexed[int]):
@@ -57,13 +33,13 @@ class PsalmSource(base.Indexed[int]):
         path: epath.Path,
         content: Sequence[Mapping[str, Any]],
         image_root,
-        prompt: str = DEFAULT,
+        prompt: str = templates.DEFAULT,
         reading: Reading = Reading(),
     ):
         """Wraps the parsed file; image_root is the directory that file names start from."""
         if not isinstance(content, list):
             raise UserError(f"{path}: a PSALM file is a list of {{image_info, instruction, anns}}")
-        question([], prompt)
+        templates.question([], prompt)
         self.path, self.prompt, self._content = path, prompt, content
         self._root = base.Root(epath.Path(image_root), reading.allow_outside)
         asked = [k for k, entry in enumerate(content) if not _is_silent(entry)]
@@ -74,10 +50,10 @@ class PsalmSource(base.Indexed[int]):
             )
         super().__init__(str(path), asked, reading)
 
-    def from_(self, entry: int) -> str:
+    def describe(self, entry: int) -> str:
         return f"entry {entry}"
 
-    def made(self, entry: int) -> Sample:
+    def build(self, entry: int) -> Sample:
         content = self._content[entry]
         if not isinstance(content, Mapping) or "image_info" not in content:
             raise SampleError(
@@ -88,7 +64,7 @@ class PsalmSource(base.Indexed[int]):
         image, height, width = self.sized(info, self._root, "of image_info")
         drawn = rle.union([a["segmentation"] for a in content["anns"]], height, width)
         return Sample(
-            base.turns(question(sents, self.prompt)),
+            templates.turns(templates.question(sents, self.prompt)),
             (image,),
             (drawn.mask,),
             {

@@ -15,7 +15,7 @@ from argenseg_jax import files
 from argenseg_jax.data import rle
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import base, drawing, psalm
+from argenseg_jax.data.sources import base, drawing, templates
 from argenseg_jax.errors import SampleError, UserError
 
 IGNORED = 255
@@ -34,24 +34,24 @@ class ReasonSegSource(base.Indexed[Pair]):
     takes_prompt = True
 
     def __init__(
-        self, folder: epath.Path, split: str = "val", prompt: str = psalm.DEFAULT, reading: Reading = Reading()
+        self, folder: epath.Path, split: str = "val", prompt: str = templates.DEFAULT, reading: Reading = Reading()
     ):
-        """folder: ReasonSeg; split: train, val, test; prompt: see psalm.question, by default by the kind of text."""
-        psalm.question([], prompt)
+        """folder: ReasonSeg; split: train, val, test; prompt: see templates.question, by default by kind of text."""
+        templates.question([], prompt)
         self.prompt = prompt
         path = base.find(folder, f"split '{split}' of ReasonSeg", f"{split}/")
         records = {base.stem(p): p for p in files.listed(path) if p.suffix == ".json"}
         if not records:
             raise UserError(f"{folder}: no split '{split}' of ReasonSeg; looked for {split}/*.json")
-        entries = [Pair(p, records[base.stem(p)]) for p in base.pictures(path) if base.stem(p) in records]
+        entries = [Pair(p, records[base.stem(p)]) for p in base.image_files(path) if base.stem(p) in records]
         if not entries:
             raise UserError(f"{path}: no picture beside its .json; looked for *.jpg with *.json")
         super().__init__(str(path), entries, reading)
 
-    def from_(self, entry: Pair) -> str:
+    def describe(self, entry: Pair) -> str:
         return entry.record.name
 
-    def made(self, entry: Pair) -> Sample:
+    def build(self, entry: Pair) -> Sample:
         record = _read(entry.record)
         image = self.reader.image(entry.picture)
         labels = draw_shapes(record["shapes"], *image.shape[:2])
@@ -59,9 +59,9 @@ class ReasonSegSource(base.Indexed[Pair]):
         sentence = bool(record.get("is_sentence", True))
         base.text(*texts[:1], "the text")
         own = "reasoning" if sentence else "semantic"
-        question = psalm.question(texts[:1], own if self.prompt == psalm.DEFAULT else self.prompt)
+        question = templates.question(texts[:1], own if self.prompt == templates.DEFAULT else self.prompt)
         return Sample(
-            base.turns(question),
+            templates.turns(question),
             (image,),
             ((labels == 1).astype(np.uint8) * 255,),
             {

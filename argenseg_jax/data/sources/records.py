@@ -20,7 +20,7 @@ from argenseg_jax import files
 from argenseg_jax.data import images
 from argenseg_jax.data.reader import PER_SAMPLE
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import tfds_folder
+from argenseg_jax.data.sources import base, tfds_folder
 from argenseg_jax.errors import SampleError, UserError, brief, located
 
 META_IMAGES = "meta_images"
@@ -163,8 +163,7 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Sample:
         """SampleError where the record cannot be read, or holds something else."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside of 0..{len(self) - 1}")
+        base.check_index(index, len(self))
         with located(f"{self.path} ({self._split}): sample {index}", faults=Exception):
             return decode(self._raw.deserialize_example_np(self._records[int(index)]), self._max_pixels)
 

@@ -16,7 +16,7 @@ from argenseg_jax import files
 from argenseg_jax.data import rle
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import base, plain_pickle, psalm
+from argenseg_jax.data.sources import base, plain_pickle, templates
 from argenseg_jax.errors import UserError, brief
 
 _IMAGES = (
@@ -46,7 +46,7 @@ class ReferSource(base.Indexed[Expression]):
       split: train, val, testA, testB, test.
       split_by: unc, umd, google; needed where the folder holds several refs files.
       image_root: folder of the pictures; by default looked for in the usual places.
-      prompt: see psalm.question.
+      prompt: see templates.question.
       reading: see data/reader.py.
     """
 
@@ -61,7 +61,7 @@ class ReferSource(base.Indexed[Expression]):
         prompt: str = "referring",
         reading: Reading = Reading(),
     ):
-        psalm.question([], prompt)
+        templates.question([], prompt)
         self.prompt, self.split = prompt, split
         path = _refs_file(folder, split_by)
         self._general = path.suffix == ".json"
@@ -80,10 +80,10 @@ class ReferSource(base.Indexed[Expression]):
         self._root = base.Root(root, reading.allow_outside)
         super().__init__(str(path), entries, reading)
 
-    def from_(self, entry: Expression) -> str:
+    def describe(self, entry: Expression) -> str:
         return f"ref {entry.ref_id}"
 
-    def made(self, entry: Expression) -> Sample:
+    def build(self, entry: Expression) -> Sample:
         info = base.look_up(self._images, entry.image_id, "image")
         image, height, width = self.sized(info, self._root, "in instances.json")
         anns = [base.look_up(self._anns, k, "annotation") for k in entry.anns]
@@ -91,7 +91,7 @@ class ReferSource(base.Indexed[Expression]):
         category = anns[0].get("category_id") if anns else None
         sents = [base.text(entry.sent, "`sent`")]
         return Sample(
-            base.turns(psalm.question(sents, self.prompt)),
+            templates.turns(templates.question(sents, self.prompt)),
             (image,),
             (drawn.mask,),
             {

@@ -13,14 +13,14 @@ from etils import epath
 from argenseg_jax import files
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import base
+from argenseg_jax.data.sources import base, templates
 from argenseg_jax.errors import SampleError, UserError
 
 QUESTION = "Please generate a picture about {}."  # the wording of prompt.UNCONDITIONAL
 ANSWER = "Sure, the picture: <mask>."
 MAPPING = "LOC_synset_mapping.txt"
 _LONGEST = 2**20  # bytes of a caption
-_FILES = (*base.PICTURES, ".txt", ".json", ".parquet", ".tar")  # what img2dataset writes is no folder
+_FILES = (*base.IMAGE_SUFFIXES, ".txt", ".json", ".parquet", ".tar")  # what img2dataset writes is no folder
 
 
 class Pair(NamedTuple):
@@ -46,29 +46,29 @@ class PairSource(base.Indexed[Pair]):
         first = files.listed(root)
         inner = [p for p in first if p.suffix.lower() not in _FILES and files.kind_of(p) == "folder"]
         paths = sorted([*first, *(p for f in inner for p in files.listed(f))])  # no layout is deeper
-        found = [p for p in paths if p.suffix.lower() in base.PICTURES]
+        found = [p for p in paths if p.suffix.lower() in base.IMAGE_SUFFIXES]
         captions = {(p.parent, base.stem(p)): p for p in paths if p.suffix == ".txt"}
         entries = [Pair(p, captions[p.parent, base.stem(p)], "") for p in found if (p.parent, base.stem(p)) in captions]
         if not entries:
             names = _class_names(root, folder)
             entries = [
-                Pair(p, None, names.get(p.parent.name, base.spoken(p.parent.name))) for p in found if p.parent != root
+                Pair(p, None, names.get(p.parent.name, base.sentence(p.parent.name))) for p in found if p.parent != root
             ]
         if not entries:
             raise UserError(f"{root}: no text-to-image pairs; looked for X.jpg beside X.txt, and for CLASS/*.jpg")
         super().__init__(str(root), entries, reading)
 
-    def from_(self, entry: Pair) -> str:
+    def describe(self, entry: Pair) -> str:
         return str(entry.picture)
 
-    def made(self, entry: Pair) -> Sample:
+    def build(self, entry: Pair) -> Sample:
         caption = entry.caption
         text = files.read_text(caption, _LONGEST, SampleError) if caption else entry.name
         text = " ".join(text.split()).rstrip(".")
         if not text:
             raise SampleError(f"{caption.name if caption else 'the class name'} is empty")
         return Sample(
-            base.turns(QUESTION.format(text), ANSWER),
+            templates.turns(QUESTION.format(text), ANSWER),
             (),
             (self.reader.image(entry.picture),),
             {"files": [entry.picture.name], "kind": entry.name or None, "sents": [text], "metric": "fidelity"},

@@ -23,6 +23,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from argenseg_jax import files
+from argenseg_jax.data.sources import base
 from argenseg_jax.errors import UserError, brief, located
 
 FEATURES, INFO, FORMAT = "features.json", "dataset_info.json", "array_record"
@@ -155,8 +156,7 @@ class Records(Sequence):
 
     def __getitem__(self, index: int) -> bytes:
         """UserError where the shard cannot be read there."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside of 0..{len(self) - 1}")
+        base.check_index(index, len(self))
         k = bisect.bisect_right(self._ends, index)
         path, skip, take = self.spans[k]
         try:

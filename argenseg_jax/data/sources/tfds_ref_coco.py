@@ -16,7 +16,7 @@ from argenseg_jax import files
 from argenseg_jax.data import transforms
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import base, psalm, tfds_folder
+from argenseg_jax.data.sources import base, templates, tfds_folder
 from argenseg_jax.data.sources.records import decode_picture
 from argenseg_jax.errors import UserError, located
 
@@ -47,7 +47,7 @@ class RefCocoSource(base.Indexed[Phrase]):
     Args:
       folder: the version folder.
       split: train, validation, testA, testB, test; `val` is validation.
-      prompt: see psalm.question.
+      prompt: see templates.question.
     """
 
     takes_prompt = True
@@ -55,7 +55,7 @@ class RefCocoSource(base.Indexed[Phrase]):
     def __init__(
         self, folder: epath.PathLike, split: str = "train", prompt: str = "referring", reading: Reading = Reading()
     ):
-        psalm.question([], prompt)
+        templates.question([], prompt)
         self.prompt, split = prompt, {"val": "validation"}.get(split, split)
         self._records = tfds_folder.open_split(folder, split)
         if not {"image", "image/id", "objects"} <= set(tfds_folder.columns(folder)):
@@ -71,10 +71,10 @@ class RefCocoSource(base.Indexed[Phrase]):
                 ]
         super().__init__(f"{folder} ({split})", entries, reading)
 
-    def from_(self, entry: Phrase) -> str:
+    def describe(self, entry: Phrase) -> str:
         return f"record {entry.record}, '{entry.words}'"
 
-    def made(self, entry: Phrase) -> Sample:
+    def build(self, entry: Phrase) -> Sample:
         record = WHOLE.deserialize_example_np(self._records[entry.record])
         objects = record["objects"]
         image = decode_picture(record["image"], "image", self.reader.max_pixels, ("JPEG", "PNG"))
@@ -82,7 +82,7 @@ class RefCocoSource(base.Indexed[Phrase]):
         transforms.check_sizes(image, [shown], ["of the object"])
         image_id, category_id = int(record["image/id"]), int(objects["label"][entry.object])
         return Sample(
-            base.turns(psalm.question([entry.words], self.prompt)),
+            templates.turns(templates.question([entry.words], self.prompt)),
             (image,),
             ((shown > 0).astype(np.uint8) * 255,),
             {

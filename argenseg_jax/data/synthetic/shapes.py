@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from argenseg_jax.data.sample import Sample
+from argenseg_jax.data.sources import base
 from argenseg_jax.errors import UserError
 
 CANVAS = 64
@@ -403,8 +404,7 @@ class ShapesSource:
 
     def __getitem__(self, index: int) -> Sample:
         index = int(index)
-        if not 0 <= index < self._size:
-            raise IndexError(f"index {index} is outside of 0..{self._size - 1}")
+        base.check_index(index, self._size)
         key = (self.seed, tuple(LEVELS).index(self.level.name), tuple(SPLITS).index(self.split))
         rng = np.random.default_rng((*key, index))
         expression = None

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 
 from argenseg_jax.data.sample import Sample
-from argenseg_jax.data.sources import base, text_to_image
+from argenseg_jax.data.sources import base, templates, text_to_image
 from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.synthetic.shapes import Scene
 from argenseg_jax.errors import UserError
@@ -76,7 +76,7 @@ def _instances(rng: np.random.Generator, scene: Scene, unseen: bool, place: int)
 def _masked(scene: Scene, question: str, targets, **meta) -> Sample:
     everything = scene.union(range(len(scene.objects)))
     return Sample(
-        base.turns(question), (scene.image,), (scene.union(targets),), {**meta, "all_objects_mask": everything}
+        templates.turns(question), (scene.image,), (scene.union(targets),), {**meta, "all_objects_mask": everything}
     )
 
 
@@ -95,7 +95,7 @@ def _chat(rng: np.random.Generator, scene: Scene, unseen: bool, place: int) -> S
         return None
     question, answer = found[rng.integers(len(found))]
     return Sample(
-        base.turns(f"<image>\n{question}", answer),
+        templates.turns(f"<image>\n{question}", answer),
         (scene.image,),
         (),
         {"kind": kind, "metric": "exact", "reference": answer},
@@ -165,7 +165,7 @@ def _drawn(rng: np.random.Generator, level: shapes.Level) -> Sample:
         picture |= shapes.silhouette(shape, CELLS[column], CELLS[row], RADII[size])
     question = text_to_image.QUESTION.format(", ".join(parts))
     return Sample(
-        base.turns(question, text_to_image.ANSWER),
+        templates.turns(question, text_to_image.ANSWER),
         (),
         (picture.astype(np.uint8) * np.uint8(255),),
         {"kind": f"{len(parts)} objects"},
@@ -204,8 +204,7 @@ class TaskSource:
 
     def __getitem__(self, index: int) -> Sample:
         index = int(index)
-        if not 0 <= index < self._size:
-            raise IndexError(f"index {index} is outside of 0..{self._size - 1}")
+        base.check_index(index, self._size)
         group, place = divmod(index, LIST) if self.task == "instances" else (index, 0)
         rng = np.random.default_rng(
             (
