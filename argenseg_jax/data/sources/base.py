@@ -24,7 +24,7 @@ Entry, Built = TypeVar("Entry"), TypeVar("Built")
 
 
 class Source(Protocol):
-    """Random access to samples. `draw` is only needed where chance takes part."""
+    """Random access to samples. A source whose samples depend on chance also has `draw(index, rng)`."""
 
     def __len__(self) -> int: ...
 
@@ -32,14 +32,14 @@ class Source(Protocol):
 
 
 class MixtureComponent(NamedTuple):
-    """One part of a mixture: `length` samples are drawn in proportion to `weight`."""
+    """One component of a mixture: `length` samples are drawn in proportion to `weight`."""
 
     source: Source
     length: int
     weight: float
 
     def repeated(self, times: float, name: str) -> MixtureComponent:
-        """The part counted `times` times; below 1 only the first part of its samples is used."""
+        """The component with `times` times its weight; below 1 only the first fraction of its samples is used."""
         if not 1 / MOST_TIMES <= times <= MOST_TIMES:
             raise UserError(
                 f"{name}: the weight (repeat_time) must be above 0 (from {1 / MOST_TIMES:g} to "
@@ -56,10 +56,10 @@ def check_index(index: int, length: int) -> None:
 
 
 class Indexed(Generic[Entry]):
-    """Random access to samples that are made from entries of an index, faults named by entry.
+    """Random access to samples that are built from the entries of an index; errors name the entry.
 
-    A source fills `entries` and says how a sample is `made` and where an entry comes `from_`. It reads
-    images and masks by its `reader`.
+    A subclass passes `entries` and defines `build` (entry -> sample) and `describe` (entry -> text for
+    messages). It reads images and masks by its `reader`.
     """
 
     what = "sample"  # what an entry should be, for messages
@@ -75,13 +75,13 @@ class Indexed(Generic[Entry]):
     def __getitem__(self, index: int) -> Sample:
         return self.with_meta(index, self.build)
 
-    def named(self, index: int, made: Callable[[Entry], Sample]) -> Sample:
-        """made(entries[index]) with its place in `meta` and in the message of any fault."""
+    def with_meta(self, index: int, build: Callable[[Entry], Sample]) -> Sample:
+        """build(entries[index]) with its source, line and id in `meta`, and where it is in the message of any fault."""
         check_index(index, len(self))
         entry = self.entries[index]
         where = self.where(entry)
         with located(where, self.what, faults=Exception):
-            sample = made(entry)
+            sample = build(entry)
             meta = {"source": self.name, "line": where, "id": index, **sample.meta}
             return dataclasses.replace(sample, meta=meta)
 
@@ -98,9 +98,11 @@ class Indexed(Generic[Entry]):
         return f"{self.name}: {self.describe(entry)}"
 
     def build(self, entry: Entry) -> Sample:
+        """The sample of an entry."""
         raise NotImplementedError
 
     def describe(self, entry: Entry) -> str:
+        """What tells the entry from others of the source, such as its file or line."""
         raise NotImplementedError
 
 

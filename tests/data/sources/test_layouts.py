@@ -9,7 +9,7 @@ from etils import epath
 from PIL import Image
 
 from argenseg_jax.data.mixture import open_mixture, open_source
-from argenseg_jax.data.sources import base, label_maps, panoptic, reasonseg
+from argenseg_jax.data.sources import base, label_maps, panoptic, reasonseg, templates
 from argenseg_jax.errors import SampleError, UserError
 
 WIDTH, HEIGHT = 12, 8
@@ -429,7 +429,7 @@ def test_interactive_prompts(prompt):
 def test_faults_of_interactive(tmp_path):
     with pytest.raises(UserError, match="no prompt 'shout'; there are point"):
         open_source("interactive:shout:shapes:test")
-    chat = text(tmp_path / "c.jsonl", json.dumps({"conversations": base.turns("Hi", "Hello")}))
+    chat = text(tmp_path / "c.jsonl", json.dumps({"conversations": templates.turns("Hi", "Hello")}))
     with pytest.raises(SampleError, match="c.jsonl:1: an interactive prompt needs one image"):
         open_source(f"interactive:box:{chat}")[0]
 
@@ -491,6 +491,6 @@ def test_internvl_chat_data(tmp_path):
 def test_frames_are_thinned_evenly(tmp_path):
     for k in range(10):
         picture(tmp_path / f"v/{k}.jpg")
-    chosen, talk = base.frames(base.Root(epath.Path(tmp_path)), "v", base.turns("What?"), most=4)
+    chosen, talk = base.frames(base.Root(epath.Path(tmp_path)), "v", templates.turns("What?"), most=4)
     assert chosen == ["v/0.jpg", "v/2.jpg", "v/5.jpg", "v/7.jpg"]
     assert talk[0]["value"].startswith("Frame1: <image>") and talk[0]["value"].endswith("<image>\nWhat?")
