@@ -143,12 +143,12 @@ def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, ou
     from argenseg_jax import distributed, files
     from argenseg_jax.ckpt.fingerprint import fingerprint
     from argenseg_jax.data.mixture import open_source, takes_prompt
-    from argenseg_jax.data.reader import FEW
+    from argenseg_jax.data.reader import MIN_LIMIT
     from argenseg_jax.decode.predictor import Predictor
     from argenseg_jax.eval import folders
 
     metrics = {name: folders.split(name)[0] or settings["metric"] for name in names}
-    reading = common.reading(checkpoint.config)._replace(max_images=FEW, max_masks=FEW)
+    reading = common.reading(checkpoint.config)._replace(max_images=MIN_LIMIT, max_masks=MIN_LIMIT)
     sources = {
         name: open_source(
             folders.split(name)[1], prompt=settings["prompt"], image_root=FLAGS.image_root, reading=reading

@@ -1,7 +1,7 @@
-"""Changes of training images: geometry and colours of photographs, JPEG's losses, other colours.
+"""Augmentation of training images: geometry and colours of photographs, JPEG artefacts, recolouring.
 
-A change never makes a text wrong: nothing moves where a text speaks of places or coordinates, and
-colours stay where one names them.
+It never makes a text wrong: nothing moves if a text mentions sides or coordinates, and colours do not
+change if it names one.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _COORDINATES = re.compile(r"<(box|quad|point)>|\[\[|[\[(]\s*-?\d[\d.]*\s*,\s*-?\
 QUALITIES = (75, 100)  # of the reference's JPEG re-compression
 
 
-def _speaks(sample: Sample, *patterns: re.Pattern[str]) -> bool:
+def _mentions(sample: Sample, *patterns: re.Pattern[str]) -> bool:
     """Whether a question or an answer matches one of the patterns."""
     return any(p.search(turn["value"]) for turn in sample.conversations for p in patterns)
 
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """How strongly photographs are changed (data.augment); masks move with their image.
+    """Strength of the augmentation of photographs (data.augment); masks are transformed with their image.
 
     Attributes:
-      flip: chance of a mirror image.
-      scale: range of the crop's share of the area; (1, 1) keeps the whole image.
+      flip: probability of a horizontal flip.
+      scale: range of the crop's share of the area; (1, 1) keeps the image uncropped.
       ratio: range of the factor by which the crop's aspect ratio differs from the image's.
       jitter: brightness, contrast and saturation are multiplied by up to 1 ± this.
     """
@@ -57,35 +57,35 @@ class Augment:
     jitter: float = 0.3
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """A changed sample of one image; of several, masks need not belong to one of them.
+        """The augmented sample; samples of several images, whose masks may belong to any of them, are not changed.
 
-        Nothing is moved where a text speaks of places or coordinates, nor without a mask: an answer
-        in words may be about what a crop leaves out, or about writing.
+        Nothing is moved if a text mentions sides or coordinates, nor without a mask: a text answer may be
+        about what the crop removes, or about writing in the image.
         """
         if len(sample.images) != 1:
             return sample
         image, masks = sample.images[0], list(sample.masks)
         x, y, w, h = self._crop(image.shape[1], image.shape[0], rng)
-        mirrored = rng.random() < self.flip
-        if masks and not _speaks(sample, _SIDES, _COORDINATES):
-            step = -1 if mirrored else 1
+        flipped = rng.random() < self.flip
+        if masks and not _mentions(sample, _SIDES, _COORDINATES):
+            step = -1 if flipped else 1
             image, *masks = (a[y : y + h, x : x + w][:, ::step] for a in (image, *masks))
-        picture = Image.fromarray(np.ascontiguousarray(image))
+        jittered = Image.fromarray(np.ascontiguousarray(image))
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            picture = enhance(picture).enhance(1 + self.jitter * rng.uniform(-1, 1))
-        return dataclasses.replace(sample, images=(np.array(picture),), masks=tuple(map(np.ascontiguousarray, masks)))
+            jittered = enhance(jittered).enhance(1 + self.jitter * rng.uniform(-1, 1))
+        return dataclasses.replace(sample, images=(np.array(jittered),), masks=tuple(map(np.ascontiguousarray, masks)))
 
     def _crop(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """(x, y, w, h) of a random part of the image."""
-        area = width * height * rng.uniform(*self.scale)
-        aspect = width / height * math.exp(rng.uniform(*map(math.log, self.ratio)))
+        area = width * height * rng.uniform(self.scale[0], self.scale[1])
+        aspect = width / height * math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
         w = min(max(round(math.sqrt(area * aspect)), 1), width)
         h = min(max(round(math.sqrt(area / aspect)), 1), height)
         return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
 
 
 def recompress(sample: Sample, rng: np.random.Generator) -> Sample:
-    """The images as JPEG of a random quality leaves them: `data_augment` of the official meta JSON."""
+    """The images after JPEG compression of random quality: `data_augment` of the official meta JSON."""
 
     def lossy(image: np.ndarray) -> np.ndarray:
         file = io.BytesIO()
@@ -96,14 +96,14 @@ def recompress(sample: Sample, rng: np.random.Generator) -> Sample:
 
 
 def recolour(sample: Sample, rng: np.random.Generator, strength: float = 0.75) -> Sample:
-    """The images in other, paler colours, unless the text speaks of colours.
+    """The images in other, paler colours, unless the text mentions a colour.
 
-    A model that meets few combinations of colour and shape learns shapes from colours: that no
-    circle is ever blue is easier to see than roundness. Saturation is multiplied by a random number
-    within ±strength, so that on average a colour says nothing; below zero it becomes its complement.
+    A model trained on few combinations of colour and shape learns shapes from colours: that no circle is
+    ever blue is easier to learn than roundness. Saturation is multiplied by a random number within
+    ±strength, so that on average colours are uninformative; below zero a colour becomes its complement.
     Brightness is a random mixture of the channels.
     """
-    if _speaks(sample, _COLOURS):
+    if _mentions(sample, _COLOURS):
         return sample
     saturation, mixture = rng.uniform(-strength, strength), rng.dirichlet(np.ones(3))
     matrix = saturation * np.eye(3) + (1 - saturation) * mixture[:, None]

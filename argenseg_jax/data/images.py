@@ -1,9 +1,9 @@
-"""The gate for image files: six formats, limits before anything is decoded, and every mode of pixels.
+"""Reads image files: six formats, limits that are checked before decoding, and every pixel mode of Pillow.
 
-What Pillow opens becomes an array of levels: u8[H, W, 3] of an image of 8 bits (a palette gives its
-colours, alpha is dropped); u16, i32 or f32 [H, W] or u16[H, W, 3] of one of more bits, for
-data/reader.py to bring to 8; or the values of a mask. Of an animated file the first frame counts. EXIF:
-whatever is read is turned upright by the orientation in its own file, images and masks alike.
+An image becomes an array of values: u8[H, W, 3] for 8 bits (palettes are applied, alpha is dropped); u16,
+i32 or f32 [H, W] or u16[H, W, 3] for more bits, which data/reader.py maps to 8; or the values of a mask.
+Of an animated file the first frame is used. Images and masks are rotated upright by the EXIF orientation
+in their own file.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from PIL import (
 from argenseg_jax import files
 from argenseg_jax.errors import SampleError, brief
 
-MAX_PIXELS = 64 * 2**20  # unless data.max_pixels says otherwise; a larger image is taken for a bomb
+MAX_PIXELS = 64 * 2**20  # default of data.max_pixels; a larger image is taken for a decompression bomb
 MAX_SCANS = 32  # of a progressive JPEG; encoders write about 10, and each costs a pass over the image
-TURNED = {  # EXIF orientation: (how an upright image is made of the stored one, in words)
+ORIENTATIONS = {  # EXIF orientation: (stored array -> upright array, description)
     2: (lambda a: a[:, ::-1], "mirrored"),
-    3: (lambda a: a[::-1, ::-1], "turned by 180 degrees"),
+    3: (lambda a: a[::-1, ::-1], "rotated by 180 degrees"),
     4: (lambda a: a[::-1], "mirrored top to bottom"),
-    5: (lambda a: a.swapaxes(0, 1), "mirrored and turned by 90 degrees"),
-    6: (lambda a: np.rot90(a, -1), "turned by 90 degrees clockwise"),
-    7: (lambda a: a[::-1, ::-1].swapaxes(0, 1), "mirrored and turned by 270 degrees"),
-    8: (lambda a: np.rot90(a), "turned by 90 degrees counterclockwise"),
+    5: (lambda a: a.swapaxes(0, 1), "mirrored and rotated by 90 degrees"),
+    6: (lambda a: np.rot90(a, -1), "rotated by 90 degrees clockwise"),
+    7: (lambda a: a[::-1, ::-1].swapaxes(0, 1), "mirrored and rotated by 270 degrees"),
+    8: (lambda a: np.rot90(a), "rotated by 90 degrees counterclockwise"),
 }
-# By content, never by name; other decoders of Pillow (EPS starts Ghostscript) are not asked. Without
-# Image.open, whose own limit of pixels is a setting of the whole process.
+# By content, never by name; other decoders of Pillow (EPS starts Ghostscript) are not used. Image.open is
+# avoided because its limit of pixels is a setting of the process.
 _FORMATS = (
     (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
     (re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
@@ -60,7 +60,7 @@ FORMATS = "PNG, JPEG, WebP, BMP, GIF, TIFF"
 _SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # the next marker within JPEG's coded data
 _DEEP = re.compile(r"RGB[AX]?;16([BLN])")  # Pillow's name of 16 bits in each of several channels
 
-# A file with odd metadata and whole pixels is read without a word; of a damaged one, one line speaks.
+# A file with odd metadata and intact pixels is read without a warning; a damaged one is one error line.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 for _library in pathlib.Path(Image.__file__).parent.parent.glob("pillow.libs/libtiff*"):  # of Pillow's wheels
@@ -76,23 +76,23 @@ def open_image(path: epath.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Imag
 
     Args:
       path: local or gs://.
-      max_pixels: most pixels; looked at in the header.
+      max_pixels: maximum number of pixels, checked in the header.
     """
     return open_bytes(files.read_bytes(path, error=SampleError), path, max_pixels)
 
 
 def open_bytes(content: bytes, name: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """As open_image, of a file's content; `name` is for messages."""
+    """As open_image, for the content of a file; `name` is for messages."""
     kind = next((kind for magic, kind in _FORMATS if magic.match(content)), None)
     if kind is None:
-        raise SampleError(f"{name}: not a readable picture (known formats: {FORMATS})")
+        raise SampleError(f"{name}: not a readable image (known formats: {FORMATS})")
     if kind is JpegImagePlugin.JpegImageFile and _scans(content) > MAX_SCANS:
-        raise SampleError(f"{name}: not a readable picture (a JPEG of more than {MAX_SCANS} scans)")
+        raise SampleError(f"{name}: not a readable image (a JPEG of more than {MAX_SCANS} scans)")
     try:
         image = kind(io.BytesIO(content), str(name))
         width, height = image.size
         _check_planes(image)
-    except Exception as fault:  # decoders raise what they like
+    except Exception as fault:  # decoders raise exceptions of any type
         raise _unreadable(name, fault) from None
     if width * height > max_pixels:
         raise SampleError(
@@ -132,7 +132,7 @@ def _scans(content: bytes) -> int:
 
 def _unreadable(name: Any, fault: Exception) -> SampleError:
     reason = brief(fault, 100) or type(fault).__name__
-    return SampleError(f"{name}: not a readable picture ({reason})")
+    return SampleError(f"{name}: not a readable image ({reason})")
 
 
 def orientation(image: Image.Image) -> int:
@@ -141,47 +141,47 @@ def orientation(image: Image.Image) -> int:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # a damaged block of metadata
         return 1
-    return value if value in TURNED else 1
+    return value if value in ORIENTATIONS else 1
 
 
 def orientations(*paths: epath.PathLike) -> str:
-    """In words, which of these files are turned, for a message about sizes; '' where none is."""
-    said = []
+    """Describes which of these files have an EXIF orientation, for a message about sizes; '' where none has."""
+    found = []
     for path in paths:
         try:
             value = orientation(open_image(path))
         except SampleError:
             continue
         if value != 1:
-            said.append(turned(path, value))
-    return "; ".join(said)
+            found.append(describe_orientation(path, value))
+    return "; ".join(found)
 
 
-def turned(path: epath.PathLike, value: int) -> str:
-    """What its orientation, 2..8, did to an image, in words."""
-    return f"{epath.Path(path).name} has EXIF orientation {value} and was {TURNED[value][1]}"
+def describe_orientation(path: epath.PathLike, value: int) -> str:
+    """Describes the effect of an orientation, 2..8, on an image."""
+    return f"{epath.Path(path).name} has EXIF orientation {value} and was {ORIENTATIONS[value][1]}"
 
 
 # ---------------------------------------------------------------------------------- pixels
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether a pixel may have more than 8 bits a channel."""
+    """Whether a pixel may have more than 8 bits per channel."""
     return image.mode.startswith("I") or image.mode == "F" or bool(_DEEP.fullmatch(_raw_mode(image)))
 
 
-def image_levels(image: Image.Image, name: Any = "the image", turn: bool = True) -> np.ndarray:
-    """Levels of an image: u8[H, W, 3], or where `is_deep` u16, i32, f32 [H, W] or u16[H, W, 3].
+def image_levels(image: Image.Image, name: Any = "the image", upright: bool = True) -> np.ndarray:
+    """Values of an image: u8[H, W, 3], or where `is_deep` u16, i32, f32 [H, W] or u16[H, W, 3].
 
     Args:
       image: as Pillow opened it.
       name: for messages.
-      turn: upright; False leaves it as it is stored (but for TIFF, which Pillow turns).
+      upright: apply the EXIF orientation; False keeps it as stored (except TIFF, which Pillow rotates).
     """
-    return read_levels(image, name, turn)[0]
+    return read_levels(image, name, upright)[0]
 
 
-def read_levels(image: Image.Image, name: Any, turn: bool = True) -> tuple[np.ndarray, int]:
+def read_levels(image: Image.Image, name: Any, upright: bool = True) -> tuple[np.ndarray, int]:
     """(`image_levels`, the EXIF orientation that it was stored in)."""
     try:
         low = _low_bytes(image)
@@ -196,14 +196,14 @@ def read_levels(image: Image.Image, name: Any, turn: bool = True) -> tuple[np.nd
         else _colours
         if low is None
         else (lambda image: _colours(image).astype(np.uint16) << 8 | _colours(low)),
-        turn,
+        upright,
     )
 
 
 def mask_values(image: Image.Image, name: Any = "the mask", ids: bool = False) -> np.ndarray:
     """Values of a mask, upright: u8, u16 or i32 [H, W], or u8[H, W, 3] where the channels differ.
 
-    Of a palette the indices; of colour with alpha the alpha, where the colour says nothing.
+    For a palette the indices; for colour with alpha the alpha channel, if the colour is uniform.
 
     Args:
       image: as Pillow opened it.
@@ -215,20 +215,20 @@ def mask_values(image: Image.Image, name: Any = "the mask", ids: bool = False) -
 
 
 def _upright(
-    image: Image.Image, name: Any, decode: Callable[[Image.Image], np.ndarray], turn: bool = True
+    image: Image.Image, name: Any, decode: Callable[[Image.Image], np.ndarray], upright: bool = True
 ) -> tuple[np.ndarray, int]:
-    """(decoded and turned array, the orientation as stored)."""
+    """(decoded and rotated array, the orientation as stored)."""
     try:
-        stored = orientation(image) if image.format == "TIFF" else 1  # Pillow itself turns TIFF when it decodes
+        stored = orientation(image) if image.format == "TIFF" else 1  # Pillow rotates TIFF itself when it decodes
         array = decode(image)
-        left = orientation(image)  # PNG may tell it behind the pixels
+        left = orientation(image)  # PNG may store it after the pixels
     except SampleError as fault:
         raise SampleError(f"{name}: {fault}") from None
     except Exception as fault:  # of any decoder, MemoryError too
         raise _unreadable(name, fault) from None
-    if turn and left in TURNED:
-        array = np.ascontiguousarray(TURNED[left][0](array))
-    return array, left if left in TURNED else stored
+    if upright and left in ORIENTATIONS:
+        array = np.ascontiguousarray(ORIENTATIONS[left][0](array))
+    return array, left if left in ORIENTATIONS else stored
 
 
 def _colours(image: Image.Image) -> np.ndarray:
@@ -236,20 +236,20 @@ def _colours(image: Image.Image) -> np.ndarray:
 
 
 def _native(image: Image.Image) -> np.ndarray:
-    """The values as they are, in this machine's byte order."""
+    """The unchanged values, in the native byte order."""
     array = np.array(image)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the file holds its pixels, as Pillow names it; '' once they are decoded."""
+    """How the file stores its pixels, by Pillow's name; '' after decoding."""
     tiles = getattr(image, "tile", None)
     args = tiles[0].args if tiles else ""
     return str(args[0] if isinstance(args, tuple) and args else args)
 
 
 def _low_bytes(image: Image.Image) -> Image.Image | None:
-    """Of an image file of 16 bits in each of several channels a view of their low bytes, else None.
+    """For a file with several channels of 16 bits an image of their low bytes, else None.
 
     Pillow's modes keep the high bytes only; read in the other byte order it decodes the low ones.
     """
@@ -257,7 +257,8 @@ def _low_bytes(image: Image.Image) -> Image.Image | None:
         return None
     is_big = found[1] == "B" or (found[1] == "N" and sys.byteorder == "big")
     mode = found[0][:-1] + ("L" if is_big else "B")
-    low = type(image)(io.BytesIO(image.fp.getvalue()), image.filename)
+    file: Any = image
+    low = type(file)(io.BytesIO(file.fp.getvalue()), file.filename)
     low.tile = [
         tile._replace(args=(mode, *tile.args[1:]) if isinstance(tile.args, tuple) else mode) for tile in low.tile
     ]
@@ -285,7 +286,7 @@ def _mask_values(image: Image.Image, ids: bool) -> np.ndarray:
     if mode in ("1", "L"):
         return np.array(image.convert("L"))
     if mode == "F":
-        return _whole(np.array(image))
+        return _to_integers(np.array(image))
     if mode.startswith("I"):
         values = _native(image)
         if values.min() < 0:
@@ -295,14 +296,14 @@ def _mask_values(image: Image.Image, ids: bool) -> np.ndarray:
     alpha = image.has_transparency_data or mode in ("LA", "La", "RGBA", "RGBa")
     values = np.array(image.convert("RGBA" if alpha else "RGB"))
     if low is not None and (not alpha or values[..., 3].min() == 255):
-        whole = values[..., :3].astype(np.uint16) << 8 | _colours(low)
-        if (whole == whole[..., :1]).all():
-            return whole[..., 0].copy()
+        deep = values[..., :3].astype(np.uint16) << 8 | _colours(low)
+        if (deep == deep[..., :1]).all():
+            return deep[..., 0].copy()
     return _by_alpha(values, ids) if alpha else _one_channel(values)
 
 
-def _whole(values: np.ndarray) -> np.ndarray:
-    """f32 -> whole numbers; of 0..1 with fractions grey levels u8."""
+def _to_integers(values: np.ndarray) -> np.ndarray:
+    """f32 -> i32 of whole numbers; fractions of 0..1 -> grey levels u8."""
     if not np.isfinite(values).all():
         raise SampleError("the mask holds NaN or infinite values")
     low, high = values.min(), values.max()
@@ -319,12 +320,12 @@ def _one_channel(colours: np.ndarray) -> np.ndarray:
 
 
 def _by_alpha(values: np.ndarray, ids: bool) -> np.ndarray:
-    """u8[H, W, 4] -> the alpha where the colour says nothing, and else the colour."""
+    """u8[H, W, 4] -> the alpha channel if the colour is uniform, else the colour."""
     colours, alpha = _one_channel(values[..., :3]), values[..., 3]
     if alpha.min() == 255:
         return colours
     plain = (colours == colours[:1, :1]).all()
-    cut_out = not ids and colours.ndim == 3 and alpha.min() == 0  # a photograph on nothing
+    cut_out = not ids and colours.ndim == 3 and alpha.min() == 0  # a photograph on a transparent background
     return alpha.copy() if plain or cut_out else colours
 
 
@@ -332,10 +333,10 @@ def _by_alpha(values: np.ndarray, ids: bool) -> np.ndarray:
 
 
 def stretch(mask: np.ndarray) -> np.ndarray:
-    """The grey levels u8[H, W] of a mask's values; u8[H, W, 3] of several colours.
+    """The grey levels u8[H, W] of a mask's values; u8[H, W, 3] for several colours.
 
-    Two values only: the lower is 0, the higher 255; one colour on black likewise. All below 127 (the
-    reference's rule; 127 x 257 in 16 bits): 255 where it is not 0. Else as they are (16 bits divided by
+    Two values only: the lower becomes 0, the higher 255; one colour on black likewise. All below 127 (the
+    reference's rule; 127 x 257 in 16 bits): 255 where it is not 0. Else unchanged (16 bits divided by
     257): soft edges stay grey.
     """
     if mask.ndim == 3:

@@ -1,11 +1,11 @@
 """Where samples come from: random-access sources, opened by name.
 
-    shapes:LEVEL:SPLIT[:SIZE][:KIND=W,...]  drawn scenes (data/synthetic/shapes.py), such as
+    shapes:LEVEL:SPLIT[:SIZE][:KIND=W,...]  synthetic scenes (data/synthetic/shapes.py), such as
                                   shapes:simple:train; W: another weight for a kind of expression
     shapes:SPLIT, nano:SPLIT      the level that the shipped model was trained on
     shapes-TASK:LEVEL:SPLIT[:SIZE]  other tasks on them: object, semantic, instances, chat, draw
                                   (data/synthetic/shapes_tasks.py)
-    jsonl:F  or F.jsonl           official JSONL, one sample a line
+    jsonl:F  or F.jsonl           official JSONL, one sample per line
     meta:F   or F.json            official meta JSON: a mixture of JSONL files
     psalm:F  or F.json            PSALM JSON, for evaluation (data/sources/psalm.py)
     prepared:FOLDER or FOLDER     shards that `prepare` wrote (data/sources/prepared.py)
@@ -15,13 +15,13 @@
     coco:FOLDER[:SPLIT]           COCO instances; paco: and pascalpart: classes (data/sources/coco.py)
     ade20k:, cocostuff:FOLDER[:SPLIT[:ASKED]]  classes: one drawn, all `shown`, `every` (data/sources/label_maps.py)
     panoptic:FOLDER[:SPLIT[:ASKED]]  COCO panoptic, likewise (data/sources/panoptic.py)
-    own:FOLDER                    pictures with masks, label maps or COCO polygons (data/sources/own.py)
+    own:FOLDER                    images with masks, label maps or COCO polygons (data/sources/own.py)
     mvtec:FOLDER[:SPLIT[:CATEGORY]]  anomaly detection (data/sources/mvtec.py)
     t2i:FOLDER[:SPLIT]            text-to-image pairs (data/sources/text_to_image.py)
     interactive:PROMPT:SOURCE     any of these with a point, box, ... as prompt (data/sources/interactive.py)
 
-A source has `__len__` and `__getitem__(i) -> Sample`, and `draw(i, rng)` where a sample leaves
-something to chance. Opening one reads an index, not the samples.
+A source has `__len__` and `__getitem__(i) -> Sample`, and `draw(i, rng)` if its samples are random.
+Opening one reads an index, not the samples.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -57,26 +57,26 @@ from argenseg_jax.errors import DATA_FAULTS, UserError, brief
 
 NANO_LEVEL = "full"  # what `shapes:SPLIT` and `nano:SPLIT` mean
 _SIZE = re.compile(r"[0-9]{1,10}")
-ENDLESS = 2**31 - 1  # length of a source that is drawn on the fly
+ENDLESS = 2**31 - 1  # length of a source that generates samples without end
 
 
 class Options(NamedTuple):
-    """What `open_source` passes on to those families that take it: prompt, directory of the pictures."""
+    """What `open_source` passes to the families that use it: prompt, directory of the images."""
 
     prompt: str
     image_root: str
 
 
 def _coco(family: str) -> Callable[..., Source]:
-    return lambda folder, *words, **options: CocoSource(folder, family, *words, **options)
+    return lambda folder, *fields, **options: CocoSource(folder, family, *fields, **options)
 
 
 def _label_maps(family: str) -> Callable[..., Source]:
-    return lambda folder, *words, **options: LabelMapSource(folder, family, *words, **options)
+    return lambda folder, *fields, **options: LabelMapSource(folder, family, *fields, **options)
 
 
-# Families of published layouts: name -> (opens (folder, *words after it, **options), most words, options).
-# A family adds one line here and one file.
+# Families of published layouts: name -> (opens (folder, *fields, **options), maximum number of fields, options).
+# A new family needs one line here and one file.
 FAMILIES: dict[str, tuple[Callable[..., Source], int, tuple[str, ...]]] = {
     "refer": (ReferSource, 2, ("prompt", "image_root")),
     "reasonseg": (ReasonSegSource, 1, ("prompt",)),
@@ -90,62 +90,63 @@ FAMILIES: dict[str, tuple[Callable[..., Source], int, tuple[str, ...]]] = {
 
 
 def _open_family(kind: str, rest: str, root: str, options: Options, reading: Reading) -> Source:
-    """`rest` is FOLDER[:WORD[:WORD]]; the colon of gs:// separates nothing."""
-    opens, most, taken = FAMILIES[kind]
-    folder, *words = re.split(r":(?!//)", rest)
-    if not folder or len(words) > most:
+    """`rest` is FOLDER[:FIELD[:FIELD]]; the colon of gs:// is no separator."""
+    opens, most, used = FAMILIES[kind]
+    folder, *fields = re.split(r":(?!//)", rest)
+    if not folder or len(fields) > most:
         raise UserError(f"{kind}:{rest}: write {kind}:FOLDER and at most {most} words after it, with colons between")
     path = files.join(root, folder)
     if files.kind_of(path) != "folder":
         raise UserError(f"{path}: no such folder (of {kind}:{rest})")
-    return opens(path, *words, reading=reading, **{name: getattr(options, name) for name in taken})
+    return opens(path, *fields, reading=reading, **{name: getattr(options, name) for name in used})
 
 
 def takes_prompt(source: Source) -> bool:
-    """Whether a source words its questions by `prompt`; the others hold them."""
+    """Whether `prompt` sets the wording of a source's questions; other sources contain them."""
     return getattr(source, "takes_prompt", False)
 
 
 def draw(source: Source, index: int, rng: np.random.Generator, change: Change | None = None) -> Sample:
-    """source[index], with the source's own chances (if it has any) decided by rng, and then changed.
+    """source[index], with the randomness of the source (if any) from rng, then augmented.
 
     Args:
       source: of any kind.
       index: 0..len(source) - 1.
-      rng: decides.
-      change: (sample, rng) -> sample, as augmentation; comes before a prompt is made of the sample.
+      rng: source of randomness.
+      change: (sample, rng) -> sample, as augmentation; applied before an interactive prompt is made.
     """
     if isinstance(source, InteractiveSource):
         return source.draw(index, rng, change)
-    sample = source.draw(index, rng) if hasattr(source, "draw") else source[index]
+    random: Any = source if hasattr(source, "draw") else None
+    sample = random.draw(index, rng) if random else source[index]
     return change(sample, rng) if change else sample
 
 
-def window(parts: Sequence[MixtureComponent]) -> Window | tuple[()]:
-    """The window of levels (data/reader.py) that all data sets with images of more than 8 bits share.
+def window(components: Sequence[MixtureComponent]) -> Window | tuple[()]:
+    """The window of values (data/reader.py) that all data sets with images of more than 8 bits share.
 
-    () where there are none, or where they differ: then it is found for each data set alone.
+    () where there are none, or where they differ: then each data set has its own.
     """
-    found = {_window(part.source) for part in parts} - {None}
+    found = {found for c in components if (found := _window(c.source)) is not None}
     if len(found) > 1:
         print(
-            f"the data sets have {len(found)} different windows of levels: each is read by its own; what is asked "
-            "later needs data.window",
+            f"the data sets have {len(found)} different windows of values: each is read with its own; inference "
+            "needs data.window",
             file=sys.stderr,
         )
     return found.pop() if len(found) == 1 else ()
 
 
 def _window(source: Source) -> Window | None:
-    inner = getattr(source, "inner", source)  # of an interactive one
-    inner = getattr(inner, "source", inner)  # of a part of a prepared one
+    inner = getattr(source, "inner", source)  # of an interactive source
+    inner = getattr(inner, "source", inner)  # of a component of a prepared source
     if isinstance(reader := getattr(inner, "reader", None), Reader):
         return reader.settle()
-    return getattr(inner, "window", None)  # of a prepared one
+    return getattr(inner, "window", None)  # of a prepared source
 
 
 def name_of(source: Source) -> str:
-    """What messages call a source."""
+    """The name of a source in messages."""
     return str(getattr(source, "name", None) or getattr(source, "path", None) or type(source).__name__)
 
 
@@ -155,15 +156,15 @@ def open_mixture(
     """Opens the sources of a training run.
 
     Args:
-      names: names as above, each optionally with a trailing `*W`: W < 1 takes the first part of the
-        samples, W > 1 repeats them (`repeat_time` of the official meta JSON).
-      root: directory that relative paths start from.
+      names: names as above, each optionally with a trailing `*W`: W < 1 uses the first samples only,
+        W > 1 repeats them (`repeat_time` of the official meta JSON).
+      root: directory of relative paths.
       prompt, image_root, reading: as of `open_source`.
 
     Raises:
-      UserError: no source, an unknown one, an empty one, or an endless one in a mixture.
+      UserError: no source, an unknown or empty one, or an endless one in a mixture.
     """
-    parts = []
+    components = []
     for name in [names] if isinstance(names, str) else names:
         if not isinstance(name, str):
             raise UserError(f"data.sources: {brief(repr(name), 60)} is no name of a source")
@@ -171,20 +172,18 @@ def open_mixture(
         plain, repeat = (found[1], float(found[2])) if found else (name, 1.0)
         source = open_source(plain, root, prompt, image_root, reading)
         if isinstance(source, MetaSource):
-            parts += [part.repeated(repeat, name) for part in source.parts]
-        elif hasattr(source, "spans"):  # prepared from a mixture, perhaps
-            parts += [
-                MixtureComponent(part, len(part), weight).repeated(repeat, name) for part, weight in source.spans()
-            ]
+            components += [component.repeated(repeat, name) for component in source.parts]
+        elif spans := getattr(source, "spans", None):  # prepared, perhaps from a mixture
+            components += [MixtureComponent(span, len(span), weight).repeated(repeat, name) for span, weight in spans()]
         elif not len(source):
             raise UserError(f"{name}: no samples")
         else:
-            parts.append(MixtureComponent(source, len(source), len(source)).repeated(repeat, name))
-    if not parts:
+            components.append(MixtureComponent(source, len(source), len(source)).repeated(repeat, name))
+    if not components:
         raise UserError("data.sources is empty: name a source, such as shapes:simple:train")
-    if len(parts) > 1 and any(p.length >= ENDLESS for p in parts):
+    if len(components) > 1 and any(c.length >= ENDLESS for c in components):
         raise UserError("data.sources: an endless source in a mixture needs a size, such as shapes:simple:train:100000")
-    return parts
+    return components
 
 
 def open_source(
@@ -194,9 +193,9 @@ def open_source(
 
     Args:
       name: see the module's text.
-      root: directory that relative paths in `name` start from.
+      root: directory of relative paths in `name`.
       prompt: of PSALM files: a name in templates.PROMPTS or a text with `{sent}`.
-      image_root: directory of the pictures; by default that of the annotation file.
+      image_root: directory of the images; by default that of the annotation file.
       reading: how images and masks are read (data/reader.py).
     """
     try:
@@ -241,11 +240,11 @@ def _open(name: str, root: str, options: Options, reading: Reading) -> Source:
 
 
 def _open_shapes(name: str) -> shapes.ShapesSource:
-    words = name.split(":")[1:]
-    if words and words[0] in shapes.SPLITS:
-        words = [NANO_LEVEL, *words]
-    kinds = words.pop().split(",") if words and "=" in words[-1] else []
-    if not 2 <= len(words) <= 3 or (len(words) == 3 and not _SIZE.fullmatch(words[2])):
+    fields = name.split(":")[1:]
+    if fields and fields[0] in shapes.SPLITS:
+        fields = [NANO_LEVEL, *fields]
+    kinds = fields.pop().split(",") if fields and "=" in fields[-1] else []
+    if not 2 <= len(fields) <= 3 or (len(fields) == 3 and not _SIZE.fullmatch(fields[2])):
         raise UserError(f"{name}: write shapes:LEVEL:SPLIT, and then, if wanted, :SIZE and :KIND=WEIGHT,KIND=WEIGHT")
     try:
         weights = {kind: float(weight) for kind, _, weight in (item.partition("=") for item in kinds)}
@@ -253,23 +252,23 @@ def _open_shapes(name: str) -> shapes.ShapesSource:
         raise UserError(f"{name}: weights of kinds are numbers, as in :alls=2,zs=0.5") from None
     if not all(0 <= weight < math.inf for weight in weights.values()):
         raise UserError(f"{name}: weights of kinds are finite and not below 0")
-    if weights and words[0] in shapes.LEVELS:
-        weights = {**shapes.LEVELS[words[0]].kinds, **weights}
+    if weights and fields[0] in shapes.LEVELS:
+        weights = {**shapes.LEVELS[fields[0]].kinds, **weights}
     return shapes.ShapesSource(
-        words[0], words[1], size=int(words[2]) if words[2:] else None, kind_weights=weights or None
+        fields[0], fields[1], size=int(fields[2]) if fields[2:] else None, kind_weights=weights or None
     )
 
 
-def _open_task(name: str, task: str, words: list[str]) -> TaskSource:
-    if words[0] in shapes.SPLITS:
-        words = [NANO_LEVEL, *words]
-    if not 2 <= len(words) <= 3 or (len(words) == 3 and not _SIZE.fullmatch(words[2])):
+def _open_task(name: str, task: str, fields: list[str]) -> TaskSource:
+    if fields[0] in shapes.SPLITS:
+        fields = [NANO_LEVEL, *fields]
+    if not 2 <= len(fields) <= 3 or (len(fields) == 3 and not _SIZE.fullmatch(fields[2])):
         raise UserError(f"{name}: write shapes-TASK:LEVEL:SPLIT, and then, if wanted, :SIZE")
-    return TaskSource(task, words[0], words[1], size=int(words[2]) if words[2:] else None)
+    return TaskSource(task, fields[0], fields[1], size=int(fields[2]) if fields[2:] else None)
 
 
 def _open_shards(path: epath.Path, kind: str, prompt: str, reading: Reading) -> Source:
-    from argenseg_jax.data.sources import prepared, records, tfds_ref_coco  # slow to import, seldom needed
+    from argenseg_jax.data.sources import prepared, records, tfds_ref_coco  # slow to import, rarely needed
 
     most = Reader(reading).max_pixels
     if kind == "prepared" or prepared.is_prepared(path):

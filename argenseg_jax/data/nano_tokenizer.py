@@ -23,9 +23,9 @@ _TEMPLATE_CORPUS = (
 )
 # The classes of CamVid.
 _CLASS_CORPUS = " sky building pole road pavement tree sign fence car pedestrian bicyclist"
-# "circles" is "circle" and "s": what is learned of the one holds for the other.
+# "circles" is "circle" and "s": what is learned about one transfers to the other.
 _PLURAL = r"(?<=\p{L}{3})s\b"
-# Rare enough to be merged last, and so many that the vocabulary is always filled.
+# Rare enough to be merged last, and enough of them to always fill the vocabulary.
 _GLUE_CORPUS = (
     " a about an and are at be by can colour describe do find for from has have here how i image in "
     "is it mask me next no not of on or other person please picture show side smaller that their them "
@@ -39,9 +39,9 @@ def nano_tokenizer(num_codes: int, corpus: Sequence[str], vocab_size: int = 496)
 
     Args:
       num_codes: size of the codebook.
-      corpus: phrases whose words shall be single tokens (those of the shapes grammar).
-      vocab_size: text entries; rare words are split once they run out. With 496 of them, 15 control
-        tokens and 256 codes still fit into three times PAD_MULTIPLE rows.
+      corpus: phrases whose words become single tokens (those of the shapes grammar).
+      vocab_size: text entries; rare words are split when they do not suffice. With 496, 15 control tokens
+        and 256 codes fit into 3 * PAD_MULTIPLE entries.
     """
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.Sequence(

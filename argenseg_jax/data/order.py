@@ -50,7 +50,7 @@ class Order:
         """The samples in their order."""
         streams = [
             _Spans([self._stream(k, span.length, int(self._seeds[k]) + n) for n, span in enumerate(spans)], spans)
-            if len(spans) > 1
+            if spans[1:]
             else self._stream(k, spans[-1].length, int(self._seeds[k]))
             for k, spans in enumerate(self.spans)
         ]

@@ -17,7 +17,7 @@ from argenseg_jax.data import mixture, packing, prompt, transforms
 from argenseg_jax.data.augment import Augment, recolour, recompress
 from argenseg_jax.data.batches import Batch, BatchIterator, InvalidSample
 from argenseg_jax.data.order import Component, Order
-from argenseg_jax.data.reader import FEW, Reading
+from argenseg_jax.data.reader import MIN_LIMIT, Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.tokenizer import Tokenizer
 from argenseg_jax.errors import SampleError, UserError, brief
@@ -114,7 +114,9 @@ class DataConfig:
     def reading(self) -> Reading:
         """How the files of the sources are read."""
         return Reading.from_config(
-            dataclasses.asdict(self), max_images=max(self.max_tiles, FEW), max_masks=max(self.max_masks, FEW)
+            dataclasses.asdict(self),
+            max_images=max(self.max_tiles, MIN_LIMIT),
+            max_masks=max(self.max_masks, MIN_LIMIT),
         )
 
 

@@ -1,7 +1,7 @@
 """Conversations -> token ids and labels: the `internvl2_5` template and the official label rules.
 
-A turn is one piece: `<|im_start|>role\\n` text `<|im_end|>\\n`. Pieces are tokenised one by one,
-and so are the texts between control tokens in a piece (official preprocess_internvl2_5).
+A turn is `<|im_start|>role\\n` text `<|im_end|>\\n`. Turns are tokenised one by one, and so are the texts
+between control tokens in a turn (official preprocess_internvl2_5).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from argenseg_jax.vocab import IGNORE, IMG_END, IMG_START, MASK
 OFFICIAL_SYSTEM = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
-IMAGE = "<image>"  # a place in a text, not a token
+IMAGE = "<image>"  # a placeholder in a text, not a token
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # one of the two units of an emoji: scraped texts are cut so
-UNCONDITIONAL = "Please generate a picture about nothing."  # the unconditional prompt of guidance
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # one of the two units of an emoji, as in truncated scraped texts
+UNCONDITIONAL = "Please generate a picture about nothing."  # the unconditional prompt of classifier-free guidance
 
 Conversations = Sequence[Mapping[str, str]]
 
@@ -44,20 +44,20 @@ def encode_training(
       conversations: [{'from': 'system'|'human'|'gpt', 'value': text}] with `<image>` in human and
         `<mask>` in gpt turns.
       tokenizer: vocabulary in use.
-      tiles_per_image: tiles of each image, in the order of the `<image>` places.
+      tiles_per_image: tiles of each image, in the order of the `<image>` placeholders.
       image_tokens: `<IMG_CONTEXT>` tokens of one tile.
       code_tokens: N, codes of one mask.
       num_masks: masks that the sample has; None skips the check.
-      system: system message; '' for none, None for the official one. The conversation's own wins.
-      image_last: puts the images behind the text of their turn.
+      system: system message; '' for none, None for the official one. That of the conversation has priority.
+      image_last: moves the images after the text of their turn.
       name: names the sample in messages.
 
     Returns:
       tokens i32[T] and labels i32[T], unshifted: IGNORE, a text id, or `<MASK_CONTEXT>` at each of
-      the N places of a code (the N-1 `<MASK_CONTEXT>` inputs and `<ge_end>`).
+      the N positions of the codes (the N-1 `<MASK_CONTEXT>` inputs and `<ge_end>`).
 
     Raises:
-      SampleError: unknown roles, or places that do not match the images and masks.
+      SampleError: unknown roles, or placeholders that do not match the images and masks.
     """
     turns = _turns(conversations, len(tiles_per_image), system, image_last, name)
     if num_masks is not None:
@@ -68,7 +68,7 @@ def encode_training(
     images = [_image(tokenizer, n * image_tokens) for n in tiles_per_image]
     mask = [vocab.ge_start, *[vocab.mask_context] * (code_tokens - 1), vocab.ge_end]
     for role, text in turns:
-        ids = tokenizer.encode(_piece(tokenizer, role, _parts(role, text, images, mask)))
+        ids = tokenizer.encode(_turn_pieces(tokenizer, role, _text_pieces(role, text, images, mask)))
         tokens += ids
         if role == "assistant":
             labels += [IGNORE] * header + ids[header:-1] + [IGNORE]
@@ -91,7 +91,7 @@ def encode_query(
 ) -> np.ndarray:
     """Ids i32[T] of a question, up to and including `<|im_start|>assistant\\n`.
 
-    A text is a single human turn. Of earlier answers only the text remains, as officially.
+    A text is a single human turn. Earlier answers keep only their text, as in the reference.
     """
     if isinstance(conversations, str):
         conversations = [{"from": "human", "value": conversations}]
@@ -101,12 +101,12 @@ def encode_query(
     images = [_image(tokenizer, n * image_tokens) for n in tiles_per_image]
     tokens, _ = _start(tokenizer)
     for role, text in turns:
-        tokens += tokenizer.encode(_piece(tokenizer, role, _parts(role, text, images, [])))
+        tokens += tokenizer.encode(_turn_pieces(tokenizer, role, _text_pieces(role, text, images, [])))
     return np.asarray(tokens + tokenizer.encode([tokenizer.im_start, "assistant\n"]), np.int32)
 
 
 def check(conversations: Conversations, num_images: int, num_masks: int, name: str = "sample") -> None:
-    """SampleError where the roles or the number of places would make `encode_training` refuse it."""
+    """SampleError where `encode_training` would raise one for the roles or the number of placeholders."""
     _check_masks(_turns(conversations, num_images, "", False, name), num_masks, name)
 
 
@@ -116,7 +116,7 @@ def check_turns(conversations: Conversations, name: str = "sample") -> None:
 
 
 def is_human(turn: Mapping[str, str]) -> bool:
-    """Whether a turn is the user's, by either of its names ("human" officially, "user" elsewhere)."""
+    """Whether a turn is the user's ("human" in the official data, "user" elsewhere)."""
     who = turn.get("from") if isinstance(turn, Mapping) else None
     return isinstance(who, str) and ROLES.get(who) == "user"
 
@@ -135,27 +135,27 @@ def query_turns(conversations: Conversations, name: str = "sample") -> list[Mapp
 
 
 def _turns(conversations, num_images, system, image_last, name) -> list[tuple[str, str]]:
-    """[(role, text)] with the system turn in front and every `<image>` where it belongs."""
+    """[(role, text)] with the system turn first and every `<image>` at its position."""
     turns = _roles(conversations, name)
     if turns and turns[0][0] == "system":
         system = turns.pop(0)[1]
     elif system is None:
         system = OFFICIAL_SYSTEM
     users = [k for k, (role, _) in enumerate(turns) if role == "user"]
-    places = sum(turns[k][1].count(IMAGE) for k in users)
-    if users and num_images and not places:
+    count = sum(turns[k][1].count(IMAGE) for k in users)
+    if users and num_images and not count:
         turns[users[0]] = ("user", f"{IMAGE}\n" * num_images + turns[users[0]][1])
-    elif places != num_images:
-        raise SampleError(f"{name}: {places} {IMAGE} placeholders in the questions for {num_images} images")
+    elif count != num_images:
+        raise SampleError(f"{name}: {count} {IMAGE} placeholders in the questions for {num_images} images")
     if image_last:
         turns = [(role, _image_last(text) if role == "user" else text) for role, text in turns]
     return ([("system", system)] if system else []) + turns
 
 
 def _check_masks(turns: Sequence[tuple[str, str]], num_masks: int, name: str) -> None:
-    places = sum(text.count(MASK) for role, text in turns if role == "assistant")
-    if places != num_masks:
-        raise SampleError(f"{name}: {places} {MASK} placeholders in the answers for {num_masks} masks")
+    count = sum(text.count(MASK) for role, text in turns if role == "assistant")
+    if count != num_masks:
+        raise SampleError(f"{name}: {count} {MASK} placeholders in the answers for {num_masks} masks")
 
 
 def _roles(conversations: Conversations, name: str) -> list[tuple[str, str]]:
@@ -191,21 +191,21 @@ def _start(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return ([], []) if tokenizer.bos is None else ([tokenizer.bos], [IGNORE])
 
 
-def _image(tokenizer: Tokenizer, slots: int) -> list[int]:
+def _image(tokenizer: Tokenizer, num_tokens: int) -> list[int]:
     vocab = tokenizer.vocab
-    return [vocab.id(IMG_START), *[vocab.img_context] * slots, vocab.id(IMG_END)]
+    return [vocab.id(IMG_START), *[vocab.img_context] * num_tokens, vocab.id(IMG_END)]
 
 
-def _piece(tokenizer: Tokenizer, role: str, parts: Sequence[TokenPiece]) -> list[TokenPiece]:
-    return [tokenizer.im_start, f"{role}\n", *parts, tokenizer.vocab.eos, "\n"]
+def _turn_pieces(tokenizer: Tokenizer, role: str, text: Sequence[TokenPiece]) -> list[TokenPiece]:
+    return [tokenizer.im_start, f"{role}\n", *text, tokenizer.vocab.eos, "\n"]
 
 
-def _parts(role: str, text: str, images: list[list[int]], mask: Sequence[int]) -> list[TokenPiece]:
-    """Cuts a text at its places; takes the images it uses off the list."""
+def _text_pieces(role: str, text: str, images: list[list[int]], mask: Sequence[int]) -> list[TokenPiece]:
+    """Splits a text at its placeholders; removes the images that it uses from the list."""
     if role == "user":
         first, *rest = text.split(IMAGE)
-        return [first, *(part for after in rest for part in (*images.pop(0), after))]
+        return [first, *(piece for after in rest for piece in (*images.pop(0), after))]
     if role == "assistant":
         first, *rest = text.split(MASK)
-        return [first, *(part for after in rest for part in (*mask, after))]
+        return [first, *(piece for after in rest for piece in (*mask, after))]
     return [text]

@@ -1,15 +1,15 @@
-"""How a data set's images and masks are read: by one Reader, with one window of levels for all of it.
+"""How a data set's images and masks are read: by one Reader, with one window of values per data set.
 
-Images of 8 bits a channel are as they are. Of more bits, [low, high] of the values becomes [0, 255], and
-what is outside is clipped. This window is `data.window`; where that is (), it is found once per data set,
-from the values of up to 64 of its images, spread evenly over its samples:
+Images of 8 bits per channel are unchanged. With more bits, the window [low, high] of the values is mapped
+to [0, 255] and clipped. It is `data.window`; where that is (), it is determined once per data set, from
+the values of up to 64 of its images, spread evenly over its samples:
 
   whole numbers   (0, 255), (0, 4095) or (0, 65535): the first that all values fit into; where one is
                   negative or larger, the 1st to the 99th percentile
   floats          (0, 1) where all values are inside; else the 1st to the 99th percentile
 
-`train` saves the window of its data with the run, so that whatever uses the run reads alike. An image
-without a data set (`segment`, the Python API) and without a saved window is a data set of its own.
+`train` saves the window of its data with the run, so that inference reads images in the same way. An image
+without a data set (`segment`, the Python API) and without a saved window has its own window.
 """
 
 from __future__ import annotations
@@ -27,33 +27,36 @@ from PIL import Image
 from argenseg_jax.data import images
 from argenseg_jax.errors import SampleError, UserError, brief
 
-LOOKED_AT, SEEN = 8, 64  # samples of a data set: for whether it has deep images; for their values
+PROBED, MEASURED = 8, 64  # samples of a data set that show whether it has deep images; and their values
 TOPS = (255, 4095, 65535)  # of 8, 12 and 16 bits
-FEW = 32  # images, or masks, that are decoded before anybody counts them
+MIN_LIMIT = 32  # images, or masks, of a sample that may always be decoded
 PER_SAMPLE = 4  # times max_pixels: pixels of all images, and of all masks, of one sample
-_VALUES = 4096  # of one image that percentiles are made of
+_VALUES = 4096  # of one image, for percentiles
 
 _EXACT = tuple((0, top) for top in TOPS)
 
-_ROWS = 2**20  # pixels that are scaled at a time
+_CHUNK = 2**20  # pixels that are scaled at a time
 
 Window = tuple[float, float]
 
 
 class Values(NamedTuple):
-    """What is known of the values of an image: kind 'i' or 'f', extremes, and up to _VALUES in between.
+    """Statistics of the finite values of an image.
 
-    Only finite ones count.
+    Attributes:
+      kind: 'i' or 'f'.
+      low, high: their range.
+      subset: up to _VALUES of them.
     """
 
     kind: str
     low: float
     high: float
-    some: np.ndarray
+    subset: np.ndarray
 
     @classmethod
     def from_array(cls, levels: np.ndarray) -> Values:
-        """Of the levels of an image."""
+        """From the values of an image."""
         values, kind = levels.ravel(), _kind(levels)
         if kind == "f" and not np.isfinite(values).all():
             values = values[np.isfinite(values)]
@@ -63,13 +66,13 @@ class Values(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a config says about reading.
+    """The settings of a config for reading files.
 
     Attributes:
-      window: (low, high) of images of more than 8 bits a channel; () = found once per data set.
-      max_pixels: most pixels of an image; 0 = images.MAX_PIXELS.
-      max_images: more images of a sample are refused before one is decoded; 0 = any number.
-      max_masks: more masks of a sample likewise.
+      window: (low, high) of images of more than 8 bits per channel; () = determined once per data set.
+      max_pixels: maximum number of pixels of an image; 0 = images.MAX_PIXELS.
+      max_images: maximum number of images of a sample, checked before decoding; 0 = no limit.
+      max_masks: maximum number of masks of a sample, likewise.
       allow_outside: a relative path in a data file may lead out of the folder that it starts from.
     """
 
@@ -94,15 +97,15 @@ class Reader:
     """Reads the images and masks of one data set.
 
     Args:
-      reading: what the config says.
-      source: the data set, whose samples show what its values are; None: each image is one by itself.
+      reading: settings of the config.
+      source: the data set, whose samples determine the window; None: each image has its own.
     """
 
     def __init__(self, reading: Reading = Reading(), source: Any = None):
         self.reading, self._source = reading, source
         self.max_pixels = reading.max_pixels or images.MAX_PIXELS
         self._windows: dict[str, Window] = {}  # by the kind of number
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     def image(self, image: epath.PathLike | Image.Image | np.ndarray) -> np.ndarray:
         """u8[H, W, 3] of an image file, a PIL image, or an array (see `array_levels`).
@@ -114,14 +117,14 @@ class Reader:
         return self._to_bytes(self.levels(image), image)
 
     def levels(self, image: epath.PathLike | Image.Image | np.ndarray) -> np.ndarray:
-        """The image before the window: see images.image_levels."""
+        """The image before the window is applied: see images.image_levels."""
         if isinstance(image, (str, os.PathLike)):
             opened = images.open_image(image, self.max_pixels)
-            levels, turned = images.read_levels(opened, image)
-            if self._source is not None and turned != 1:
-                self._tell(
+            levels, orientation = images.read_levels(opened, image)
+            if self._source is not None and orientation != 1:
+                self._log_once(
                     "EXIF",
-                    f"{images.turned(image, turned)}, as every such image of this data set: its masks "
+                    f"{images.describe_orientation(image, orientation)}, as every such image of this data set: its masks "
                     "belong to the upright image",
                 )
             return levels
@@ -138,11 +141,11 @@ class Reader:
             raise SampleError(f"{path}: {fault}") from None
 
     def ids(self, path: epath.PathLike) -> np.ndarray:
-        """The values of a map of class numbers or ids: whole numbers [H, W], or u8[H, W, 3] in colour."""
+        """The values of a map of class numbers or ids: integers [H, W], or u8[H, W, 3] in colour."""
         return images.mask_values(images.open_image(path, self.max_pixels), path, ids=True)
 
     def images(self, paths: Sequence[epath.PathLike]) -> tuple[np.ndarray, ...]:
-        """All images of a sample; their number and pixels are bounded before they are decoded."""
+        """All images of a sample; their number and pixels are limited before decoding."""
         return self._all(paths, self.image, "images", self.reading.max_images)
 
     def masks(self, paths: Sequence[epath.PathLike]) -> tuple[np.ndarray, ...]:
@@ -150,17 +153,17 @@ class Reader:
         return self._all(paths, self.mask, "masks", self.reading.max_masks)
 
     def targets(self, paths: Sequence[epath.PathLike]) -> tuple[np.ndarray, ...]:
-        """All images that a sample asks to be generated: as `images`, but bounded as `masks`."""
+        """All target images of a sample to be generated: as `images`, but limited as `masks`."""
         return self._all(paths, self.image, "masks", self.reading.max_masks)
 
-    def _all(self, paths: Sequence[epath.PathLike], read: Any, what: str, most: int) -> tuple[np.ndarray, ...]:
-        if 0 < most < len(paths):
-            raise SampleError(f"{len(paths)} {what}; at most {most} are read here")
-        room, found = PER_SAMPLE * self.max_pixels, []
+    def _all(self, paths: Sequence[epath.PathLike], read: Any, what: str, limit: int) -> tuple[np.ndarray, ...]:
+        if 0 < limit < len(paths):
+            raise SampleError(f"{len(paths)} {what}; at most {limit} are read here")
+        remaining, found = PER_SAMPLE * self.max_pixels, []
         for path in paths:
             found.append(read(path))
-            room -= found[-1].shape[0] * found[-1].shape[1]
-            if room < 0:
+            remaining -= found[-1].shape[0] * found[-1].shape[1]
+            if remaining < 0:
                 raise SampleError(
                     f"its {len(paths)} {what} have more than {PER_SAMPLE * self.max_pixels} pixels "
                     f"({PER_SAMPLE} x data.max_pixels)"
@@ -170,9 +173,9 @@ class Reader:
     # ------------------------------------------------------------------------------ the window
 
     def settle(self) -> Window | None:
-        """The window that the data set's images need, where some samples show images of more than 8 bits."""
+        """The window of the data set, if its first samples include images of more than 8 bits."""
         if self._source is not None and not self.reading.window and not self._windows:
-            if _look(self._source, LOOKED_AT):
+            if _probe(self._source, PROBED):
                 self._find()
         found = set(self._windows.values())
         return found.pop() if len(found) == 1 else None
@@ -182,17 +185,17 @@ class Reader:
             return levels
         window = self.reading.window or self._window(levels)
         if not self.reading.window and window in _EXACT and levels.max() > window[1]:
-            self._tell(
+            self._log_once(
                 "window",
                 f"{image}: has values up to {levels.max()}; those seen before end at {window[1]}, and "
                 "larger ones become white: set data.window to the range of all",
             )
         return to_bytes(levels, window)
 
-    def _tell(self, what: str, text: str) -> None:
-        """A line on stderr, once per data set."""
-        if what not in self._told:
-            self._told.add(what)
+    def _log_once(self, what: str, text: str) -> None:
+        """Writes a line to stderr, once per data set."""
+        if what not in self._logged:
+            self._logged.add(what)
             print(text, file=sys.stderr)
 
     def _window(self, levels: np.ndarray) -> Window:
@@ -204,14 +207,14 @@ class Reader:
         return self._windows.setdefault(kind, (0, 1) if kind == "f" else (0, TOPS[-1]))
 
     def _find(self) -> None:
-        """Looks at the values of the data set; the same whatever image asked for it."""
-        seen = _look(self._source, SEEN)
+        """Determines the windows of the data set; they do not depend on the image that is being read."""
+        seen = _probe(self._source, MEASURED)
         for kind in sorted({values.kind for values in seen}):
-            mine = [values for values in seen if values.kind == kind]
-            low, high = find_window(mine)
+            of_kind = [values for values in seen if values.kind == kind]
+            low, high = find_window(of_kind)
             self._windows[kind] = low, high
             name = getattr(self._source, "name", None) or getattr(self._source, "path", "")
-            top = max(values.high for values in mine)
+            top = max(values.high for values in of_kind)
             dark = (
                 f"; all are below {top:g}, so that they are dark: set data.window=(0, {top:g})"
                 if (top < high / 4)
@@ -225,7 +228,7 @@ class Reader:
 
 
 class _Probe(Reader):
-    """Stands in for a data set's reader: keeps the values of deep images, and decodes nothing else."""
+    """Replaces a data set's reader: collects the values of deep images, and decodes nothing else."""
 
     def __init__(self, reading: Reading):
         super().__init__(reading)
@@ -235,23 +238,23 @@ class _Probe(Reader):
         opened = images.open_image(image, self.max_pixels)
         if images.is_deep(opened):
             self.seen.append(Values.from_array(images.image_levels(opened, image)))
-        raise SampleError("only looked at")
+        raise SampleError("only probed")
 
     def mask(self, path: Any) -> np.ndarray:
-        raise SampleError("only looked at")
+        raise SampleError("only probed")
 
     ids = mask
 
 
-def _look(source: Any, most: int) -> list[Values]:
-    """The values of the first image of up to `most` samples, of those that are deep."""
+def _probe(source: Any, count: int) -> list[Values]:
+    """The values of the deep ones among the first images of up to `count` samples."""
     probe = _Probe(source.reader.reading)
     source = copy.copy(source)
     source.reader = probe
-    for index in np.unique(np.linspace(0, len(source) - 1, most).astype(int)).tolist():
+    for index in np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist():
         try:
             source[index]
-        except UserError:  # the probe's own, or of a sample that training will name
+        except UserError:  # the probe's own, or of an invalid sample that training will report
             pass
     return probe.seen
 
@@ -261,13 +264,13 @@ def _kind(levels: np.ndarray) -> str:
 
 
 def find_window(seen: Sequence[Values]) -> Window:
-    """(low, high) for images with these values, of one kind; see the module's text."""
+    """(low, high) for images with these values, of one kind; see the module docstring."""
     low, high = min(values.low for values in seen), max(values.high for values in seen)
     for top in (1,) if seen[0].kind == "f" else TOPS:
         if low >= 0 and high <= top:
             return 0, top
-    some = np.concatenate([values.some for values in seen]).astype(np.float64)
-    low, high = (float(x) for x in np.percentile(some, (1, 99)))
+    subset = np.concatenate([values.subset for values in seen]).astype(np.float64)
+    low, high = (float(x) for x in np.percentile(subset, (1, 99)))
     return low, high if high > low else max(low + 1, float(np.nextafter(low, np.inf)))
 
 
@@ -278,7 +281,7 @@ def to_bytes(levels: np.ndarray, window: Window) -> np.ndarray:
         grey = _scaled(np.arange(65536), low, high)[levels]
     else:
         grey = np.empty(levels.shape, np.uint8)
-        rows = max(_ROWS // levels.shape[1], 1)
+        rows = max(_CHUNK // levels.shape[1], 1)
         for y in range(0, len(levels), rows):
             grey[y : y + rows] = _scaled(levels[y : y + rows], low, high)
     return grey if grey.ndim == 3 else np.repeat(grey[..., None], 3, axis=-1)
@@ -291,7 +294,7 @@ def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def array_levels(array: Any) -> np.ndarray:
-    """The levels of an array as image libraries give them, as of a file of that mode.
+    """The values of an array from any image library, as those of a file of that mode.
 
     Args:
       array: u8[H, W, 3], RGB; also u8[H, W, 4] (alpha is dropped), grey u8 or bool [H, W] or
@@ -299,9 +302,9 @@ def array_levels(array: Any) -> np.ndarray:
     """
     try:
         array = np.asarray(array)
-    except ValueError as fault:  # rows of unlike length
+    except ValueError as fault:  # nested lists of unequal length
         raise UserError(
-            f"a picture is an array, a PIL image or a file, not {brief(repr(array), 60)} ({brief(fault, 100)})"
+            f"an image is an array, a PIL image or a file, not {brief(repr(array), 60)} ({brief(fault, 100)})"
         ) from None
     plain = array[..., 0] if array.ndim == 3 and array.shape[2] in (1, 2) else array
     plain = plain[..., :3] if plain.ndim == 3 and plain.shape[2] == 4 else plain
@@ -318,7 +321,7 @@ def array_levels(array: Any) -> np.ndarray:
             else plain
         )
     raise UserError(
-        f"a picture is u8[H, W, 3] (or grey, or u16, f32 [H, W]), a PIL image or a file, not "
+        f"an image is u8[H, W, 3] (or grey, or u16, f32 [H, W]), a PIL image or a file, not "
         f"{array.dtype}{list(array.shape)}"
     )
 

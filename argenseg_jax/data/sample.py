@@ -10,24 +10,24 @@ import numpy as np
 
 
 def is_generated(images: Sequence[np.ndarray], meta: Mapping[str, Any]) -> bool:
-    """Whether a sample's targets are images to be generated, which pass unchanged, and no masks.
+    """Whether a sample's targets are images to be generated, which are not changed as masks are.
 
-    So it is where no image goes in (text-to-image), or the metric says so.
+    True for a sample without an input image (text-to-image) and for the metric `fidelity`.
     """
     return not len(images) or meta.get("metric") == "fidelity"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A conversation with its pictures, decoded but not yet resized.
+    """A conversation with its images and masks, decoded but not yet resized.
 
     Attributes:
       conversations: [{'from': 'system'|'human'|'gpt', 'value': text with <image> and <mask>}].
-      images: u8[H, W, 3] each, in the order of the `<image>` places.
-      masks: u8[H, W] with values 0 and 255, or u8[H, W, 3] for a picture to be generated, in the
-        order of the `<mask>` places of the answers.
+      images: u8[H, W, 3] each, in the order of the `<image>` placeholders.
+      masks: u8[H, W] with values 0 and 255, or u8[H, W, 3] for an image to be generated, in the
+        order of the `<mask>` placeholders of the answers.
       meta: where the sample came from (source, file, line, id, kind, ...), for messages and reports.
-      codes: i32[M, N], the masks as the VQ-VAE writes them, where `prepare --codes` has kept them.
+      codes: i32[M, N], the codes of the masks, where `prepare --codes` stored them.
     """
 
     conversations: Sequence[Mapping[str, str]]

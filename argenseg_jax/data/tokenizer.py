@@ -1,7 +1,7 @@
 """Text <-> ids for sentencepiece (InternLM2) and `tokenizers` (Qwen2.5, nano) vocabularies.
 
-Control tokens are ids, never spellings: one that somebody writes out in a text is encoded as the
-characters it consists of, so no text can open a turn, an image or a mask.
+Control tokens are passed as ids. One that is spelled out in a text is encoded as plain characters, so no
+text can open a turn, an image or a mask.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from argenseg_jax import vocab as vocab_lib
 from argenseg_jax.errors import UserError, brief, located
 
 TokenPiece = str | int  # a text to be encoded, or the id of a control token
-# Harmless markup that may be written in a text: it neither opens nor closes anything by itself.
+# Markup that may be written in a text: it has no effect by itself.
 MARKUP = tuple(t for t in vocab_lib.SPECIAL_TOKENS if re.fullmatch(r"</?(quad|ref|box|mask)>", t))
-VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json")  # a folder has one, by preference
+VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json")  # of a folder, in order of preference
 _MAX_IDS = 2**24
-_PROBE = "Segment the 1st café, 中文 \U0001f600\n"  # some vocabularies load, and fail at the first text
-_CODE_WORD = r"<visual token \d{6}>"
+_PROBE = "Segment the 1st café, 中文 \U0001f600\n"  # some vocabularies load and fail on the first text
+_CODE_TOKEN = r"<visual token \d{6}>"
 _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,7 +34,7 @@ _QWEN_SPLIT = (
 
 
 class SentencePieceVocabulary:
-    """A sentencepiece model with added words, as the official slow tokenizer sees it."""
+    """A sentencepiece model with added tokens, as the official slow tokenizer reads it."""
 
     def __init__(self, proto: bytes, added: dict[str, int], config: dict):
         self.proto, self.added, self.config = proto, dict(added), config
@@ -42,15 +42,15 @@ class SentencePieceVocabulary:
         self.bos = self.model.bos_id() if self.model.bos_id() >= 0 else None
         self.pad = self.model.eos_id() if self.model.eos_id() >= 0 else None
 
-    def id(self, word: str) -> int | None:
-        return self.added.get(word)
+    def id(self, token: str) -> int | None:
+        return self.added.get(token)
 
-    def add(self, words: Sequence[str]) -> None:
+    def add(self, tokens: Sequence[str]) -> None:
         start = max([self.model.get_piece_size() - 1, *self.added.values()]) + 1
-        self.added.update({word: start + k for k, word in enumerate(words)})
+        self.added.update({token: start + k for k, token in enumerate(tokens)})
 
     def control(self) -> dict[str, int]:
-        # An added word may share its id with a piece of another spelling ([UNUSED_TOKEN_145]).
+        # An added token may share its id with a piece of another spelling ([UNUSED_TOKEN_145]).
         aliases = {self.model.id_to_piece(i): i for i in self.added.values() if i < self.model.get_piece_size()}
         ends = {self.model.id_to_piece(i): i for i in (self.bos, self.pad) if i is not None}
         return {**ends, **aliases, **self.added}
@@ -81,17 +81,17 @@ class FastVocabulary:
     bos = None
 
     def __init__(self, model: tokenizers.Tokenizer, config: dict | None = None, slow: bool = False):
-        """slow: the files of the slow Qwen2 tokenizer belong to it too."""
+        """slow: `files` also returns those of the slow Qwen2 tokenizer."""
         self.model, self.config, self.slow = model, config or {}, slow
         self.model.no_truncation()
         self.model.no_padding()
         self.pad = model.token_to_id("<|endoftext|>")
 
-    def id(self, word: str) -> int | None:
-        return self.model.token_to_id(word)
+    def id(self, token: str) -> int | None:
+        return self.model.token_to_id(token)
 
-    def add(self, words: Sequence[str]) -> None:
-        self.model.add_special_tokens(list(words))
+    def add(self, tokens: Sequence[str]) -> None:
+        self.model.add_special_tokens(list(tokens))
 
     def control(self) -> dict[str, int]:
         return {t.content: i for i, t in self.model.get_added_tokens_decoder().items() if t.special}
@@ -126,58 +126,58 @@ class FastVocabulary:
 
 
 class Tokenizer:
-    """The extended vocabulary of one model: text, control tokens and code words.
+    """The extended vocabulary of one model: text, control tokens and code tokens.
 
     Attributes:
       vocab: ids of the special tokens and codes.
-      bos: id that opens every sequence (InternLM2: 1), or None.
+      bos: id at the start of every sequence (InternLM2: 1), or None.
       im_start: id of `<|im_start|>`.
     """
 
     def __init__(self, backend: SentencePieceVocabulary | FastVocabulary, num_codes: int | None = None):
-        """Adds what the vocabulary lacks, in the official order: turn marks, specials, codes.
+        """Adds the missing tokens in the official order: turn marks, special tokens, codes.
 
         Args:
           backend: the wrapped vocabulary; it is extended in place.
           num_codes: size of the codebook; None reads it from the vocabulary.
 
         Raises:
-          UserError: when the codes are neither there nor asked for, or the ids are out of order.
+          UserError: there are no codes and num_codes is None, or the ids are out of order.
         """
-        known = sum(re.fullmatch(_CODE_WORD, word) is not None for word in backend.control())
+        known = sum(re.fullmatch(_CODE_TOKEN, token) is not None for token in backend.control())
         if num_codes is None and not known:
-            raise UserError("the tokenizer has no <visual token ...> words: say how many codes to add")
+            raise UserError("the tokenizer has no <visual token ...>: give the number of codes to add")
         if known and num_codes not in (None, known):
-            raise UserError(f"the tokenizer has {known} code words, the model needs {num_codes}")
+            raise UserError(f"the tokenizer has {known} code tokens, the model needs {num_codes}")
         num_codes = num_codes or known
-        words = [
+        tokens = [
             vocab_lib.IM_END,
             vocab_lib.IM_START,
             *vocab_lib.SPECIAL_TOKENS,
             *map(vocab_lib.visual_token, range(num_codes)),
         ]
-        missing = [word for word in words if backend.id(word) is None]
+        missing = [token for token in tokens if backend.id(token) is None]
         if missing:
             backend.add(missing)
-        ids = [backend.id(word) for word in words[2:]]
+        ids = [_known_id(backend, token) for token in tokens[2:]]
         if ids != list(range(ids[0], ids[0] + len(ids))):
             order = " ".join(vocab_lib.SPECIAL_TOKENS)
-            place = next(i for i, found in enumerate(ids) if found != ids[0] + i)
+            wrong = next(i for i, found in enumerate(ids) if found != ids[0] + i)
             raise UserError(
                 "the tokenizer's special tokens and codes are not consecutive in the "
-                f"official order {order} <visual token ...>: {words[2 + place]} has the id {ids[place]}, "
-                f"not {ids[0] + place}"
+                f"official order {order} <visual token ...>: {tokens[2 + wrong]} has the id {ids[wrong]}, "
+                f"not {ids[0] + wrong}"
             )
-        eos = backend.id(vocab_lib.IM_END)
+        eos = _known_id(backend, vocab_lib.IM_END)
         self.vocab = vocab_lib.Vocab(
             base=ids[0], num_codes=num_codes, eos=eos, pad=eos if backend.pad is None else backend.pad
         )
-        self.bos, self.im_start = backend.bos, backend.id(vocab_lib.IM_START)
+        self.bos, self.im_start = backend.bos, _known_id(backend, vocab_lib.IM_START)
         self._backend = backend
-        control = {**backend.control(), **{word: backend.id(word) for word in words}}
+        control = {**backend.control(), **{token: _known_id(backend, token) for token in tokens}}
         self._skipped = frozenset(control.values())
-        spellings = [re.escape(word) for word in control if not re.fullmatch(_CODE_WORD, word)]
-        self._control = re.compile("|".join([_CODE_WORD, *spellings]))
+        spellings = [re.escape(token) for token in control if not re.fullmatch(_CODE_TOKEN, token)]
+        self._control = re.compile("|".join([_CODE_TOKEN, *spellings]))
         self._markup = re.compile("(" + "|".join(map(re.escape, MARKUP)) + ")")
 
     @classmethod
@@ -193,9 +193,9 @@ class Tokenizer:
         elif not path.exists():
             raise UserError(f"{path}: no such tokenizer file")
         try:
-            made = cls(_open(path, folder), num_codes)
-            made.decode(made.encode_text(_PROBE))
-            return made
+            tokenizer = cls(_open(path, folder), num_codes)
+            tokenizer.decode(tokenizer.encode_text(_PROBE))
+            return tokenizer
         except UserError as error:
             raise UserError(str(error) if str(folder) in str(error) else f"{path}: {error}") from error
         except BaseException as error:  # the libraries raise bare Exception, RuntimeError and Rust's panics
@@ -209,40 +209,40 @@ class Tokenizer:
             files.write(epath.Path(folder) / name, content)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a text, without bos. Control tokens written out in it stay plain characters.
+        """Ids of a text, without bos. Control tokens spelled out in it stay plain characters.
 
         Raises:
-          UserError: a lone surrogate (half an emoji), which is no character.
+          UserError: a lone surrogate (half an emoji).
         """
         try:
-            return [i for chunk in self._harmless(text) for i in self._backend.encode(chunk)]
-        except (TypeError, UnicodeError):  # each library has its own for it
+            return [i for chunk in self._split_control(text) for i in self._backend.encode(chunk)]
+        except (TypeError, UnicodeError):  # each library raises its own
             raise UserError(
                 f"the text {text[:60]!a} cannot be encoded: it holds half a character (a lone surrogate)"
             ) from None
 
-    def encode(self, parts: Iterable[TokenPiece]) -> list[int]:
-        """Ids of a piece: control ids pass, each text between them is encoded as one.
+    def encode(self, pieces: Iterable[TokenPiece]) -> list[int]:
+        """Ids of a turn: control ids pass unchanged, the text between two of them is encoded as one.
 
         `<ref>`, `<box>`, `<quad>` and `<mask>` written in a text become their own (inert) tokens,
         as in the official tokenizer.
         """
         ids: list[int] = []
         text = ""
-        for part in [*parts, None]:
-            if isinstance(part, str):
-                text += part  # joined first: a byte pair may span two parts
+        for piece in [*pieces, None]:
+            if isinstance(piece, str):
+                text += piece  # joined first: a byte pair may span two pieces
                 continue
-            if text:  # most parts are the ids of image and mask places, side by side
+            if text:  # most pieces are consecutive ids of images and masks
                 for k, chunk in enumerate(self._markup.split(text)):
-                    ids += [self._backend.id(chunk)] if k % 2 else self.encode_text(chunk)
+                    ids += [_known_id(self._backend, chunk)] if k % 2 else self.encode_text(chunk)
                 text = ""
-            if part is not None:
-                ids.append(part)
+            if piece is not None:
+                ids.append(piece)
         return ids
 
     def decode(self, ids: Iterable[int], mask: str = "") -> str:
-        """Text of ids; control tokens and codes are left out, each `<ge_start>` becomes `mask`."""
+        """Text of ids without control tokens and codes; each `<ge_start>` becomes `mask`."""
         ids, runs = [int(i) for i in ids], [[]]
         for i in ids:
             if i == self.vocab.ge_start and mask:
@@ -251,8 +251,8 @@ class Tokenizer:
                 runs[-1].append(i)
         return mask.join(self._backend.decode(run) for run in runs)
 
-    def _harmless(self, text: str) -> Iterator[str]:
-        """Cuts every spelled-out control token behind its first character."""
+    def _split_control(self, text: str) -> Iterator[str]:
+        """Splits every spelled-out control token after its first character."""
         start = 0
         for found in self._control.finditer(text):
             yield text[start : found.start() + 1]
@@ -262,7 +262,7 @@ class Tokenizer:
 
 
 def _open(path: epath.Path, folder: epath.Path) -> SentencePieceVocabulary | FastVocabulary:
-    """Picks the library by the file's name; `folder` holds the lists of added words, if any."""
+    """Chooses the library by the file's name; `folder` has the lists of added tokens, if any."""
 
     def read(name: str) -> dict[str, Any]:
         file = folder / name
@@ -284,34 +284,42 @@ def _open(path: epath.Path, folder: epath.Path) -> SentencePieceVocabulary | Fas
             raise UserError(f"{path}: pieces with a prefix; a byte-level BPE is expected")
         return FastVocabulary(tokenizers.Tokenizer.from_str(content), config, slow)
     listed = config.get("added_tokens_decoder") or {}
-    with located(str(folder / "tokenizer_config.json"), "list of added words", UserError):
-        added = {word["content"]: int(i) for i, word in listed.items()}
+    with located(str(folder / "tokenizer_config.json"), "list of added tokens", UserError):
+        added = {token["content"]: int(i) for i, token in listed.items()}
     added = _checked_ids(added, folder / "tokenizer_config.json") | ids("added_tokens.json")
     proto = files.read_bytes(path)
     plain = sentencepiece.SentencePieceProcessor(model_proto=proto)
     own = (plain.unk_id(), plain.bos_id(), plain.eos_id())
     ends = {plain.id_to_piece(i) for i in own if i >= 0}
-    return SentencePieceVocabulary(proto, {w: i for w, i in added.items() if w not in ends}, config)
+    return SentencePieceVocabulary(proto, {token: i for token, i in added.items() if token not in ends}, config)
 
 
-def _checked_ids(words: dict[str, Any], file: epath.Path) -> dict[str, int]:
-    """{word: id}, as it is; UserError where it is something else."""
-    for word, i in words.items():
-        if not isinstance(word, str) or type(i) is not int or not 0 <= i < _MAX_IDS:
+def _checked_ids(ids: dict[str, Any], file: epath.Path) -> dict[str, int]:
+    """{token: id}, unchanged; UserError where it is something else."""
+    for token, i in ids.items():
+        if not isinstance(token, str) or type(i) is not int or not 0 <= i < _MAX_IDS:
             raise UserError(
-                f"{file}: {brief(repr(word), 60)} has the id {brief(repr(i), 60)}; whole numbers below "
+                f"{file}: {brief(repr(token), 60)} has the id {brief(repr(i), 60)}; whole numbers below "
                 f"{_MAX_IDS} are expected"
             )
-    return words
+    return ids
 
 
-def _qwen(words: dict[str, int], merges: str, added: dict[str, int], config: dict) -> FastVocabulary:
+def _known_id(backend: SentencePieceVocabulary | FastVocabulary, token: str) -> int:
+    """The id of a token that the vocabulary has."""
+    found = backend.id(token)
+    if found is None:
+        raise KeyError(token)
+    return found
+
+
+def _qwen(vocabulary: dict[str, int], merges: str, added: dict[str, int], config: dict) -> FastVocabulary:
     """The slow Qwen2 files (vocab.json, merges.txt, added_tokens.json) as one fast tokenizer."""
     lines = merges.splitlines()
     pairs = [tuple(line.split(" ")) for line in lines[lines[:1] != [] and lines[0].startswith("#version:") :] if line]
     if wrong := next((pair for pair in pairs if len(pair) != 2), None):
         raise UserError(f"merges.txt: {brief(repr(' '.join(wrong)), 60)} is no pair of pieces")
-    model = tokenizers.Tokenizer(models.BPE(vocab=words, merges=pairs))
+    model = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[(pair[0], pair[1]) for pair in pairs]))
     model.normalizer = normalizers.NFC()
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -321,8 +329,8 @@ def _qwen(words: dict[str, int], merges: str, added: dict[str, int], config: dic
     )
     model.decoder = decoders.ByteLevel()
     backend = FastVocabulary(model, config, slow=True)
-    backend.add(sorted(added, key=added.get))
-    wrong = [word for word, i in added.items() if backend.id(word) != i]
+    backend.add(sorted(added, key=lambda token: added[token]))
+    wrong = [token for token, i in added.items() if backend.id(token) != i]
     if wrong:
         raise UserError(f"added_tokens.json leaves gaps: {wrong[0]} cannot be {added[wrong[0]]}")
     backend.pad = model.token_to_id("<|endoftext|>")
@@ -330,9 +338,9 @@ def _qwen(words: dict[str, int], merges: str, added: dict[str, int], config: dic
 
 
 def _with_added(config: dict, added: dict[str, int]) -> dict:
-    """A tokenizer_config.json that lists the added words as well."""
+    """A tokenizer_config.json that lists the added tokens as well."""
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    listed = {str(i): {"content": word, **flags, "special": True} for word, i in added.items()}
+    listed = {str(i): {"content": token, **flags, "special": True} for token, i in added.items()}
     return {**config, "added_tokens_decoder": {**listed, **(config.get("added_tokens_decoder") or {})}}
 
 

@@ -1,6 +1,6 @@
-"""Images and masks as arrays: tiling, resizing, and the way back to a boolean mask.
+"""Images and masks as arrays: tiling, resizing, and the inverse to a boolean mask.
 
-Pillow does every resize, as in the reference, so pixels are equal to the official ones.
+All resizing uses Pillow, as in the reference, so pixels are equal to the official ones.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import SampleError
 from argenseg_jax.pixels import IMAGENET_MEAN
 
-__all__ = ["MAX_PIXELS", "read_image", "read_mask", "read_raw_mask", "stretch"]  # of images and reader, found here too
-FOREGROUND = 128  # grey level from which a pixel of a predicted mask counts: L / 255 > 0.5
+__all__ = ["MAX_PIXELS", "read_image", "read_mask", "read_raw_mask", "stretch"]  # re-exported from images and reader
+FOREGROUND = 128  # least grey level of a foreground pixel in a predicted mask: L / 255 > 0.5
 MASK_STEP = 512  # the reference resizes masks to this side first
 
 Size = tuple[int, int]  # (width, height), Pillow's order
@@ -32,19 +32,19 @@ Size = tuple[int, int]  # (width, height), Pillow's order
 
 def resize(image: np.ndarray, size: Size, resample=Image.Resampling.BICUBIC) -> np.ndarray:
     """u8[H, W(, 3)] -> u8[h, w(, 3)] for size (w, h)."""
-    return np.array(resized(Image.fromarray(image), size, resample))
+    return np.array(resize_pil(Image.fromarray(image), size, resample))
 
 
-def resized(picture: Image.Image, size: Size, resample: Image.Resampling) -> Image.Image:
-    """A picture at size (w, h), to the pixel the same in every version of Pillow.
+def resize_pil(image: Image.Image, size: Size, resample: Image.Resampling) -> Image.Image:
+    """A PIL image at size (w, h), with the same pixels in every version of Pillow.
 
-    Pillow resizes one axis after the other and rounds in between: the horizontal one first, but from 13
-    on (its pull request 9549) the vertical one where the height loses more than twice what the width does.
+    Pillow resizes one axis after the other and rounds in between: the horizontal one first, but since 13
+    (its pull request 9549) the vertical one if the height shrinks by more than twice as much as the width.
     """
-    lost = picture.height - size[1]
-    if lost > max(0, 2 * (picture.width - size[0])):
-        picture = picture.resize((picture.width, size[1]), resample)
-    return picture.resize(size, resample)
+    shrunk = image.height - size[1]
+    if shrunk > max(0, 2 * (image.width - size[0])):
+        image = image.resize((image.width, size[1]), resample)
+    return image.resize(size, resample)
 
 
 def image_tiles(
@@ -53,30 +53,30 @@ def image_tiles(
     """Dynamic tiling (InternVL `dynamic_preprocess`): u8[H, W, 3] -> u8[P, S, S, 3].
 
     Args:
-      image: the picture.
+      image: at its own size.
       side: S, the side of a tile.
-      max_tiles: most tiles; 1 squeezes the whole picture into one, as segmentation does.
-      thumbnail: appends the whole picture as one more tile where there are several.
-      pad: first pads the picture to a square with the mean colour (`pad2square`).
+      max_tiles: maximum number of tiles; 1 resizes the image to a single one, as segmentation does.
+      thumbnail: appends the image at tile size if there are several tiles.
+      pad: first pads the image to a square with the mean colour (`pad2square`).
     """
     if pad:
         image = pad_square(image)
     height, width = image.shape[:2]
     cols, rows = tile_grid((width, height), side, max_tiles)
-    whole = resize(image, (side * cols, side * rows))
-    tiles = [whole[y * side : (y + 1) * side, x * side : (x + 1) * side] for y in range(rows) for x in range(cols)]
+    grid = resize(image, (side * cols, side * rows))
+    tiles = [grid[y * side : (y + 1) * side, x * side : (x + 1) * side] for y in range(rows) for x in range(cols)]
     if thumbnail and len(tiles) > 1:
         tiles.append(resize(image, (side, side)))
     return np.stack(tiles)
 
 
 class Tiling(NamedTuple):
-    """How the images of a sample become tiles, in training and in use.
+    """How the images of a sample become tiles, in training and inference.
 
     Attributes:
       side: S, the side of a tile.
-      max_tiles: data.max_tiles, tiles of a row.
-      sample_tiles: data.sample_tiles, most tiles of a sample; 0 = max_tiles.
+      max_tiles: data.max_tiles, tiles of a sequence.
+      sample_tiles: data.sample_tiles, maximum number of tiles of a sample; 0 = max_tiles.
       pad: data.pad_to_square.
     """
 
@@ -92,28 +92,28 @@ class Tiling(NamedTuple):
 
         Args:
           images: u8[H, W, 3] each.
-          own: most tiles of an image's grid that the data set allows (`max_dynamic_patch`); 0 = any.
+          own: maximum number of tiles of an image's grid in this data set (`max_dynamic_patch`); 0 = any.
           name: names the sample in the SampleError where there are more images than tiles.
         """
         key = "sample_tiles" if self.sample_tiles else "max_tiles"
-        room = min(self.sample_tiles or self.max_tiles, self.max_tiles)
-        if len(images) > room:
-            raise SampleError(f"{name}: {len(images)} images, data.{key} is {room}")
-        share = room // max(len(images), 1)
-        # The thumbnail is one tile more, and a grid of one tile has none.
+        limit = min(self.sample_tiles or self.max_tiles, self.max_tiles)
+        if len(images) > limit:
+            raise SampleError(f"{name}: {len(images)} images, data.{key} is {limit}")
+        share = limit // max(len(images), 1)
+        # The thumbnail is an additional tile; a grid of one tile has none.
         most = max(min(share - 1, own or share), 1)
-        cut = [image_tiles(image, self.side, most, pad=self.pad) for image in images]
-        tiles = [tile for of_image in cut for tile in of_image]
-        return (np.asarray(tiles, np.uint8).reshape(-1, self.side, self.side, 3), [len(of_image) for of_image in cut])
+        per_image = [image_tiles(image, self.side, most, pad=self.pad) for image in images]
+        tiles = [tile for image in per_image for tile in image]
+        return np.asarray(tiles, np.uint8).reshape(-1, self.side, self.side, 3), [len(image) for image in per_image]
 
 
 @functools.lru_cache
 def target_ratios(max_tiles: int) -> tuple[tuple[int, int], ...]:
     """Every (columns, rows) of 1..max_tiles tiles, in the official order.
 
-    That order sorts a Python set by the number of tiles, so ties keep the set's own order: it is
-    part of the contract, because the first of two equally close grids wins. Grids enter the set as in the
-    official loop over n, i and j up to n, which meets most of them again and again.
+    The official code sorts a Python set by the number of tiles, so ties keep the iteration order of the set:
+    it matters, because the first of two equally close grids is chosen. Grids are inserted in the order of
+    the official loop over n, i and j up to n, without its duplicates.
     """
     grids = {
         grid
@@ -127,7 +127,7 @@ def target_ratios(max_tiles: int) -> tuple[tuple[int, int], ...]:
 
 
 def tile_grid(size: Size, side: int, max_tiles: int) -> tuple[int, int]:
-    """(columns, rows) of the grid whose aspect ratio is closest to that of a picture of `size`."""
+    """(columns, rows) of the grid whose aspect ratio is closest to that of an image of `size`."""
     width, height = size
     best, best_distance = (1, 1), float("inf")
     for cols, rows in target_ratios(max_tiles):
@@ -153,7 +153,7 @@ def pad_square(image: np.ndarray) -> np.ndarray:
 
 
 def pad_box(size: Size, side: int) -> tuple[int, int, int, int]:
-    """(x, y, w, h) of a picture of `size` shrunk into a square of `side`, its aspect ratio kept."""
+    """(x, y, w, h) of an image of `size` resized into a square of `side` with its aspect ratio."""
     width, height = size
     scale = min(side / width, side / height)
     w, h = max(int(width * scale), 1), max(int(height * scale), 1)
@@ -171,7 +171,7 @@ def resize_target(mask: np.ndarray, side: int, pad: bool = False) -> np.ndarray:
     The official sides (256, 512) take the reference's two bicubic steps, over 512; other sides one.
 
     Args:
-      mask: see above; its levels stay as they are.
+      mask: see above; its levels are not stretched.
       side: R.
       pad: keeps the aspect ratio and pads with black, in one step (`pad2square`).
     """
@@ -195,8 +195,8 @@ def check_sizes(
 
     Args:
       image, masks: as read.
-      names: what the message calls each mask.
-      paths: the files of image and masks: the message names those that EXIF turns.
+      names: of the masks, for the message.
+      paths: the files of image and masks: the message names those rotated by EXIF.
     """
     for mask, name in zip(masks, names):
         check_shape(image, mask.shape[:2], name, *paths)
@@ -214,23 +214,23 @@ def check_shape(image: np.ndarray, shape: tuple[int, ...], name: str, *paths: ep
 
 
 def targets(sample: Sample) -> list[np.ndarray]:
-    """What the VQ-VAE learns of a sample, u8[H, W(, 3)] each: grey levels of masks, other images unchanged."""
+    """Training targets of the VQ-VAE, u8[H, W(, 3)] each: grey levels of masks, other images unchanged."""
     return list(sample.masks) if sample.generated else [stretch(mask) for mask in sample.masks]
 
 
 def grey_at(pred: np.ndarray, size: Size, pad: bool = False) -> np.ndarray:
-    """A decoded mask u8[R, R, 3] at a picture's size (w, h): u8[h, w] (bilinear, then grey).
+    """A decoded mask u8[R, R, 3] at an image's size (w, h): u8[h, w] (bilinear, then grey).
 
     Args:
-      pred: the VQ-VAE's picture.
+      pred: output of the VQ-VAE.
       size: of the image that was segmented.
-      pad: cuts away the padding of `resize_mask(pad=True)` first.
+      pad: crops the padding of `resize_mask(pad=True)` first.
     """
-    picture = Image.fromarray(pred)
+    image = Image.fromarray(pred)
     if pad:
         x, y, w, h = pad_box(size, pred.shape[0])
-        picture = picture.crop((x, y, x + w, y + h))
-    return np.array(resized(picture, size, Image.Resampling.BILINEAR).convert("L"))
+        image = image.crop((x, y, x + w, y + h))
+    return np.array(resize_pil(image, size, Image.Resampling.BILINEAR).convert("L"))
 
 
 def binarize(pred: np.ndarray, size: Size, pad: bool = False) -> np.ndarray:

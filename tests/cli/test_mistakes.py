@@ -50,7 +50,7 @@ BROKEN = [
     ({"image": "image.png"}, "data.jsonl:2: not a sample (KeyError: 'conversations')"),
     (line(image="absent.png"), "absent.png: cannot be read"),
     (line(mask="absent.png"), "absent.png: cannot be read"),
-    (line(image="text.png"), "text.png: not a readable picture"),
+    (line(image="text.png"), "text.png: not a readable image"),
     (line(mask="small.png"), "mask small.png is 3x4, its image 30x40"),
     (line(question="<image><image> Which?"), "data.jsonl:2: 2 <image> placeholders in the questions for 1"),
 ]
@@ -163,6 +163,6 @@ def test_one_line_of_a_real_process(run, tmp_path):
 
     np.save(tmp_path / "a.npy", np.zeros(3))
     done = argenseg("segment", f"--workdir={run}", f"--image={tmp_path / 'a.npy'}", "--prompt=It.")
-    assert "a.npy: not a readable picture" in error_of(done)
+    assert "a.npy: not a readable image" in error_of(done)
     done = argenseg(*TRAIN[:2], f"--workdir={run}")
     assert "no run can resume" in error_of(done)

@@ -144,10 +144,10 @@ def test_extreme_pictures(runs, size, tmp_path, capfd):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"--image": "text.png"}, "text.png: not a readable picture"),
+        ({"--image": "text.png"}, "text.png: not a readable image"),
         ({"--image": "absent.png"}, "absent.png: cannot be read (No such file"),
         ({"--image": "."}, "cannot be read (Is a directory)"),
-        ({"--image": "cut.png"}, "cut.png: not a readable picture"),
+        ({"--image": "cut.png"}, "cut.png: not a readable image"),
         ({"--prompt": " "}, "--prompt is empty"),
         ({"--prompt": "red " * 3000}, "shorten the prompt"),
         ({"--prompt": "<image> and <image>"}, "2 <image> placeholders"),

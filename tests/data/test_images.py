@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from argenseg_jax.data import images
-from argenseg_jax.data.reader import FEW, Reader, Reading, read_ids, read_image, read_mask
+from argenseg_jax.data.reader import MIN_LIMIT, Reader, Reading, read_ids, read_image, read_mask
 from argenseg_jax.errors import SampleError
 
 RNG = np.random.default_rng(0)
@@ -274,7 +274,7 @@ def test_a_limit_of_pixels_that_can_be_raised(tmp_path, recwarn):
             read_image(tmp_path / "a.png")
         assert "\n" not in str(caught.value)
     assert not [w for w in recwarn if "bomb" in str(w.message)]
-    with pytest.raises(SampleError, match="not a readable picture"):  # the limit is passed, pixels are missing
+    with pytest.raises(SampleError, match="not a readable image"):  # the limit is passed, pixels are missing
         read_image(tmp_path / "a.png", Reading(max_pixels=2**32))
     Image.fromarray(COLOUR).save(tmp_path / "b.png")
     assert read_image(tmp_path / "b.png", Reading(max_pixels=54)).shape == (6, 9, 3)
@@ -305,7 +305,7 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(tmp_path):
 def test_the_images_of_a_sample_are_bounded_before_they_are_decoded(tmp_path):
     Image.new("L", (100, 100)).save(tmp_path / "a.png")
     paths = [tmp_path / "a.png"]
-    limited = Reader(Reading(max_pixels=10**4, max_images=FEW, max_masks=FEW))
+    limited = Reader(Reading(max_pixels=10**4, max_images=MIN_LIMIT, max_masks=MIN_LIMIT))
     assert len(limited.images(paths * 4)) == len(limited.masks(paths * 4)) == 4
     for read, what in ((limited.images, "images"), (limited.masks, "masks"), (limited.targets, "masks")):
         with pytest.raises(SampleError, match=f"^2000 {what}; at most 32"):
@@ -326,7 +326,7 @@ def test_what_is_no_image_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "eps.png").write_bytes(EPS)
     (tmp_path / "ppm.png").write_bytes(b"P6 2 2 255\n" + bytes(12))
     cases = {
-        "eps.png": "not a readable picture",
+        "eps.png": "not a readable image",
         "ppm.png": "known formats: PNG, JPEG",
         "absent.png": "No such file",
         "fifo.png": "a device, pipe or socket",

@@ -79,7 +79,7 @@ def test_jsonl_with_another_image_root(folder):
         ({"image": "a.png", "conversations": "hi"}, "not a sample"),
         ({"image": 5, "conversations": TURNS}, "not a sample"),
         ({"image": "none.png", "conversations": TURNS}, "none.png: cannot be read"),
-        ({"image": "d.jsonl", "conversations": TURNS}, "d.jsonl: not a readable picture"),
+        ({"image": "d.jsonl", "conversations": TURNS}, "d.jsonl: not a readable image"),
         ({"image": "a.png", "mask": "small.png", "conversations": TURNS}, "mask small.png is 3x3, its image 12x8"),
         ({"image": "a.png", "seg_info": [{"id": 1}], "conversations": TURNS}, "not a sample"),
     ],

@@ -84,7 +84,7 @@ def test_a_window_of_the_config_overrides_for_deep_images_alone(tmp_path, capsys
 
 def test_the_window_does_not_depend_on_who_asks_first(tmp_path, monkeypatch):
     """64 images are looked at, evenly spread; one that is beyond them is named and clipped."""
-    monkeypatch.setattr(reader, "SEEN", 3)
+    monkeypatch.setattr(reader, "MEASURED", 3)
     arrays = [levels(4000), levels(60000), levels(100), levels(3000), levels(200)]  # seen: 0, 2, 4
     name = own(tmp_path / "x", *arrays)
     for order in ((0, 1, 2, 3, 4), (1, 0, 4, 3, 2)):
@@ -94,7 +94,7 @@ def test_the_window_does_not_depend_on_who_asks_first(tmp_path, monkeypatch):
 
 
 def test_values_beyond_the_window_and_dark_data_are_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reader, "SEEN", 2)
+    monkeypatch.setattr(reader, "MEASURED", 2)
     all_images(own(tmp_path / "x", levels(4000), levels(60000), levels(100)))
     assert "1.tif: has values up to 60000; those seen before end at 4095" in capsys.readouterr().err
     all_images(own(tmp_path / "y", levels(5000)))
@@ -155,7 +155,7 @@ def test_what_is_no_image(array):
     with pytest.raises(UserError):
         pixels(array)
     if isinstance(array, np.ndarray):
-        with pytest.raises(UserError, match=r"a picture is u8\[H, W, 3\]"):
+        with pytest.raises(UserError, match=r"an image is u8\[H, W, 3\]"):
             array_levels(array)
 
 
@@ -227,7 +227,7 @@ def test_turned_images_are_said_once(tmp_path, capsys):
         Image.fromarray(levels(255, np.uint8)).save(tmp_path / "x" / "images" / f"{k}.tif", exif=exif)
     np.testing.assert_array_equal(all_images(name)[1], scaled(levels(255, np.uint8)[::-1, ::-1], 0, 255))
     assert capsys.readouterr().err.splitlines() == [
-        "0.tif has EXIF orientation 3 and was turned by 180 degrees, as every such image of this data set: its masks "
+        "0.tif has EXIF orientation 3 and was rotated by 180 degrees, as every such image of this data set: its masks "
         "belong to the upright image"
     ]
 

@@ -198,10 +198,10 @@ def test_errors_name_the_file(tmp_path, every):
         Tokenizer.load(tmp_path / "tokenizer.model")
     with pytest.raises(UserError, match="no tokenizer.model, tokenizer.json or vocab.json"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(UserError, match="say how many codes"):
+    with pytest.raises(UserError, match="give the number of codes"):
         Tokenizer.load(GOLDEN / "spm_prefix.model")
     every["nano"].save(tmp_path)
-    with pytest.raises(UserError, match="64 code words, the model needs 4096"):
+    with pytest.raises(UserError, match="64 code tokens, the model needs 4096"):
         Tokenizer.load(tmp_path, num_codes=4096)
     for name in ("tokenizer.json", "tokenizer.model"):
         (tmp_path / name).write_bytes(b"junk")

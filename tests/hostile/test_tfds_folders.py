@@ -129,7 +129,7 @@ GOOD = {"conversations": TURNS, "images": [png()], "masks": [png()], "meta": b"{
 @pytest.mark.parametrize(
     "bad, why",
     (
-        ({"images": [EPS]}, r"images\[0\]: not a readable picture"),
+        ({"images": [EPS]}, r"images\[0\]: not a readable image"),
         ({"images": [png(form="GIF")]}, "no PNG picture"),
         ({"masks": [BOMB]}, r"masks\[0\]: 9000x900 pixels; at most 1000000 are read"),
         ({"images": [png("1", (1000, 1000))] * 9}, r"images\[4\]: 1000x1000 pixels; at most 0 are read"),

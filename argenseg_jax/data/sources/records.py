@@ -211,7 +211,7 @@ def decode_picture(content: bytes, name: str, max_pixels: int, formats: Sequence
     picture = images.open_bytes(content, name, max_pixels)
     if picture.format not in formats or images.is_deep(picture):
         raise SampleError(f"{name}: no {' or '.join(formats)} picture of 8 bits")
-    return images.image_levels(picture, name, turn=False)
+    return images.image_levels(picture, name, upright=False)
 
 
 def _holds_arrays(value: Any) -> bool:
