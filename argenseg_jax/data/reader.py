@@ -124,8 +124,8 @@ class Reader:
             if self._source is not None and orientation != 1:
                 self._log_once(
                     "EXIF",
-                    f"{images.describe_orientation(image, orientation)}, as every such image of this data set: its masks "
-                    "belong to the upright image",
+                    f"{images.describe_orientation(image, orientation)}, as every such image of this data set: "
+                    "its masks belong to the upright image",
                 )
             return levels
         if isinstance(image, Image.Image):
