@@ -1,4 +1,4 @@
-"""Single arrays of a checkpoint, by TensorStore: where they are, and reading one layer at a time."""
+"""Reads single arrays of a checkpoint through TensorStore, one layer at a time."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from argenseg_jax import files
 
 
 class StoredLeaf:
-    """A saved array of which one layer at a time is read, by numpy's indexing of the first axis."""
+    """A saved array that is read one layer at a time, by numpy's indexing of the first axis."""
 
     def __init__(self, array: tensorstore.TensorStore):
         self.shape, self.dtype = array.shape, array.dtype.numpy_dtype
         self._array = array
-        self._rows = array.chunk_layout.read_chunk.shape[:1]  # layers in a chunk
+        self._layers = array.chunk_layout.read_chunk.shape[:1]  # layers per chunk
         self._block: tuple[int, np.ndarray] | None = None  # the chunk read last, and its number
 
     def __getitem__(self, index: int | type(...)) -> np.ndarray:
-        if index is ... or self._rows == (1,):
+        if index is ... or self._layers == (1,):
             return self._array[index].read().result()
-        block, place = divmod(index, *self._rows)
+        block, offset = divmod(index, *self._layers)
         if self._block is None or self._block[0] != block:
-            self._block = None  # frees it before the next is read
-            start, size = block * self._rows[0], self._rows[0]
+            self._block = None  # freed before the next one is read
+            start, size = block * self._layers[0], self._layers[0]
             self._block = block, self._array[start : min(start + size, self.shape[0])].read().result()
-        layer = self._block[1][place]
-        if place + 1 == len(self._block[1]):
-            self._block = None  # read to its end: the next leaf wants the memory
+        layer = self._block[1][offset]
+        if offset + 1 == len(self._block[1]):
+            self._block = None  # the last layer was read: frees the memory
         return layer
 
 
@@ -41,7 +41,7 @@ def read_layout(item: epath.Path) -> Mapping[str, Any]:
 
 
 def spec(item: epath.Path, layout: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """TensorStore's description of a saved array; Orbax joins the names of a path by dots."""
+    """TensorStore's spec of a saved array; Orbax joins the names of a path by dots."""
     key = name.replace("/", ".") + "/"
     text = os.fspath(item)
     if files.is_remote(item):

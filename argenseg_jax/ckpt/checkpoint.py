@@ -1,4 +1,4 @@
-"""Any checkpoint seen alike: an Orbax step, a workdir, an HF folder, or the shipped `nano`."""
+"""One interface to every kind of checkpoint: an Orbax step, a workdir, an HF folder, or the shipped `nano`."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Checkpoint:
     Attributes:
       path: the folder.
       is_hf: official key names in safetensors, otherwise Orbax.
-      config: the resolved config of the run that wrote it; `model` is always there.
-      checksums: those of an Orbax step are checked before its weights are read.
+      config: the resolved config of the run that wrote it; it always has `model`.
+      checksums: whether those of an Orbax step are checked before its weights are read.
     """
 
     path: epath.Path
@@ -43,23 +43,23 @@ class Checkpoint:
     checksums: bool = True
 
     def model(self, **overrides: Any) -> ARGenSeg:
-        """The module that the weights belong to; overrides such as dtype='bfloat16'."""
+        """The module of the weights; overrides such as dtype='bfloat16'."""
         return variants.build({**self.config["model"], **overrides})
 
     def step(self) -> int | None:
-        """Number of the step whose weights these are; None of an HF folder, or of weights without one."""
+        """Number of the step of the weights; None for an HF folder, or for weights without one."""
         name = "" if self.is_hf else orbax_io.find_step(self.path).name
         return int(name) if name.isdecimal() else None
 
     def load_params(self, optional: Sequence[str] = ()) -> dict[str, Any]:
-        """The whole parameter tree as numpy arrays: averaged weights where the run kept some, and
+        """The complete parameter tree as numpy arrays: the averaged weights if the run has an average, and
         adapters merged into their kernels.
 
         Args:
           optional: regexes of leaves that an HF folder may lack; the result lacks them too.
 
         Raises:
-          UserError: the files are broken, or do not fit the model of the config beside them.
+          UserError: the files are damaged, or do not match the model of their config.
         """
         model = self.model()
         if self.is_hf:
@@ -68,7 +68,7 @@ class Checkpoint:
         return self.adapters().merged(orbax_io.restore_params(self.path, checksums=self.checksums))
 
     def load_part(self, part: str) -> dict[str, Any]:
-        """One part ('vqvae') of what `load_params` returns, which takes the memory of this part alone."""
+        """One part ('vqvae') of what `load_params` returns; reads only this part."""
         if self.is_hf:
             return hf_folder.load_part(self.path, self.model(), part)
         self.check_shapes()
@@ -76,17 +76,17 @@ class Checkpoint:
         return trees.unflatten({name: leaf[...] for name, leaf in leaves.items()})[part]
 
     def check_shapes(self) -> None:
-        """UserError that lists what a step's arrays, adapters aside, have unlike the model."""
+        """UserError that lists how a step's arrays, except adapters, differ from the model's."""
         step = orbax_io.find_step(self.path)
         plain, _ = trees.split(orbax_io.saved_params(step), lambda name: not is_adapter(name))
         trees.check_same(plain, hf_folder.param_shapes(self.model()), str(step))
 
     def adapters(self) -> Lora:
-        """How adapters among the weights are to be merged; `load_params` has done it."""
+        """How to merge the adapters among the weights; `load_params` does it."""
         return Lora(**self.config.get("train", {}).get("lora", {}))
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer saved beside the weights."""
+        """The tokenizer saved with the weights."""
         folder = self._tokenizer_folder()
         return Tokenizer.load(folder, self.model().vocab.num_codes if folder == self.path else None)
 
@@ -95,11 +95,11 @@ class Checkpoint:
         return any((self._tokenizer_folder() / name).exists() for name in VOCABULARIES)
 
     def tokenizer_files(self) -> list[epath.Path]:
-        """Its files, and others that belong to it, as they are copied beside the weights."""
+        """Its files, and others that belong to it, to be copied with the weights."""
         return hf_folder.tokenizer_files(self._tokenizer_folder())
 
     def _tokenizer_folder(self) -> epath.Path:
-        """An HF folder itself; of a step the one in its workdir. Folders further up belong to others."""
+        """An HF folder itself; for a step, the one in its workdir. Folders further up are not searched."""
         if self.is_hf:
             return self.path
         folder = orbax_io.find_run(self.path) / TOKENIZER
@@ -107,10 +107,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str, *, checksums: bool = True) -> Checkpoint:
-    """Finds out what `path` is by its content.
+    """Detects by its content what kind of checkpoint `path` is.
 
     Raises:
-      UserError: no checkpoint, or a config.json of which a value that is read here means nothing.
+      UserError: no checkpoint, or a config.json with an invalid value.
     """
     root = files.to_path(NANO if path == "nano" else path)
     if not root.exists():
@@ -134,7 +134,7 @@ def open_checkpoint(path: str, *, checksums: bool = True) -> Checkpoint:
 
 
 def _ids(folder: epath.Path, num_codes: int) -> dict[str, int] | None:
-    """The ids that the tokenizer of a folder knows."""
+    """The ids of the tokenizer of a folder."""
     if not any((folder / name).exists() for name in VOCABULARIES):
         return None
     vocab = Tokenizer.load(folder, num_codes).vocab
@@ -142,7 +142,7 @@ def _ids(folder: epath.Path, num_codes: int) -> dict[str, int] | None:
 
 
 def tokenizer_for(model: ARGenSeg, source: Checkpoint | None) -> Tokenizer:
-    """The tokenizer to train with: that of the source, or nano's own; it must fit the model."""
+    """The tokenizer to train with: that of the source, or nano's; it must match the model."""
     tokenizer = source.tokenizer() if source else nano_tokenizer(model.vocab.num_codes, corpus())
     if tokenizer.vocab != model.vocab:
         raise UserError(

@@ -1,8 +1,8 @@
 """SHA-256 of every stored file of a checkpoint: written when it is complete, checked before it is read.
 
-FOLDER/checksums-00000.json, ... beside `params`, one of each process that wrote files: {"processes": how
-many there were, "files": {path in FOLDER: [bytes, SHA-256 in hex]}}. Folders without any, as older versions
-wrote them, are read unchecked.
+FOLDER/checksums-00000.json, ..., one per process that wrote files: {"processes": their number,
+"files": {path in FOLDER: [bytes, SHA-256 in hex]}}. Folders without any, as older versions wrote them, are
+read unchecked.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from argenseg_jax import files
 from argenseg_jax.errors import UserError
 
 _NAME = re.compile(r"checksums-[0-9]{5}\.json")
-_WRITER = re.compile(r"(?:ocdbt\.)?process_([0-9]+)")  # how Orbax names what process K wrote
+_WRITER = re.compile(r"(?:ocdbt\.)?process_([0-9]+)")  # how Orbax names the folders of process K
 _BLOCK = 1 << 22
 _POLL_SECONDS = 0.2
-_PATIENCE_SECONDS = 3600.0  # of a save that does not become complete
+_PATIENCE_SECONDS = 3600.0  # for a save that does not become complete
 
 
 def write(folder: epath.Path, process: int = 0, processes: int = 1) -> None:
@@ -41,18 +41,18 @@ def write(folder: epath.Path, process: int = 0, processes: int = 1) -> None:
 
 
 def remove(folder: epath.Path) -> None:
-    """Removes the checksums of a folder that is written anew."""
+    """Removes the checksums of a folder that is going to be overwritten."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if _NAME.fullmatch(path.name):
             path.unlink()
 
 
 def check(folder: epath.Path, items: Sequence[str], share: tuple[int, int] = (0, 1)) -> None:
-    """UserError that names the first of the files of `items` that is not as it was written.
+    """UserError that names the first file of `items` that was changed since it was written.
 
     Args:
       folder: of a step, or of frozen parameters.
-      items: names in the folder: of files, or of folders with all that they hold.
+      items: names in the folder, of files, or of folders with all of their files.
       share: (k, n): this process checks every n-th file, from the k-th on.
     """
     wanted: dict[str, tuple[int, str, str]] = {}
@@ -74,20 +74,20 @@ def check(folder: epath.Path, items: Sequence[str], share: tuple[int, int] = (0,
         except OSError:
             return f"{folder / name} is missing or cannot be read"
         if found != [size, digest]:
-            return f"{folder / name} is damaged: its bytes are not those of its checksum in {note}"
+            return f"{folder / name} is damaged: its bytes do not match its checksum in {note}"
         return None
 
     largest = sorted(wanted, key=lambda name: (-wanted[name][0], name))
     for found in _map(fault, largest[share[0] :: share[1]]):
         if found:
-            raise UserError(f"{found}; copy it again or use another step (--checksums=false reads it as it is)")
+            raise UserError(f"{found}; copy it again or use another step (--checksums=false reads it unchecked)")
 
 
 class Writer:
-    """A thread that writes the checksums of folders as soon as they are complete."""
+    """A thread that writes the checksums of folders once they are complete."""
 
     def __init__(self, process: int = 0, processes: int = 1):
-        """Of the files of which process, of how many."""
+        """`process` of `processes`: the files that this one wrote."""
         self._process, self._processes = process, processes
         self._queue: queue.Queue[tuple[epath.Path, Callable[[], bool]] | None] = queue.Queue()
         self._closing = threading.Event()
@@ -95,15 +95,15 @@ class Writer:
         self._thread.start()
 
     def add(self, folder: epath.Path, complete: Callable[[], bool] = lambda: True) -> None:
-        """Asks for the checksums of a folder, once it is `complete`."""
+        """Requests the checksums of a folder, once it is `complete`."""
         self._queue.put((folder, complete))
 
     def wait(self) -> None:
-        """Until all that were asked for are written."""
+        """Waits until all that were requested are written."""
         self._queue.join()
 
     def close(self) -> None:
-        """Waits for those whose folders are complete by now."""
+        """Waits for the checksums of the folders that are complete by now."""
         self._closing.set()
         self._queue.put(None)
         self._thread.join()
@@ -119,14 +119,14 @@ class Writer:
                     pass
                 if done or complete():
                     write(folder, self._process, self._processes)
-            except Exception as fault:  # a bucket's client has exceptions of its own; training goes on
+            except Exception as fault:  # clients of buckets have their own exceptions; training continues
                 print(f"{folder}: no checksums ({files.reason(fault)})", file=sys.stderr, flush=True)
             finally:
                 self._queue.task_done()
 
 
 def _files(folder: epath.Path, within: str = "") -> list[str]:
-    """Paths within a folder, checksums and temporary files aside."""
+    """Paths within a folder, without checksums and temporary files."""
     names = []
     for path in folder.iterdir():
         if path.is_dir():
@@ -137,7 +137,7 @@ def _files(folder: epath.Path, within: str = "") -> list[str]:
 
 
 def _writer(name: str) -> int:
-    """The process that wrote a file: Orbax has it in the path; the first one puts all together."""
+    """The process that wrote a file: Orbax has it in the path; other files are written by process 0."""
     found = [_WRITER.fullmatch(part) for part in name.split("/")]
     return next((int(match[1]) for match in found if match), 0)
 
@@ -146,7 +146,7 @@ def _digest(path: epath.Path) -> list[int | str]:
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
-            digest.update(block)  # lets other threads run
+            digest.update(block)  # releases the GIL
             size += len(block)
     return [size, digest.hexdigest()]
 

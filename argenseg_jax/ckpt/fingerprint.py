@@ -1,4 +1,4 @@
-"""A short name of the weights in a checkpoint, by which answers of other weights are told apart."""
+"""A fingerprint of the weights in a checkpoint, to detect answers that were computed with other weights."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from argenseg_jax.ckpt import orbax_io
 from argenseg_jax.ckpt.checkpoint import Checkpoint
 from argenseg_jax.interop import tensor_files
 
-WHOLE = 64 << 20  # bytes of a checkpoint that are all read
-BLOCK, BLOCKS = 4096, 64  # of a larger one: so many blocks of so many bytes, spread over its files
+WHOLE = 64 << 20  # bytes; a checkpoint up to this size is read completely
+BLOCK, BLOCKS = 4096, 64  # bytes per block and number of blocks that are read of a larger one
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """16 hexadecimal digits of the files that hold the weights, with the config beside them.
+    """16 hexadecimal digits that depend on the files of the weights and on their config.
 
-    Of a checkpoint of up to WHOLE bytes it depends on every byte and on nothing else. Of a larger one,
-    which takes seconds to minutes to read, on names, sizes, times of change and a sample of the bytes:
-    another training or a file written anew gives another one, and so may a copy.
+    For a checkpoint of up to WHOLE bytes it depends on every byte and on nothing else. For a larger one,
+    which takes seconds to minutes to read, on names, sizes, modification times and a sample of the bytes:
+    it changes with another training or a rewritten file, and possibly with a copy.
     """
     root = checkpoint.path if checkpoint.is_hf else orbax_io.find_step(checkpoint.path)
     found = sorted(_hf_files(root) if checkpoint.is_hf else _step_files(root))
@@ -37,7 +37,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
             digest.update(path.read_bytes())
             continue
         digest.update(str(stat.mtime if remote else os.stat(path).st_mtime_ns).encode())
-        if not remote and k % every == 0:  # in a bucket every look costs a request
+        if not remote and k % every == 0:  # in a bucket every read is a request
             _sample(digest, path, stat.length, max(BLOCKS // len(found), 1))
     return digest.hexdigest()
 
@@ -59,7 +59,7 @@ def _hf_files(folder: epath.Path) -> list[tuple[str, epath.Path]]:
 
 
 def _step_files(step: epath.Path) -> list[tuple[str, epath.Path]]:
-    """(name, path) of what Orbax keeps of the parameters; in a bucket, of what every save writes anew."""
+    """(name, path) of Orbax's files of the parameters; in a bucket, only of those that every save rewrites."""
     return [
         (f"{k}/{path.relative_to(folder)}", path)
         for k, folder in enumerate(orbax_io.param_folders(step, ema=True))

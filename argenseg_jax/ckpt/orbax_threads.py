@@ -1,4 +1,4 @@
-"""Orbax's threads on a full disk: what they print is left to the one line that tells of it."""
+"""Silences what Orbax's threads print on a full disk, in favour of one error line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from argenseg_jax import files
 
 @functools.cache
 def quiet_disk_faults() -> None:
-    """Drops, for the rest of the process, tracebacks of full disks that nobody asked for.
+    """Drops, for the rest of the process, the tracebacks that Orbax's threads log on a full disk.
 
-    Each of Orbax's threads logs one, and TensorStore prints one for each array that it reports to an event
-    loop that was closed meanwhile. The exception itself is raised where a save is waited for.
+    Each thread logs one, and TensorStore prints one for each array that it reports to an event loop that is
+    closed by then. The exception itself is raised by the call that waits for the save.
     """
     for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
         logger.addFilter(
@@ -34,7 +34,7 @@ def quiet_disk_faults() -> None:
 
 
 def wait() -> None:
-    """Until the threads of a save that has failed have ended: at the exit of the process they would fail anew."""
+    """Waits for the threads of a failed save: they would fail again when the process exits."""
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax."):
             threading.Thread.join(thread, 10)  # Orbax's own raises what the thread has raised

@@ -18,15 +18,15 @@ from argenseg_jax.ckpt import checksums as checksum_files
 from argenseg_jax.ckpt.arrays import read_layout, spec
 from argenseg_jax.interop.tensor_files import contiguous
 
-_COMMITTED = "commit_success.txt"  # in a bucket Orbax asks for it in whatever is complete
+_COMMITTED = "commit_success.txt"  # marks a complete folder in a bucket, for Orbax
 _IN_FLIGHT_BYTES = 256 << 20
 
 
 class ParamsWriter:
-    """As save_params, for parameters that do not fit into memory: slice by slice.
+    """Like save_params, for parameters that do not fit into memory: slice by slice.
 
-    Orbax writes the names, with placeholders; TensorStore then puts each array in its place, one
-    chunk a layer, uncompressed (the bits of weights hardly compress).
+    Orbax writes the names, with placeholders; TensorStore then writes the arrays, one chunk per layer,
+    uncompressed (weights hardly compress).
     """
 
     def __init__(self, path: epath.PathLike, leaves: Mapping[str, jax.ShapeDtypeStruct], *, checksums: bool = True):
@@ -40,7 +40,7 @@ class ParamsWriter:
             writer.save(item, args=ocp.args.PyTreeSave(blanks))
         logging.set_verbosity(verbosity)
         layout = read_layout(item)
-        self._arrays, self._running, self._held = {}, collections.deque(), 0
+        self._arrays, self._running, self._in_flight = {}, collections.deque(), 0
         for name, leaf in leaves.items():
             chunks = [1 if is_stacked(name) else leaf.shape[0], *leaf.shape[1:]]
             self._arrays[name] = tensorstore.open(
@@ -48,25 +48,25 @@ class ParamsWriter:
                     **spec(item, layout, name),
                     "create": True,
                     "delete_existing": True,
-                    "store_data_equal_to_fill_value": True,  # Orbax takes an absent chunk for damage
+                    "store_data_equal_to_fill_value": True,  # Orbax treats an absent chunk as damage
                     "metadata": {"compressor": None, "shape": leaf.shape, "chunks": chunks},
                 },
                 dtype=np.dtype(leaf.dtype),
             ).result()
 
     def write(self, name: str, where: tuple[int | slice, ...], values: np.ndarray) -> None:
-        """Puts values at an index of a leaf, in the leaf's dtype; the files may come later."""
+        """Writes values at an index of a leaf, in the leaf's dtype; asynchronously."""
         array = self._arrays[name]
         values = contiguous(values, array.dtype.numpy_dtype)
         self._running.append((array[where].write(values), values.nbytes))
-        self._held += values.nbytes
+        self._in_flight += values.nbytes
         self._wait(_IN_FLIGHT_BYTES)
 
     def __enter__(self) -> ParamsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Waits for all files, also when the conversion ends by an error."""
+        """Waits for all files, also if the conversion ends with an error."""
         self._wait(0)
         if not kind:
             if self._checksums:
@@ -74,19 +74,19 @@ class ParamsWriter:
             mark_complete(self._step)
 
     def _wait(self, limit: int) -> None:
-        """Until no more than so many bytes are on their way to the disk."""
-        while self._running and self._held > limit:
+        """Waits until at most `limit` bytes are in flight."""
+        while self._running and self._in_flight > limit:
             future, size = self._running.popleft()
             future.result()
-            self._held -= size
+            self._in_flight -= size
 
 
 def mark_complete(step: epath.Path) -> None:
-    """In a bucket, what Orbax asks of a complete step: its CheckpointManager writes this file last."""
+    """Writes the marker of a complete step in a bucket, as Orbax's CheckpointManager does last."""
     if files.is_remote(step):
         (step / _COMMITTED).write_text("")
 
 
 def is_stacked(name: str) -> bool:
-    """Whether the first axis of a leaf is the layers'."""
+    """Whether the first axis of a leaf is L, the layers of a scanned stack."""
     return "layers" in name.split("/")

@@ -1,4 +1,4 @@
-"""Whole checkpoints from one form to the other, one tensor in memory at a time."""
+"""Converts checkpoints between Orbax and HF folders, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from etils import epath
 from argenseg_jax import files, locks, trees
 from argenseg_jax.ckpt import checkpoint, orbax_io, params_writer
 from argenseg_jax.errors import UserError
-from argenseg_jax.interop import hf_folder
-from argenseg_jax.interop import state_dict as torch_convert
+from argenseg_jax.interop import hf_folder, state_dict
 
 VOCAB_LEAVES = ("llm/embed/embedding", "llm/lm_head/kernel")  # padded in memory
 
@@ -33,20 +32,20 @@ def to_orbax(
     vqvae: epath.PathLike | None = None,
     dtype: Any = None,
 ) -> dict[str, int]:
-    """HF folder -> workdir with one checkpoint, the config, and the tokenizer with the added words.
+    """HF folder -> workdir with one checkpoint, the config, and the tokenizer with the added tokens.
 
     Args:
       source: the folder.
       weights: the folder again, or one weight file in it.
-      target: the workdir to make; it appears when it is complete.
+      target: the workdir to create; it appears when it is complete.
       vqvae: file of the VQ-VAE, for an InternVL as released (interop/hf_folder.plan_import).
-      dtype: of the parameters; None keeps the file's.
+      dtype: of the parameters; None = that of the file.
 
     Returns:
       {params, bytes} without the padding of the vocabulary.
 
     Raises:
-      UserError: what does not fit, before anything is written; a target that exists; a full disk.
+      UserError: a mismatch, before anything is written; an existing target; a full disk.
     """
     model, config = source.model(), dict(source.config)
     if source.has_tokenizer():
@@ -64,7 +63,7 @@ def to_orbax(
             folder / orbax_io.DIRECTORY / "0", leaves, checksums=source.checksums
         ) as writer:
             for name, layer, array in plan.slices():
-                writer.write(name, torch_convert.corner(layer, array), array)
+                writer.write(name, state_dict.corner(layer, array), array)
                 bar.update(array.size * leaves[name].dtype.itemsize)
             for name in leaves.keys() - plan.dtypes.keys():
                 writer.write(name, (...,), np.zeros(leaves[name].shape, np.bool_))
@@ -75,7 +74,7 @@ def to_orbax(
 
 
 def _vocab(source: checkpoint.Checkpoint, model: Any) -> dict[str, int]:
-    """The ids that the tokenizer of a folder knows best; UserError if it is of another model."""
+    """The ids, as the tokenizer of the folder has them; UserError if it is of another model."""
     vocab = source.tokenizer().vocab
     if vocab.base != model.vocab.base:
         raise UserError(
@@ -85,7 +84,7 @@ def _vocab(source: checkpoint.Checkpoint, model: Any) -> dict[str, int]:
 
 
 def _copy_tokenizer(source: checkpoint.Checkpoint, folder: epath.Path) -> None:
-    """The tokenizer with the words that ARGenSeg adds, and the files that go along as they are."""
+    """Saves the tokenizer with ARGenSeg's added tokens, and copies its other files unchanged."""
     source.tokenizer().save(folder)
     for file in source.tokenizer_files():
         if not (folder / file.name).exists():
@@ -95,23 +94,23 @@ def _copy_tokenizer(source: checkpoint.Checkpoint, folder: epath.Path) -> None:
 def to_hf(
     source: checkpoint.Checkpoint, target: epath.PathLike, *, layout: str = "official", dtype: Any = None
 ) -> dict[str, int]:
-    """Orbax checkpoint -> HF folder; the run's config rides along: config.json has no name for it.
+    """Orbax checkpoint -> HF folder; the run's config is a file of its own, since config.json has no key for it.
 
     Args:
-      source: the checkpoint; averaged weights are taken where it has them, adapters are merged.
-      target: the folder to make; it appears when it is complete.
+      source: the checkpoint; its averaged weights if it has them, with adapters merged.
+      target: the folder to create; it appears when it is complete.
       layout: names of the keys and form of config.json: 'official', or 'hf' (transformers' own).
-      dtype: of the weights; None keeps the checkpoint's.
+      dtype: of the weights; None = that of the checkpoint.
 
     Returns:
-      {params, bytes} as to_orbax.
+      {params, bytes} as of to_orbax.
     """
     model = source.model()
     source.check_shapes()
     leaves = source.adapters().merged_lazily(orbax_io.open_params(source.path, checksums=source.checksums))
     config = {key: value for key, value in source.config.items() if key != "model"}
-    kept = {name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype) for name, leaf in leaves.items()}
-    with _bar(target, _nbytes(kept)) as bar:
+    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype) for name, leaf in leaves.items()}
+    with _bar(target, _nbytes(shapes)) as bar:
         hf_folder.save_folder(
             target,
             trees.unflatten(leaves),
@@ -122,7 +121,7 @@ def to_hf(
             layout=layout,
             done=bar.update,
         )
-    return _sizes(model, kept)
+    return _sizes(model, shapes)
 
 
 def _nbytes(leaves: Any) -> int:
@@ -141,7 +140,7 @@ def _sizes(model: Any, leaves: Any) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _bar(target: epath.PathLike, total: int) -> Iterator[tqdm.tqdm]:
-    """A progress bar of so many bytes; UserError if the disk has no room for them."""
+    """A progress bar of `total` bytes; UserError if the disk has no space for them."""
     parent = os.path.dirname(os.path.abspath(target))
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)

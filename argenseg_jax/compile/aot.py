@@ -1,7 +1,7 @@
-"""Ahead of time: the training step and the phases of decoding, compiled for TPUs that are not here.
+"""Ahead of time: compiles the training step and the phases of decoding for TPUs that are not attached.
 
-No weights, no data, no devices: shapes with their layouts on a mesh over a topology description, whose
-compiler comes with libtpu. Axes: B sequences, L prompt length.
+No weights, no data, no devices: only shapes with shardings on a mesh over a topology description; the
+compiler is that of libtpu. Axes: B sequences, T prompt length.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Lowered:
     """A function ready for the compiler.
 
     Attributes:
-      stage: what jax lowered.
-      flops: operations of one call over all devices; executed: with what remat computes again.
-      gathered: bytes of the weights, as they are multiplied, that a device gathers or reads in a call.
+      stage: the lowered function.
+      flops: operations of one call over all devices; executed: including recomputation by remat.
+      gathered: bytes of the weights, in the dtype of the products, that a device gathers or reads per call.
       arguments: bytes of weights and optimizer on one device.
     """
 
@@ -58,7 +58,7 @@ class Lowered:
 
 
 def devices(name: str, slices: int = 1) -> list[jax.Device]:
-    """Descriptions of a topology's devices ('v5e:16x16'): one can compile for them, not use them."""
+    """Descriptions of a topology's devices ('v5e:16x16'): for compiling only."""
     from jax.experimental import topologies
 
     kind, shape = topology(name)
@@ -67,7 +67,7 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
     more = {"num_slices": slices} if slices > 1 else {}
     try:
         return list(topologies.get_topology_desc(f"{kind}:{shape}", "tpu", **more).devices)
-    except Exception as error:  # jax and libtpu raise what they like
+    except Exception as error:  # jax and libtpu raise many types
         raise UserError(f"--topology {name}: {error}") from error
 
 
@@ -75,7 +75,7 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
 
 
 def train_step(cfg: Mapping[str, Any], mesh: Mesh) -> tuple[Lowered, program.Program]:
-    """The step of the config's last phase, made as train/loop.py makes it."""
+    """The step of the config's last phase, built as in train/loop.py."""
     model = run.build_model(cfg)
     phase = run.phases(cfg, model, None)[-1]
     if phase.task.name != "lm":
@@ -83,9 +83,9 @@ def train_step(cfg: Mapping[str, Any], mesh: Mesh) -> tuple[Lowered, program.Pro
     shapes = jax.eval_shape(run.init_fn(model, run.adapters(cfg)), jax.random.key(0))
     with jax.set_mesh(mesh):
         made = program.build(cfg, phase, shapes, mesh)
-        place = sharding.batch_sharding(mesh)
+        batch_sharding = sharding.batch_sharding(mesh)
         batch = {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
             for name, (shape, dtype) in pipeline.batch_shapes(
                 cfg["data"], run.geometry(model), phase.global_batch
             ).items()
@@ -97,15 +97,19 @@ def train_step(cfg: Mapping[str, Any], mesh: Mesh) -> tuple[Lowered, program.Pro
     learned = sum(math.prod(x.shape) for path, x in trees.flatten(shapes).items() if made.trainable(path))
     passes = phase.global_batch // (phase.microbatch or phase.global_batch) * (4 if with_remat else 3)
     return Lowered(
-        stage, made.flops, executed, item * learned * passes / mesh.shape["tensor"], _held(made.shapes, made.layout)
+        stage,
+        made.flops,
+        executed,
+        item * learned * passes / mesh.shape["tensor"],
+        _device_bytes(made.shapes, made.layout),
     ), made
 
 
 def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, batch: int, prompt: int, masks: int = 1) -> dict[str, Lowered]:
-    """{phase: lowered} of answering a batch, as decode/engine.py does: weights in bfloat16.
+    """{phase: lowered} of decoding a batch, as in decode/engine.py: weights in bfloat16.
 
     Args:
-      batch: B;  prompt: L, tokens that prompts are padded to;  masks: most of an answer.
+      batch: B;  prompt: T, the length that prompts are padded to;  masks: at most, per answer.
     """
     model = variants.build({**cfg["model"], "dtype": "bfloat16"})
     shapes = jax.eval_shape(run.init_fn(model), jax.random.key(0))
@@ -117,8 +121,8 @@ def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, batch: int, prompt: int
         ready = jax.eval_shape(prepare, shapes)
         layout = sharding.shardings(ready, mesh)
         params = {"params": sharding.placed(ready, layout)}
-        place = sharding.batch_sharding(mesh)
-        array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        batch_sharding = sharding.batch_sharding(mesh)
+        array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
         side, text = model.image_size, cfg["decode"]["max_text_tokens"]
         capacity = phases.capacity(prompt, text, masks)
         prefill = phases.prefill.lower(
@@ -138,24 +142,25 @@ def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, batch: int, prompt: int
         }
     codes, llm = model.scales.num_codes, model.llm
     attention = 4 * batch * llm.depth * llm.heads * llm.head_dim
-    seen = lambda places, before: attention * places * (before + places / 2)
-    matrices = 2 * batch * (count("llm") - llm.vocab_rows * llm.width)  # without the look-up
+    attend = lambda tokens, before: attention * tokens * (before + tokens / 2)
+    matrices = 2 * batch * (count("llm") - llm.vocab_rows * llm.width)  # without the embedding look-up
     counted = {
         "prefill": matrices * prompt
-        + seen(prompt, 0)
+        + attend(prompt, 0)
         + 2 * batch * count("vision") * ((side // model.vision.patch) ** 2 + 1),
-        "text": text * (matrices + seen(1, prompt)),
-        "mask": (codes + 1) * matrices + seen(codes, prompt) + batch * flops.decoder(model, shapes["vqvae"]),
+        "text": text * (matrices + attend(1, prompt)),
+        "mask": (codes + 1) * matrices + attend(codes, prompt) + batch * flops.decoder(model, shapes["vqvae"]),
     }
     read = 2 * count("llm") / (mesh.shape["tensor"] * mesh.shape["fsdp"])
     times = {"prefill": 1, "text": text, "mask": len(model.scales) + 1}
-    held = _held(ready, layout)
+    weights = _device_bytes(ready, layout)
     return {
-        name: Lowered(stage, counted[name], counted[name], read * times[name], held) for name, stage in stages.items()
+        name: Lowered(stage, counted[name], counted[name], read * times[name], weights)
+        for name, stage in stages.items()
     }
 
 
-def _held(shapes: Any, layout: Any) -> float:
+def _device_bytes(shapes: Any, layout: Any) -> float:
     """Bytes on one device."""
     return sum(
         math.prod(spec.shard_shape(s.shape)) * np.dtype(s.dtype).itemsize
@@ -164,23 +169,23 @@ def _held(shapes: Any, layout: Any) -> float:
 
 
 def _of_answer(x: Any, mesh: Mesh) -> NamedSharding:
-    """Layout of a part of text_decode.Answer: rows over the data axes, of the cache also heads."""
-    rows = sharding.BATCH_AXES
+    """Sharding of a field of text_decode.Answer: B over the data axes, and the heads of the cache over `tensor`."""
+    batch = sharding.BATCH_AXES
     if len(x.shape) < 4:
-        return NamedSharding(mesh, PartitionSpec(rows) if x.shape else PartitionSpec())
+        return NamedSharding(mesh, PartitionSpec(batch) if x.shape else PartitionSpec())
     heads = "tensor" if x.shape[-2] % mesh.shape["tensor"] == 0 else None
-    return NamedSharding(mesh, PartitionSpec(*[None] * (len(x.shape) - 4), rows, None, heads, None))
+    return NamedSharding(mesh, PartitionSpec(*[None] * (len(x.shape) - 4), batch, None, heads, None))
 
 
-# ---------------------------------------------------------------------------------- what comes of it
+# ---------------------------------------------------------------------------------- reports
 
 
 def compile_for(
     kind: str, lowered: Lowered, mesh: Mesh, options: Mapping[str, str] | None = None, keep: str | None = None
 ) -> dict[str, Any]:
-    """Compiles for a kind of chip: fits, memory of a device by use, work, and estimates of its time.
+    """Compiles for a kind of chip; reports whether it fits, its memory and work per device, and time estimates.
 
-    `options` go to the compiler (xla_tpu_*); `keep` is a file for the compiled program's text.
+    `options` are passed to the compiler (xla_tpu_*); `keep` is a file for the HLO text.
     """
     chip = CHIPS[kind]
     limit = chip.hbm_gib / chip.devices
@@ -191,9 +196,9 @@ def compile_for(
             raise
         found = _TOO_MUCH.search(str(error))
         if not found:
-            raise UserError(f"the compiler gave up: {str(error)[:300]}") from error
+            raise UserError(f"the compiler failed: {str(error)[:300]}") from error
         need, limit = (float(found[i]) * _UNITS[found[i + 1].upper()] / GIB for i in (1, 3))
-        if "HLO temporaries" in str(error):  # only these are named
+        if "HLO temporaries" in str(error):  # the message counts only these
             need += lowered.arguments / GIB
         return {"fits": False, "hbm_gib": round(need, 2), "hbm_limit_gib": round(limit, 2)}
     memory = compiled.memory_analysis()
@@ -208,15 +213,15 @@ def compile_for(
         "temporary_gib": temporary / GIB,
         "output_gib": output / GIB,
     }
-    per = mesh.size
+    num_devices = mesh.size
     counts = None
     if chip.hlo:
         text = compiled.as_text()
         if keep:
             files.write(keep, text)
         slices = mesh.shape["dcn_data"]
-        counts = hlo.count(text, per // slices if slices > 1 else 0)
-        report |= {"hlo_flops": counts.flops * per, "collective_bytes": dict(counts.collectives)}
+        counts = hlo.count(text, num_devices // slices if slices > 1 else 0)
+        report |= {"hlo_flops": counts.flops * num_devices, "collective_bytes": dict(counts.collectives)}
     work = _work(lowered, mesh, counts, arguments + temporary)
     report |= {
         "flops": lowered.flops,
@@ -226,18 +231,18 @@ def compile_for(
         "counted": "hlo" if counts else "analytic",
         **bound(kind, work),
     }
-    # Digits, not places: a small program takes less than 0.0001 s, and times are added up.
+    # Significant digits, not decimals: a small program takes less than 0.0001 s, and times are summed.
     return {
         key: float(f"{value:.4g}") if isinstance(value, float) and value < 1e6 else value
         for key, value in report.items()
     }
 
 
-def _work(lowered: Lowered, mesh: Mesh, counts: hlo.Counts | None, held: float) -> Work:
-    """What one device does: read from the program, or where it cannot be read, by hand.
+def _work(lowered: Lowered, mesh: Mesh, counts: hlo.Counts | None, used: float) -> Work:
+    """The work of one device: counted in the HLO, or estimated if there is none.
 
-    By hand: weights are gathered for every pass, their gradients summed and shared out at twice the
-    cost of a gather; memory is read and written once, weights once a pass.
+    The estimate: weights are gathered for every pass, their gradients reduce-scattered at twice the cost of
+    a gather; the `used` bytes are read and written once, weights once per pass.
     """
     flops_of_one = lowered.flops / mesh.size, lowered.executed / mesh.size
     if counts:
@@ -245,7 +250,7 @@ def _work(lowered: Lowered, mesh: Mesh, counts: hlo.Counts | None, held: float) 
         return Work(*flops_of_one, counts.bytes, total - counts.across_slices, counts.across_slices)
     ways = mesh.shape["fsdp"]
     sent = lowered.gathered * (ways - 1) / ways
-    return Work(*flops_of_one, 2 * held + 2 * lowered.gathered, sent)
+    return Work(*flops_of_one, 2 * used + 2 * lowered.gathered, sent)
 
 
 def train_report(
@@ -262,7 +267,7 @@ def train_report(
     report = compile_for(kind, lowered, mesh, options, keep)
     report["mesh"] = dict(mesh.shape)
     if not report["fits"]:
-        state, moments = lowered.arguments, _held(made.shapes.opt_state, made.layout.opt_state)
+        state, moments = lowered.arguments, _device_bytes(made.shapes.opt_state, made.layout.opt_state)
         report |= {
             "flops": lowered.flops,
             "bound": None,
@@ -284,7 +289,7 @@ def train_report(
 def decode_report(
     cfg: Mapping[str, Any], name: str, *, batch: int, prompt: int, keep: str | None = None
 ) -> dict[str, Any]:
-    """Compiles the phases of decoding a batch; the largest decides, times add up."""
+    """Compiles the phases of decoding a batch; reports the largest memory and the sum of the times."""
     kind, _ = topology(name)
     mesh = sharding.make_mesh(cfg["mesh"], devices(name))
     phases = {
@@ -292,7 +297,7 @@ def decode_report(
         for phase, lowered in decode_phases(cfg, mesh, batch=batch, prompt=prompt).items()
     }
     worst = max(phases.values(), key=lambda report: report["hbm_gib"])
-    whole = {
+    summary = {
         "fits": all(p["fits"] for p in phases.values()),
         "hbm_gib": worst["hbm_gib"],
         "hbm_limit_gib": worst["hbm_limit_gib"],
@@ -302,13 +307,13 @@ def decode_report(
         "bound": None,
         "mfu": None,
     }
-    if whole["fits"]:
+    if summary["fits"]:
         slowest = max(phases.values(), key=lambda report: report["step_seconds"])
         seconds = sum(p["step_seconds"] for p in phases.values())
         peak = CHIPS[kind].flops / CHIPS[kind].devices * mesh.size
-        whole |= {
+        summary |= {
             "bound": slowest["bound"],
             "step_seconds": float(f"{seconds:.4g}"),
-            "mfu": round(whole["flops"] / peak / seconds, 4),
+            "mfu": round(summary["flops"] / peak / seconds, 4),
         }
-    return whole
+    return summary

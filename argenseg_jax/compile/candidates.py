@@ -1,4 +1,4 @@
-"""Candidates of `compile --search`: meshes x batches x remat policies of a config, and their order."""
+"""Candidates of `compile --search`: meshes x batch sizes x remat policies of a config, and their order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _REMAT = ("full", "dots", "none")  # from the least memory to the most
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One setting: shards of every weight, tensor degree, sequences per step, remat policy."""
+    """One setting: shards per weight, tensor degree, sequences per step, remat policy."""
 
     fsdp: int
     tensor: int
@@ -36,9 +36,9 @@ class Candidate:
 
 
 def expand(cfg: Mapping[str, Any], name: str, slices: int = 1) -> list[Candidate]:
-    """Tensor degrees up to 4 that divide the heads; the config's batch, twice and four times it.
+    """Tensor degrees up to 4 that divide the heads; 1, 2 and 4 times the config's batch.
 
-    In an order in which the least demanding of each kind comes first.
+    In order of memory: the smallest of each kind comes first.
     """
     kind, shape = topology(name)
     chips, kv_heads = chips_of(shape) * CHIPS[kind].devices, variants.build(cfg["model"]).llm.kv_heads
@@ -51,7 +51,7 @@ def expand(cfg: Mapping[str, Any], name: str, slices: int = 1) -> list[Candidate
 
 
 def hopeless(candidate: Candidate, tried: Sequence[tuple[Candidate, Mapping[str, Any]]]) -> bool:
-    """Whether one that needs no more memory has failed already."""
+    """Whether a candidate that needs no more memory has failed already."""
     order = _REMAT.index
     return any(
         not report["fits"]
@@ -69,7 +69,7 @@ def ranked(tried: Sequence[tuple[Candidate, Mapping[str, Any]]]) -> list[tuple[C
 
 
 def line(candidate: Candidate, report: Mapping[str, Any]) -> str:
-    """For people."""
+    """One line for the log."""
     setting = f"fsdp {candidate.fsdp}, tensor {candidate.tensor}, batch {candidate.batch}, remat {candidate.remat}"
     if "error" in report:
         return f"{setting}: {report['error']}"

@@ -1,7 +1,7 @@
-"""Reads compiled HLO text: operations, memory traffic and collectives, each loop counted as often as it runs.
+"""Counts operations, memory traffic and collectives in compiled HLO text, with the trip counts of loops.
 
-XLA's own `cost_analysis` takes the body of a loop once. All numbers are those of one device, since the
-text is what one device runs.
+XLA's own `cost_analysis` counts the body of a loop once. All numbers are per device, since the text is the
+program of one device.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: name, result type as text, opcode, operand names, and the attributes behind them."""
+    """One line: name, result type as text, opcode, operand names, and the attributes after them."""
 
     name: str
     shape: str
@@ -70,12 +70,12 @@ class Counts:
     """Totals of a program on one device.
 
     Attributes:
-      flops: of matrix products and convolutions; what meets padding is left out.
-      bytes: read and written in HBM by instructions (fused ones count once); what a TPU's fast memory
-        holds, S(1) in the text, is not.
-      collectives: {kind: bytes that a device sends over the chips' own network}.
+      flops: of matrix products and convolutions, without products with padding.
+      bytes: read and written in HBM by instructions (fused ones count once); not those in a TPU's fast
+        memory, S(1) in the text.
+      collectives: {kind: bytes that a device sends}.
       across_slices: of these bytes, those of groups with members in several slices.
-      kernels: number of calls into Pallas kernels, whose operations cannot be read here.
+      kernels: number of calls of Pallas kernels, whose operations are not counted.
     """
 
     flops: float = 0.0
@@ -86,7 +86,7 @@ class Counts:
 
 
 def count(text: str, chips_per_slice: int = 0) -> Counts:
-    """Counts a whole module. chips_per_slice: devices of a slice, 0 where there is one only."""
+    """Counts a module. chips_per_slice: devices per slice, 0 = one slice."""
     module, entry = parse(text)
     total = Counts()
     _walk(module, entry, 1, None, total, chips_per_slice)
@@ -156,14 +156,14 @@ def _walk(module: dict, name: str, times: int, around: set | None, total: Counts
     """Adds a computation that runs `times` times.
 
     `around`: channels of the collectives already counted in the computation that this fusion is part
-    of, None where it is no fusion. On TPUs one collective appears in several fusions, which start it,
-    carry it on beside other work, and end it.
+    of, None if it is not a fusion. On TPUs one collective appears in several fusions, which start it,
+    continue it in parallel with other work, and end it.
     """
     body, channels = module[name], set() if around is None else around
     for op in body.values():
         kind = op.opcode.removesuffix("-start")
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"  # how TPUs write one: a fusion with the slice behind it
+            kind = "reduce-scatter"  # how TPUs write one: a fusion followed by the slice
         if kind in COLLECTIVES:
             channel = re.search(r"channel_id=(\d+)", op.attributes)
             if not channel or channel[1] not in channels:
@@ -182,7 +182,7 @@ def _walk(module: dict, name: str, times: int, around: set | None, total: Counts
             or kind in COLLECTIVES
             or op.opcode in ("reduce", "sort", "scatter", "map", "reduce-window", "select-and-scatter")
         ):
-            continue  # what these apply is scalar, or has been counted at -start
+            continue  # the called computation is scalar, or was counted at -start
         runs = trips(op, module) if op.opcode == "while" else 1
         for called in _called(op):
             part = around is not None or op.opcode in ("fusion", "async-start")
@@ -196,7 +196,7 @@ def _called(op: Instruction) -> Iterator[str]:
 
 
 def trips(op: Instruction, module: dict) -> int:
-    """How often a while loop runs: XLA's note, else the constant that its condition compares with."""
+    """Trip count of a while loop: XLA's annotation, else the constant that its condition compares with."""
     if known := re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', op.attributes):
         return int(known[1])
     condition = module[re.search(r"condition=" + _NAME, op.attributes)[1]]
@@ -224,7 +224,7 @@ def _flops(op: Instruction, body: dict) -> float:
         return fields[name].split("x") if name in fields else [default] * len(spatial)
 
     hits = 1
-    rows = zip(
+    windows = zip(
         spatial,
         field("size", "1"),
         field("stride", "1"),
@@ -232,37 +232,37 @@ def _flops(op: Instruction, body: dict) -> float:
         field("lhs_dilate", "1"),
         field("rhs_dilate", "1"),
     )
-    for axis, taps, stride, pad, holes, spread in rows:
+    for axis, taps, stride, pad, dilation, spread in windows:
         hits *= _hits(
             out[labels[3].index(axis)],
             left[labels[1].index(axis)],
             int(taps),
             int(stride),
             int(pad.split("_")[0]),
-            int(holes),
+            int(dilation),
             int(spread),
         )
     return 2 * hits * right[labels[2].index("i")] * out[labels[3].index("b")] * out[labels[3].index("f")]
 
 
 @functools.cache
-def _hits(out: int, wide: int, taps: int, stride: int, pad: int, holes: int, spread: int) -> int:
-    """Pairs of an output place and a tap of the kernel that meet a real input, along one axis."""
+def _hits(out: int, wide: int, taps: int, stride: int, pad: int, dilation: int, spread: int) -> int:
+    """Pairs of an output position and a kernel tap that read an input, not padding, along one axis."""
     at = np.arange(out)[:, None] * stride - pad + np.arange(taps)[None] * spread
-    return int(np.count_nonzero((at >= 0) & (at <= (wide - 1) * holes) & (at % holes == 0)))
+    return int(np.count_nonzero((at >= 0) & (at <= (wide - 1) * dilation) & (at % dilation == 0)))
 
 
 # ---------------------------------------------------------------------------------- bytes
 
 
 def _traffic(op: Instruction, body: dict, module: dict) -> float:
-    """Bytes that one instruction reads and writes in HBM; of an array that is only sliced, the slices."""
+    """Bytes that one instruction reads and writes in HBM; for an array that is only sliced, of the slices."""
     operands = [name for name in op.operands if name in body]
     if op.opcode in ("dynamic-slice", "gather", "slice"):
         return size(op.shape) * ((in_hbm(body[operands[0]].shape) > 0) + (in_hbm(op.shape) > 0))
     if op.opcode == "dynamic-update-slice":
         return 2 * in_hbm(body[op.operands[1]].shape)
-    if op.opcode in ("copy-start", "slice-start"):  # the result names the source too, and a scalar
+    if op.opcode in ("copy-start", "slice-start"):  # the result also has the source, and a scalar
         source = in_hbm(body[operands[0]].shape)
         return sorted(_sizes(op.shape))[1] * ((source > 0) + (in_hbm(op.shape) > source))
     if op.opcode.endswith("-start"):
@@ -270,16 +270,16 @@ def _traffic(op: Instruction, body: dict, module: dict) -> float:
     if op.opcode != "fusion":
         return in_hbm(op.shape) + sum(in_hbm(body[name].shape) for name in operands)
     inside = module[next(_called(op))]
-    # What a collective that is under way has in its hands is passed on, not read and written.
+    # Buffers of a collective in flight are passed through, not read and written.
     passed = {int(to or 0): int(of) for to, of in re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", op.attributes)}
     updates = {i.operands[0]: i for i in inside.values() if i.opcode == "dynamic-update-slice"}
-    results = sum(x for place, x in enumerate(_sizes(op.shape, hbm=True)) if place not in passed)
+    results = sum(x for index, x in enumerate(_sizes(op.shape, hbm=True)) if index not in passed)
     written = sum(in_hbm(inside[i.operands[1]].shape) for i in updates.values()) or results
     read = 0.0
-    for place, name in enumerate(operands):
-        if place in passed.values() or not in_hbm(body[name].shape):
+    for index, name in enumerate(operands):
+        if index in passed.values() or not in_hbm(body[name].shape):
             continue
-        at = next((i.name for i in inside.values() if i.opcode == "parameter" and i.operands == (str(place),)), None)
+        at = next((i.name for i in inside.values() if i.opcode == "parameter" and i.operands == (str(index),)), None)
         users = [i for i in inside.values() if i.opcode != "parameter" and at in i.operands]
         if users and all(
             i.opcode in ("dynamic-slice", "gather", "dynamic-update-slice") and i.operands[0] == at for i in users
@@ -297,7 +297,7 @@ def _traffic(op: Instruction, body: dict, module: dict) -> float:
 
 
 def _moved(op: Instruction, kind: str, body: dict, chips: int) -> tuple[float, bool]:
-    """(bytes that a device sends around a ring, whether they leave its slice) of one collective."""
+    """(bytes that a device sends in a ring, whether they leave its slice) of one collective."""
     sent = sum(size(body[name].shape) for name in op.operands if name in body)
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", op.attributes)
@@ -323,7 +323,7 @@ def replica_groups(attributes: str) -> list[list[int]]:
 
 
 def _mesh_groups(mesh: str, grouped: str) -> list[list[int]]:
-    """Groups along axes such as 'a', or a part of one: 'a':(2)4 has 2 before it and is 4 long."""
+    """Groups along axes such as 'a', or a part of one: 'a':(2)4 has size 4, after a part of size 2."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     wanted = {
         name: (int(before or 1), int(long or sizes[name]))

@@ -1,7 +1,7 @@
-"""What a chip's limits allow: estimates of a step's time and its MFU.
+"""Roofline: lower bounds of a step's time, and upper bounds of its MFU, from a chip's data sheet.
 
-A bound is the time that the busiest of compute, HBM and network needs at its data-sheet rate while the
-others overlap with it perfectly: no step is faster, real ones are slower.
+The bound is the time that the busiest of compute, HBM and network needs at its data-sheet rate if the
+others overlap with it perfectly: real steps are slower.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from argenseg_jax.hardware import CHIPS
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device does in a step.
+    """The work of one device in a step.
 
     Attributes:
-      model_flops: operations that the mathematics asks for; executed_flops: with those of remat.
+      model_flops: operations without recomputation; executed_flops: with that of remat.
       hbm_bytes: read and written;  ici_bytes, dcn_bytes: sent inside a slice, and between slices.
     """
 
@@ -31,7 +31,7 @@ class Work:
 
 
 def bound(kind: str, work: Work) -> dict[str, float | str]:
-    """Estimates: seconds of each limit, which one holds (`bound`), the step time and MFU it allows."""
+    """Seconds of each limit, the largest of them (`bound`), and the step time and MFU that it allows."""
     chip = CHIPS[kind]
     seconds = {
         "compute": work.executed_flops * chip.devices / chip.flops,

@@ -193,7 +193,7 @@ def test_a_flipped_byte_is_one_line_that_names_the_file(work, reader, where):
     flip(largest)
     with pytest.raises(UserError) as caught:
         READERS[reader](work)
-    assert str(caught.value).startswith(f"{largest} is damaged: its bytes are not those of its checksum in ")
+    assert str(caught.value).startswith(f"{largest} is damaged: its bytes do not match its checksum in ")
     assert "\n" not in str(caught.value)
 
 
