@@ -1,4 +1,4 @@
-"""Several turns about one picture, or none, in a terminal; masks go to files.
+"""Several turns about one image, or none, in a terminal; masks go to files.
 
   python -m argenseg_jax chat --image photo.jpg
   python -m argenseg_jax chat --image photo.jpg --prompt "Segment the cat." --prompt "And the dog."
@@ -25,7 +25,7 @@ common.define_checksums()
 common.define_answering()
 common.define_reading()
 FLAGS = flags.FLAGS
-flags.DEFINE_string("image", None, "Picture file that the conversation is about.")
+flags.DEFINE_string("image", None, "Image file that the conversation is about.")
 flags.DEFINE_multi_string("prompt", [], "A turn; may be given several times.")
 flags.DEFINE_string("out", "chat", "Directory of the masks.")
 
@@ -48,7 +48,7 @@ def run() -> dict[str, Any]:
         answers.append(result.text)
         common.log(f"> {text}\n{result.text}")
         for i, mask in enumerate(result.masks):
-            written.append(common.write_picture(f"{FLAGS.out}/turn_{number}.png", i, mask.astype("uint8") * 255))
+            written.append(common.write_image(f"{FLAGS.out}/turn_{number}.png", i, mask.astype("uint8") * 255))
             common.log(f"  {written[-1]}  score {result.scores[i]:.3f}")
     return {"turns": len(answers), "answers": answers, "files": written}
 

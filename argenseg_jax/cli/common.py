@@ -88,8 +88,8 @@ def define_answering(max_masks: int = 8) -> None:
         "Of weights and computation; int8: the language model's matrices, the rest is bfloat16.",
     )
     flags.DEFINE_float("guidance", 0.0, "Strength of classifier-free guidance; 0 = off.", lower_bound=0)
-    flags.DEFINE_float("temperature", 0.0, "Of sampled words and codes; 0 = the likeliest.", lower_bound=0)
-    flags.DEFINE_integer("top_k", 0, "Sample among so many; 0 = all.", lower_bound=0)
+    flags.DEFINE_float("temperature", 0.0, "Of sampled tokens and codes; 0 = greedy.", lower_bound=0)
+    flags.DEFINE_integer("top_k", 0, "Sample among the N likeliest; 0 = all.", lower_bound=0)
     flags.DEFINE_float(
         "top_p", 1.0, "Sample among the likeliest with this probability together.", lower_bound=1e-6, upper_bound=1.0
     )
@@ -145,7 +145,7 @@ def reading(config: Mapping[str, Any] = MappingProxyType({})) -> Any:
     )
 
 
-def write_picture(target: str, number: int, picture: Any) -> str:
+def write_image(target: str, number: int, image: Any) -> str:
     """Writes a PNG as `target`, or with a number > 0 beside it as name_1.png, ...; returns the path."""
     from etils import epath
 
@@ -153,7 +153,7 @@ def write_picture(target: str, number: int, picture: Any) -> str:
     from argenseg_jax.eval import visualize
 
     path = epath.Path(numbered(target, number))
-    files.write(path, visualize.encode_png(picture))
+    files.write(path, visualize.encode_png(image))
     return str(path)
 
 

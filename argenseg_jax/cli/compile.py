@@ -7,7 +7,7 @@
 
 The TPU compiler comes with libtpu, which needs no TPU: `pip install libtpu==0.0.52`. No weights and no
 data are read. What is lowered is the very step that `train` runs (VQ-VAE encoder and vision tower
-included), or the phases that decoding runs. Memory is what the compiler says; times and MFU are
+included), or the phases that decoding runs. Memory is what the compiler reports; times and MFU are
 estimates: bounds by the chip's data sheet. A step that does not fit is exit code 0, `fits: false`, with
 advice. --search tries meshes, batches and remat policies, and lists the best that fit.
 """
@@ -34,10 +34,10 @@ flags.DEFINE_string(
     "v4, v5e, v5p, v6e or tpu7x and a shape: v5e:16x16, v5p:4x4x4; or a cloud name: v5p-128 (cores), v6e-256 (chips).",
 )
 flags.DEFINE_integer(
-    "slices", 1, "So many of them; mesh.dcn_data splits the batch over them.", lower_bound=1, upper_bound=4096
+    "slices", 1, "Number of slices; mesh.dcn_data splits the batch over them.", lower_bound=1, upper_bound=4096
 )
 flags.DEFINE_enum("phase", "train", ["train", "decode"], "The training step, or the phases of decoding.")
-flags.DEFINE_integer("batch", 1, "decode: pictures at a time.", lower_bound=1, upper_bound=65536)
+flags.DEFINE_integer("batch", 1, "decode: images at a time.", lower_bound=1, upper_bound=65536)
 flags.DEFINE_integer(
     "prompt_tokens", 512, "decode: places that prompts are padded to.", lower_bound=1, upper_bound=2**20
 )
@@ -154,11 +154,11 @@ def _compile(overrides: list[str]) -> dict[str, Any]:
     try:
         if not done.returncode:
             return json.loads(done.stdout.splitlines()[-1])
-        said = done.stderr.strip().splitlines()[-1]
+        message = done.stderr.strip().splitlines()[-1]
     except (ValueError, LookupError):
-        said = (
+        message = (
             f"the compiler was killed by signal {-done.returncode}; is there enough memory?"
             if done.returncode < 0
             else f"the compiler ended with exit code {done.returncode}, without a word"
         )
-    return {"fits": False, "error": said}
+    return {"fits": False, "error": message}

@@ -1,7 +1,7 @@
 """Scores a model on data sets, beside a baseline, and adds them to the report.
 
   python -m argenseg_jax evaluate --workdir runs/nano --data shapes:simple:test
-  python -m argenseg_jax evaluate --checkpoint nano --data val.jsonl --image-root pictures --out .
+  python -m argenseg_jax evaluate --checkpoint nano --data val.jsonl --image_root images --out .
   python -m argenseg_jax evaluate --workdir runs/mix            # all of eval.data in its config
 
 --data is an official JSONL, a PSALM evaluation JSON, or a named source: shapes:simple:test,
@@ -10,7 +10,7 @@ may be given several times, and METRIC@DATA scores it by a metric of eval/metric
 all. Writes OUT/eval/NAME/{scores.json, predictions.jsonl, coco_results.json, pictures/}, OUT/report.html
 and OUT/table.md, where OUT is --out or else the workdir; with neither, nothing is written. NAME is that of
 the file or source, with the folders above it in front where another data set has results under it. An
-evaluation that was stopped goes on where it was when the same command comes again; answers of other
+evaluation that was stopped resumes when the same command is started again; answers of other
 weights, and to samples that have changed since, are not used. Saved predictions, also of other tools, are
 scored again without the model:
 
@@ -43,11 +43,10 @@ flags.DEFINE_multi_string("data", None, "File or named source to evaluate on; de
 flags.DEFINE_string(
     "image_root", "", "Directory that file names in --data start from; default: the directory of --data."
 )
-flags.DEFINE_alias("image-root", "image_root")
 common.define_reading()
 common.define_outside()
 flags.DEFINE_string("out", None, "Directory of the results; default: --workdir.")
-flags.DEFINE_integer("limit", 0, "Score only the first so many samples; 0 = all.", lower_bound=0)
+flags.DEFINE_integer("limit", 0, "Score the first N samples only; 0 = all.", lower_bound=0)
 flags.DEFINE_integer("batch", 16, "Samples per call of the model.", lower_bound=1, upper_bound=65536)
 flags.DEFINE_string(
     "metric",
@@ -59,20 +58,19 @@ flags.DEFINE_string(
 flags.DEFINE_string("rescore", None, "A predictions.jsonl: computes its scores without the model.")
 flags.DEFINE_bool("save_masks", False, "Also write every scored mask as a PNG.")
 flags.DEFINE_string(
-    "config.eval.prompt",
+    "eval_prompt",
     "",
     "Instead of the saved config's: prompt of PSALM files: referring, semantic, reasoning, or a text with {sent}.",
 )
 flags.DEFINE_enum(
-    "config.eval.masks", None, ["first", "union"], "Instead of the saved config's: which masks of an answer count."
+    "eval_masks", None, ["first", "union"], "Instead of the saved config's: which masks of an answer count."
 )
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
 flags.DEFINE_integer("previews", 3, "How many answers the report shows scale by scale.", lower_bound=0)
 flags.DEFINE_bool(
     "baseline",
     True,
-    "Read the training data for the constant baseline, where the "
-    "data to evaluate does not bring a baseline of its own.",
+    "Read the training data for the constant baseline, where the data to evaluate has no baseline of its own.",
 )
 flags.DEFINE_float("save_every", 10.0, "Seconds of answers that a stopped evaluation loses at most.", lower_bound=0.0)
 
@@ -95,7 +93,7 @@ def run() -> dict[str, Any]:
 
     checkpoint = open_checkpoint(FLAGS.checkpoint or FLAGS.workdir, checksums=FLAGS.checksums)
     settings = {"prompt": "referring", "masks": "first", "metric": "", "data": (), **checkpoint.config.get("eval", {})}
-    for key, flag in (("prompt", "config.eval.prompt"), ("masks", "config.eval.masks"), ("metric", "metric")):
+    for key, flag in (("prompt", "eval_prompt"), ("masks", "eval_masks"), ("metric", "metric")):
         settings[key] = FLAGS[flag].value or settings[key]
     for key in ("masks", "data"):  # of the saved config; prompt and metric are checked with the data
         if problem := config_keys.fault(f"eval.{key}", settings[key]):
@@ -139,7 +137,7 @@ class Job(NamedTuple):
 
 
 def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, out: str | None) -> list[Job]:
-    """Every data set with its place and its evaluator. The model is loaded when all mistakes are known."""
+    """Every data set with its folder and its evaluator. The model is loaded when all mistakes are known."""
     from argenseg_jax import distributed, files
     from argenseg_jax.ckpt.fingerprint import fingerprint
     from argenseg_jax.data.mixture import open_source, takes_prompt
@@ -155,13 +153,13 @@ def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, ou
         )
         for name in names
     }
-    if FLAGS["config.eval.prompt"].value and not any(map(takes_prompt, sources.values())):
-        raise UserError("--config.eval.prompt changes nothing: these data hold their own questions")
-    places = [None] * len(names)
+    if FLAGS.eval_prompt and not any(map(takes_prompt, sources.values())):
+        raise UserError("--eval_prompt changes nothing: these data hold their own questions")
+    result_folders = [None] * len(names)
     if out:  # the first process decides: others may see folders that it has made by then
-        places = [files.to_path(p) for p in distributed.gather([str(p) for p in folders.choose(out, names)])[0]]
-        for place in places if distributed.is_first() else ():
-            files.check_writable(place)
+        result_folders = [files.to_path(p) for p in distributed.gather([str(p) for p in folders.choose(out, names)])[0]]
+        for folder in result_folders if distributed.is_first() else ():
+            files.check_writable(folder)
     path = FLAGS.checkpoint or FLAGS.workdir
     predictor = functools.cache(lambda: Predictor.load(path, FLAGS.dtype, checksums=FLAGS.checksums))
     baseline = functools.cache(lambda: _baseline(checkpoint.config))  # reads the training data: only where needed
@@ -172,7 +170,7 @@ def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, ou
     }
     config = json.dumps([checkpoint.config.get(k) for k in ("data", "decode")], sort_keys=True, default=str)
     jobs = []
-    for name, place in zip(names, places):
+    for name, folder in zip(names, result_folders):
         evaluator = _evaluator(
             {**settings, "metric": metrics[name]}, sources[name], checkpoint.config, predictor, baseline
         )
@@ -182,7 +180,7 @@ def _jobs(names: Sequence[str], settings: Mapping[str, Any], checkpoint: Any, ou
                 name,
                 sources[name],
                 evaluator,
-                place,
+                folder,
                 {
                     "data": name,
                     folders.SOURCE: folders.identity(name),
@@ -238,17 +236,17 @@ def _evaluate(job: Job) -> dict[str, Any]:
     from argenseg_jax import distributed
     from argenseg_jax.eval.resume import Partial
 
-    kept = Partial(job.folder / "partial", job.key, FLAGS.save_every) if job.folder else None
-    result = job.evaluator.run(job.source, FLAGS.limit, kept)
+    partial = Partial(job.folder / "partial", job.key, FLAGS.save_every) if job.folder else None
+    result = job.evaluator.run(job.source, FLAGS.limit, partial)
     scores = {**{k: job.key[k] for k in ("data", "checkpoint", "step", "weights")}, **result.scores}
-    if not kept or not distributed.is_first():
+    if not partial or not distributed.is_first():
         return scores
     try:
         _write(job, result, scores)
     except UserError:
         common.log(json.dumps(scores))  # all answers are there; let nobody compute them for these again
         raise
-    kept.remove()
+    partial.remove()
     return {**scores, "predictions": str(job.folder / "predictions.jsonl")}
 
 
@@ -280,20 +278,22 @@ def _write(job: Job, result: Any, scores: Mapping[str, Any]) -> None:
     from argenseg_jax import files
     from argenseg_jax.eval import folders, predictions, report, visualize
 
-    folder, rows = job.folder, result.records.spool
-    files.write(folder / "predictions.jsonl", rows.lines())
-    files.write(folder / "coco_results.json", predictions.coco_file(rows.values()))
-    for row in rows.values() if FLAGS.save_masks else ():
-        if row["prediction"]:
-            files.write(folder / "masks" / f"{row['index']}.png", visualize.encode_png(predictions.mask_picture(row)))
-    shown = report.save_pictures(folder / "pictures", job.source, result)
+    folder, records = job.folder, result.records.spool
+    files.write(folder / "predictions.jsonl", records.lines())
+    files.write(folder / "coco_results.json", predictions.coco_file(records.values()))
+    for record in records.values() if FLAGS.save_masks else ():
+        if record["prediction"]:
+            files.write(
+                folder / "masks" / f"{record['index']}.png", visualize.encode_png(predictions.mask_image(record))
+            )
+    shown = report.save_images(folder / "pictures", job.source, result)
     files.write(
         folder / "scores.json",
         json.dumps(
             {
                 **scores,
                 folders.SOURCE: job.key[folders.SOURCE],
-                "coco_results": predictions.coco_ids(rows.values()),
+                "coco_results": predictions.coco_ids(records.values()),
                 "pictures": shown,
             },
             indent=1,

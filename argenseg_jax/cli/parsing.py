@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -33,12 +33,20 @@ PATHS = (
     "hlo",
     "case",
 )
+# {command: {old spelling of a flag: its name}}; every old spelling that is still read is here.
+OLD_FLAGS = {
+    "evaluate": {
+        "config.eval.prompt": "eval_prompt",
+        "config.eval.masks": "eval_masks",
+        "image-root": "image_root",
+    },
+}
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 _LARGEST = 2**31 - 1  # of whole numbers on the command line; jax counts in int32
 
 
 class ConfigFlag(flags.Flag):
-    """--config: FILE.py[:arg] until `parse` replaces the value by the config that it stands for.
+    """--config: FILE.py[:arg] until `parse` replaces the value by the config that it names.
 
     Attributes:
       spec: FILE.py[:arg] as given.
@@ -58,7 +66,7 @@ def parse(command: str, args: Sequence[str]) -> None:
     for number, arg in enumerate(args, 1):
         if "\0" in arg or re.search("[\ud800-\udfff]", arg):
             raise UserError(f"argument {number} ({brief(arg, 60)}) is no UTF-8 text")
-    args = _with_files(args)
+    args = [_renamed(arg, OLD_FLAGS.get(command, {})) for arg in _with_files(args)]
     config = FLAGS["config"] if "config" in FLAGS else None
     overrides = []
     if isinstance(config, ConfigFlag):
@@ -82,7 +90,7 @@ def parse(command: str, args: Sequence[str]) -> None:
 
 
 def _with_files(args: Sequence[str]) -> list[str]:
-    """The arguments with those that absl's --flagfile=FILE names in their places."""
+    """The arguments with those that absl's --flagfile=FILE names in place of it."""
     named = [arg.partition("=") for arg in args if re.match(r"--?flagfile\b", arg)]
     if not named:
         return list(args)
@@ -98,10 +106,17 @@ def _with_files(args: Sequence[str]) -> list[str]:
         raise UserError(brief(error, 400)) from error
 
 
+def _renamed(arg: str, names: Mapping[str, str]) -> str:
+    """The argument with the flag's name in place of its old spelling."""
+    name, equals, value = arg.partition("=")
+    found = re.fullmatch(r"(--?)(.+)", name, re.DOTALL)
+    return f"--{names[found[2]]}{equals}{value}" if found and found[2] in names else arg
+
+
 def _split(args: Sequence[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
     """(other arguments, [(flag, key, text)]) of --config.KEY=TEXT, --config.KEY TEXT and --[no]config.KEY."""
-    rest, found, waiting = [], [], iter(args)
-    for arg in waiting:
+    rest, found, pending = [], [], iter(args)
+    for arg in pending:
         override = _OVERRIDE.fullmatch(arg)
         if not override:
             rest.append(arg)
@@ -111,7 +126,7 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
         if no and (text is not None or not switch):
             raise UserError(f"{brief(arg, 100)}: only a key that is true or false is written so")
         if text is None:
-            text = ("false" if no else "true") if switch else next(waiting, None)
+            text = ("false" if no else "true") if switch else next(pending, None)
         if text is None:
             raise UserError(f"{brief(arg, 100)}: its value is missing")
         found.append((arg, key, text))

@@ -9,7 +9,7 @@
 
 Every form of a source will do (see argenseg_jax/data/mixture.py); --source may be repeated, and a
 mixture stays one, with its weights. Samples that training would refuse are left out, counted and
-named in summary.json. An interrupted preparation goes on when the same command is started again:
+named in summary.json. An interrupted preparation resumes when the same command is started again:
 finished shards are kept. Train on it by data.sources=("FOLDER",); with --codes also data.codes=true.
 """
 
@@ -34,7 +34,7 @@ flags.DEFINE_string(
 flags.DEFINE_integer(
     "draws",
     0,
-    "Write every sample so many times, each with another class, point, ... "
+    "Write every sample N times, each with another class, point, ... "
     "where the source draws one; 0: once, as evaluation sees it.",
     lower_bound=0,
     upper_bound=10**6,
@@ -42,7 +42,7 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "resize",
     0,
-    "Side S: pictures and masks become S x S, as a model with one tile of this side reads them; 0 = as they are.",
+    "Side S: images and masks become S x S, as a model with one tile of this side reads them; 0 = unchanged.",
     lower_bound=0,
     upper_bound=8192,
 )

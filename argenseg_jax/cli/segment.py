@@ -1,4 +1,4 @@
-"""One picture and a prompt to mask files, or a prompt alone to a picture.
+"""One image and a prompt to mask files, or a prompt alone to an image.
 
   python -m argenseg_jax segment --image photo.jpg --prompt "Segment the red circle." --out mask.png
   python -m argenseg_jax segment --raw --prompt "Draw a red circle." --out picture.png --guidance 4
@@ -22,11 +22,11 @@ common.define_checksums()
 common.define_answering()
 common.define_reading()
 FLAGS = flags.FLAGS
-flags.DEFINE_string("image", None, "Picture file; needless with --raw.")
-flags.DEFINE_string("prompt", None, "What to segment, or to draw, in words.")
+flags.DEFINE_string("image", None, "Image file; not needed with --raw.")
+flags.DEFINE_string("prompt", None, "What to segment, or to draw.")
 flags.DEFINE_string("out", "mask.png", "Mask file; further masks are numbered.")
 flags.DEFINE_bool("raw", False, "Write what the model draws, neither resized nor thresholded.")
-flags.DEFINE_string("overlay", None, "Also write the picture with the mask in the light (PNG).")
+flags.DEFINE_string("overlay", None, "Also write the image with the mask highlighted (PNG).")
 flags.DEFINE_string("scales", None, "Also write the mask coarse to fine, as a strip (PNG).")
 
 
@@ -65,13 +65,13 @@ def run() -> dict[str, Any]:
 
     written = []
     for i, mask in enumerate(result.masks):
-        picture = result.images[i] if FLAGS.raw else mask.astype("uint8") * 255
-        written.append(common.write_picture(FLAGS.out, i, picture))
+        drawn = result.images[i] if FLAGS.raw else mask.astype("uint8") * 255
+        written.append(common.write_image(FLAGS.out, i, drawn))
         if FLAGS.overlay:
-            written.append(common.write_picture(FLAGS.overlay, i, visualize.overlay(image, mask)))
+            written.append(common.write_image(FLAGS.overlay, i, visualize.overlay(image, mask)))
         if FLAGS.scales:
             strip = [*([] if image is None else [image]), *result.scales[i]]
-            written.append(common.write_picture(FLAGS.scales, i, visualize.strip(strip)))
+            written.append(common.write_image(FLAGS.scales, i, visualize.strip(strip)))
     return {
         "masks": len(result.masks),
         "text": result.text,

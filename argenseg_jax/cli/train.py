@@ -1,4 +1,4 @@
-"""Trains, or goes on with a run that was stopped.
+"""Trains, or resumes a run that was stopped.
 
   python -m argenseg_jax train --config configs/nano.py --workdir runs/nano
 

@@ -23,8 +23,8 @@ def run() -> dict[str, Any]:
     from argenseg_jax.parity import recording, verify
 
     common.require("case")
-    result, rows = verify.verify(FLAGS.case)
-    common.log(recording.table(rows))
+    result, comparisons = verify.verify(FLAGS.case)
+    common.log(recording.table(comparisons))
     if result["unused"]:
         common.log(f"not compared, unknown to this kind of recording: {', '.join(result['unused'])}")
     return result

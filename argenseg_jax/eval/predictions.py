@@ -218,6 +218,6 @@ def coco_ids(rows: Iterable[Row]) -> str:
     return " and ".join(says[key] for key in sorted(lacking, reverse=True)) + ": the data names none"
 
 
-def mask_picture(row: Row) -> np.ndarray:
+def mask_image(row: Row) -> np.ndarray:
     """u8[H, W] of 0 and 255: the scored mask of a row."""
     return decode_rle(row["prediction"]).astype(np.uint8) * 255

@@ -73,7 +73,7 @@ NOT_CURVES = {"step", "phase", "skipped", "seconds_per_step", "rows_per_second"}
 # ---------------------------------------------------------------------- pictures of an evaluation
 
 
-def save_pictures(
+def save_images(
     folder: epath.Path, source: Source, result: evaluator.Evaluation, each: int = 4, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Draws the best, the worst and some random answers into `folder`.

@@ -1,1 +1,1 @@
-"""Weights to and from PyTorch, and the check against recordings of the reference."""
+"""Conversion between PyTorch or Hugging Face checkpoints and parameter trees; nothing is unpickled."""

@@ -16,11 +16,11 @@ _MOST = 0.5  # share of the keys that have to be known without a prefix
 
 
 def advice(keys: Collection[str], is_known: Callable[[str], bool]) -> str | None:
-    """One line about keys of which some have no place; None where nothing better is known than to list them.
+    """One line about keys of which some are unexpected; None where nothing better is known than to list them.
 
     Args:
       keys: all keys of the checkpoint.
-      is_known: whether the weight map has a row for a key.
+      is_known: whether the weight map has a rule for a key.
     """
     if adapters := [key for key in keys if _LORA.search(key)]:
         return (

@@ -2,7 +2,7 @@
 
 Two layouts: the field names of the official InternVLChatModel, and those of transformers' own
 InternVLForConditionalGeneration (the `-hf` folders; `model_type` is `internvl`). What they have no
-name for (the VQ-VAE's sizes, the first special id, the nano fields) stands under the key
+name for (the VQ-VAE's sizes, the first special id, the nano fields) is under the key
 `argenseg`, and only where it differs from what their fields and the released sizes imply.
 """
 

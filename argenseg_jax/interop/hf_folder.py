@@ -133,7 +133,7 @@ def open_tensors(path: epath.PathLike) -> Tensors:
         tensors = tensor_files.open_file(file)
         for key in tensors:
             if key in lazy:
-                raise UserError(f"{file}: '{key}' also stands in another file of {path}")
+                raise UserError(f"{file}: '{key}' is also in another file of {path}")
             lazy[key] = tensors.lazy(key)
     return Tensors(lazy)
 
@@ -210,7 +210,7 @@ def load_params(
 
     Args:
       path: folder or file.
-      model_or_shapes: an ARGenSeg, or a tree of shapes (of the whole or of some parts).
+      model_or_shapes: an ARGenSeg, or a tree of shapes (of the complete model or of some parts).
       optional: regexes of leaves that may be absent.
       dtype: of the result; None takes each leaf's own.
     """
@@ -233,7 +233,7 @@ def load_part(path: epath.PathLike, model: Any, part: str) -> dict[str, Any]:
 
 
 def _check_whole(tensors: Tensors, path: epath.PathLike) -> None:
-    """One hint instead of hundreds of names where a whole part is not there."""
+    """One hint instead of hundreds of names where a complete part is missing."""
     if not any(key.startswith(OWN_PARTS) for key in tensors):
         if advice := torch_convert.foreign(tensors):
             raise UserError(f"{path}: {advice}")
@@ -244,8 +244,8 @@ def _check_whole(tensors: Tensors, path: epath.PathLike) -> None:
 
 
 def _words(model: Any) -> dict[str, int]:
-    """Arguments of interop/torch: how many words the model has, and had as InternVL was released."""
-    return {"vocab_size": model.vocab.size, "old_words": model.vocab.id(MASK)}
+    """Arguments of state_dict.to_jax: size of the vocabulary, and before the visual tokens were added."""
+    return {"vocab_size": model.vocab.size, "old_vocab_size": model.vocab.id(MASK)}
 
 
 def plan_import(path: epath.PathLike, model: Any, vqvae: epath.PathLike | None = None) -> torch_convert.Import:
@@ -288,7 +288,7 @@ def save_folder(
 
     Args:
       path: the folder to make.
-      params: the whole parameter tree; arrays, or anything that torch_convert.export takes.
+      params: the complete parameter tree; arrays, or anything that state_dict.export takes.
       model_cfg: the `model` section that built it.
       tokenizer_files: copied into the folder.
       dtype: of the weights in the file ('bfloat16', ...); None keeps each leaf's own.

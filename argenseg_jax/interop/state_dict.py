@@ -22,7 +22,7 @@ from argenseg_jax import trees
 from argenseg_jax.errors import UserError, brief
 from argenseg_jax.interop import diagnosis
 from argenseg_jax.interop.tensor_files import Lazy, Tensors, contiguous
-from argenseg_jax.interop.weight_map import HITS, IGNORED, TABLE, Row, full_name, template_regex
+from argenseg_jax.interop.weight_map import HITS, IGNORED, TABLE, WeightRule, full_name, template_regex
 
 Params = Mapping[str, Any]
 HEAD, EMBEDDING = "llm/lm_head/kernel", "llm/embed/embedding"
@@ -47,14 +47,16 @@ class Import:
         shapes: Params,
         *,
         vocab_size: int | None = None,
-        old_words: int | None = None,
+        old_vocab_size: int | None = None,
         optional: Sequence[str] = (),
         source: str = "the checkpoint",
     ):
-        """Gives every tensor its place; arguments and errors as for to_jax. No leaf is read."""
+        """Assigns every tensor to its leaves; arguments and errors as for to_jax. No leaf is read."""
         want = trees.flatten(shapes)
         jobs, faults = _assign(tensors, want, optional)
-        rows = _Rows(vocab_size, old_words, complete=any(job.paths[0].startswith("visual/") for job in jobs))
+        vocab = _VocabSizes(
+            vocab_size, old_vocab_size, complete=any(job.paths[0].startswith("visual/") for job in jobs)
+        )
         self.dtypes: dict[str, np.dtype] = {}
         self.total = 0
         steps = []
@@ -63,7 +65,7 @@ class Import:
                 stored = _lazy(tensors, key)
                 self.total += stored.nbytes
                 try:
-                    steps.append(_Step(job, layer, key, stored, want, rows))
+                    steps.append(_Step(job, layer, key, stored, want, vocab))
                 except ValueError as error:
                     faults.append(str(error))
                     continue
@@ -87,8 +89,8 @@ class Import:
     def slices(self) -> Iterator[tuple[str, int | None, np.ndarray]]:
         """(leaf, layer or None, array), one tensor in memory at a time.
 
-        With a layer the array is that layer of the leaf, otherwise its leading corner: rows of the
-        padded vocabulary are missing, and shall be zero.
+        With a layer the array is that layer of the leaf, otherwise its leading corner: entries
+        of the padded vocabulary are missing, and are zero.
         """
         for step in self._steps:
             for path, array in zip(step.job.paths, step.read()):
@@ -101,7 +103,7 @@ def foreign(tensors: Mapping[str, Any]) -> str | None:
 
 
 def part(key: str) -> str | None:
-    """The part of the model that a torch key belongs to: 'vqvae', 'llm', ...; None where it has no place."""
+    """The part of the model that a torch key belongs to: 'vqvae', 'llm', ...; None for an unexpected key."""
     found = _find(full_name(key))
     return found.paths[0].split("/")[0] if found else None
 
@@ -127,7 +129,7 @@ def to_jax(
     shapes: Params,
     *,
     vocab_size: int | None = None,
-    old_words: int | None = None,
+    old_vocab_size: int | None = None,
     optional: Sequence[str] = (),
     dtype: Any = None,
     source: str = "the checkpoint",
@@ -136,25 +138,27 @@ def to_jax(
 
     Args:
       tensors: {torch key: array}; may load lazily, each is read once. Keys of a single part (the
-        VQ-VAE, the language model) may lack the prefix of the whole model.
+        VQ-VAE, the language model) may lack the prefix of the complete model.
       shapes: tree of anything with .shape and .dtype (jax.eval_shape of the model's init).
       vocab_size: the model's true vocabulary. A smaller one in the file (a checkpoint from before
-        the visual tokens were added) grows by rows that are the mean of its own. None: the file's.
-      old_words: how many words there were before the visual tokens. What a file has beyond them, or, if
+        the visual tokens were added) grows by entries that are the mean of its own. None: the file's.
+      old_vocab_size: size of the vocabulary before the visual tokens. What a file has beyond them, or, if
         it has visual tokens, beyond vocab_size, is padding, which is left out. None: no file is padded.
       optional: regexes of leaves that may be absent from the file; they are left out of the result.
       dtype: of the result; None takes each leaf's own.
       source: the file, for messages.
 
     Returns:
-      Nested dict of numpy arrays. Rows of the padded vocabulary beyond the true one are zero.
+      Nested dict of numpy arrays. Entries of the padded vocabulary beyond the true one are zero.
 
     Raises:
       UserError: one message with every unmatched key, its nearest candidate, every empty leaf, and
         every tensor of a wrong shape.
     """
     want = trees.flatten(shapes)
-    plan = Import(tensors, shapes, vocab_size=vocab_size, old_words=old_words, optional=optional, source=source)
+    plan = Import(
+        tensors, shapes, vocab_size=vocab_size, old_vocab_size=old_vocab_size, optional=optional, source=source
+    )
     flat: dict[str, np.ndarray] = {}
     for path, layer, array in plan.slices():
         if path not in flat:
@@ -164,7 +168,7 @@ def to_jax(
 
 
 def corner(layer: int | None, array: np.ndarray) -> tuple[int | slice, ...]:
-    """Where in its leaf a slice of Import.slices lies."""
+    """Index of a slice of Import.slices in its leaf."""
     return (*(() if layer is None else (layer,)), *map(slice, array.shape))
 
 
@@ -196,39 +200,39 @@ def export(
     """{torch key: tensor} of the leaves {path: leaf}, in the table's order; nothing is read yet.
 
     Args:
-      flat: leaves of the whole tree or of some of its parts (vision, connector, llm, visual,
+      flat: leaves of the complete tree or of some of its parts (vision, connector, llm, visual,
         vqvae); anything with .shape, .dtype and numpy's way of indexing the first axis.
       family: key names of the language model, 'internlm2' or 'qwen2'; None: the latter where it has
         biases or qk-norm, as InternLM2 has neither.
       layout: 'official', or 'hf' for the names of transformers' own InternVL, which knows no fused
         attention: there every language model has the names of Qwen2.
-      vocab_size: the true vocabulary, to which the padded rows are cut; None keeps them.
+      vocab_size: the true vocabulary, to which the padding is cut; None keeps it.
       dtype: of floating-point tensors in the file; None keeps each leaf's.
 
     Raises:
-      UserError: a leaf that no row of the table covers.
+      UserError: a leaf that no rule of the mapping table covers.
     """
     if family is None:
         marks = ("llm/layers/attn/q/bias", "llm/layers/attn/q_norm/scale")
         family = "qwen2" if any(mark in flat for mark in marks) else "internlm2"
     families = ("", layout, "qwen2" if layout == "hf" else family)
     todo, out = set(flat), {}
-    for row in TABLE:
-        if row.family not in families:
+    for rule in TABLE:
+        if rule.family not in families:
             continue
-        for paths, names in _instances(row, flat):
+        for paths, names in _instances(rule, flat):
             missing = [p for p in paths if p not in flat]
             if missing:
                 raise UserError(f"cannot export '{paths[0]}' without {missing}")
             todo -= set(paths)
             leaves = [flat[p] for p in paths]
             stored = np.dtype(dtype or leaves[0].dtype)
-            shape = _torch_shape(row, leaves, vocab_size)
-            for i in range(leaves[0].shape[0]) if row.stacked else (None,):
-                read = functools.partial(_export, row, leaves, i, vocab_size, stored)
-                out[row.key.format(i=i, **names)] = Lazy(shape, stored, read)
+            shape = _torch_shape(rule, leaves, vocab_size)
+            for i in range(leaves[0].shape[0]) if rule.stacked else (None,):
+                read = functools.partial(_export, rule, leaves, i, vocab_size, stored)
+                out[rule.key.format(i=i, **names)] = Lazy(shape, stored, read)
     if todo:
-        raise UserError(f"the weight map has no row ({family}) for {sorted(todo)}")
+        raise UserError(f"the weight map has no rule ({family}) for {sorted(todo)}")
     if "vqvae/quantizer/codebook" in flat and "visual/lvl_embed" in flat:
         codebook = flat["vqvae/quantizer/codebook"]
         # PyTorch's strict loading asks for the buffer.
@@ -236,20 +240,22 @@ def export(
     return out
 
 
-def _export(row: Row, leaves: Sequence[Any], layer: int | None, vocab_size: int | None, dtype: np.dtype) -> np.ndarray:
+def _export(
+    rule: WeightRule, leaves: Sequence[Any], layer: int | None, vocab_size: int | None, dtype: np.dtype
+) -> np.ndarray:
     """The torch tensor of one layer."""
     where = ... if layer is None else layer
-    tensor = row.op.to_torch(tuple(np.asarray(leaf[where]) for leaf in leaves))
-    if row.op.vocab_axis is not None:
+    tensor = rule.op.to_torch(tuple(np.asarray(leaf[where]) for leaf in leaves))
+    if rule.op.vocab_axis is not None:
         tensor = tensor[:vocab_size]
     return contiguous(tensor, dtype)
 
 
-def _torch_shape(row: Row, leaves: Sequence[Any], vocab_size: int | None) -> tuple[int, ...]:
+def _torch_shape(rule: WeightRule, leaves: Sequence[Any], vocab_size: int | None) -> tuple[int, ...]:
     """Shape of the torch tensor (of one layer), found without reading the leaves."""
-    blanks = tuple(_blank(leaf.shape[row.stacked :]) for leaf in leaves)
-    shape = row.op.to_torch(blanks).shape
-    if row.op.vocab_axis is None or vocab_size is None:
+    blanks = tuple(_blank(leaf.shape[rule.stacked :]) for leaf in leaves)
+    shape = rule.op.to_torch(blanks).shape
+    if rule.op.vocab_axis is None or vocab_size is None:
         return shape
     return (min(vocab_size, shape[0]), *shape[1:])
 
@@ -263,19 +269,19 @@ def _blank(shape: Sequence[int]) -> np.ndarray:
 def torch_keys(path: str) -> tuple[str, ...]:
     """The torch keys, as templates in {i}, that fill a leaf; one for each family that has it."""
     keys = []
-    for row in TABLE:
-        for template in row.paths:
+    for rule in TABLE:
+        for template in rule.paths:
             m = template_regex(template).fullmatch(path)
             if m:
-                keys.append(row.key.format(i="{i}", **m.groupdict()))
+                keys.append(rule.key.format(i="{i}", **m.groupdict()))
     return tuple(keys)
 
 
 @dataclasses.dataclass
 class _Job:
-    """The torch keys, by layer (None when not stacked), that fill the leaves of one row."""
+    """The torch keys, by layer (None when not stacked), that fill the leaves of one rule."""
 
-    row: Row
+    rule: WeightRule
     paths: tuple[str, ...]
     keys: dict[int | None, str]
 
@@ -298,7 +304,7 @@ def _assign(
                 unused.append(_Unused(key, name, known))
             continue
         job = jobs.setdefault(found.paths[0], found)
-        if job is not found and (job.row is not found.row or set(job.keys) & set(found.keys)):
+        if job is not found and (job.rule is not found.rule or set(job.keys) & set(found.keys)):
             faults.append(f"'{key}' fills '{found.paths[0]}' a second time")
         layer = next(iter(found.keys))
         job.keys[layer] = key
@@ -306,15 +312,15 @@ def _assign(
     for job in jobs.values():
         for path in job.paths:
             if path in filled:
-                faults.append(f"{job.row.key} fills '{path}' a second time, after {filled[path]}")
-            filled[path] = job.row.key
+                faults.append(f"{job.rule.key} fills '{path}' a second time, after {filled[path]}")
+            filled[path] = job.rule.key
     faults += unused
     for job in jobs.values():
-        if job.row.stacked:
+        if job.rule.stacked:
             layers = set(range(want[job.paths[0]].shape[0]))
             if differs := sorted(layers ^ set(job.keys)):
                 faults.append(
-                    f"{job.row.key} needs layers 0..{len(layers) - 1}; differs in "
+                    f"{job.rule.key} needs layers 0..{len(layers) - 1}; differs in "
                     f"{differs if len(differs) <= _SHOWN else f'{len(differs)} of them'}"
                 )
     faults += [
@@ -338,7 +344,7 @@ def _is_copy(tensors: Mapping[str, Any], head: str, want: Mapping[str, Any]) -> 
 
 @dataclasses.dataclass
 class _Unused:
-    """A key without a place; as a text, with its nearest neighbour, which takes a while to find."""
+    """An unexpected key; its text names the nearest known key, which takes a while to find."""
 
     key: str
     name: str
@@ -346,17 +352,19 @@ class _Unused:
 
     def __str__(self) -> str:
         near = _nearest(self.name, self.known) if len(self.name) < _LONG else ""
-        return f"'{brief(self.key, _LONG)}' has no place{near}"
+        return f"unexpected key '{brief(self.key, _LONG)}'{near}"
 
 
 def _find(name: str) -> _Job | None:
-    """The row, leaves and layer of a full torch key."""
-    for row in TABLE:
-        m = template_regex(row.key).fullmatch(name)
+    """The rule, leaves and layer of a full torch key."""
+    for rule in TABLE:
+        m = template_regex(rule.key).fullmatch(name)
         if m:
             index = m.groupdict()
             layer = index.pop("i", None)
-            return _Job(row, tuple(p.format(**index) for p in row.paths), {None if layer is None else int(layer): name})
+            return _Job(
+                rule, tuple(p.format(**index) for p in rule.paths), {None if layer is None else int(layer): name}
+            )
     return None
 
 
@@ -366,69 +374,73 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f" (nearest: '{near[0]}')" if near else ""
 
 
-def _instances(row: Row, flat: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], dict]]:
-    """(paths, indices) for each place in the tree that the row describes."""
+def _instances(rule: WeightRule, flat: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], dict]]:
+    """(paths, indices) for each group of leaves in the tree that the rule describes."""
     for path in flat:
-        m = template_regex(row.paths[0]).fullmatch(path)
+        m = template_regex(rule.paths[0]).fullmatch(path)
         if m:
-            yield tuple(p.format(**m.groupdict()) for p in row.paths), m.groupdict()
+            yield tuple(p.format(**m.groupdict()) for p in rule.paths), m.groupdict()
 
 
 class _Step:
     """One tensor on its way into its leaves (or into one layer of them)."""
 
-    def __init__(self, job: _Job, layer: int | None, key: str, stored: Lazy, want: Mapping[str, Any], rows: _Rows):
+    def __init__(
+        self, job: _Job, layer: int | None, key: str, stored: Lazy, want: Mapping[str, Any], vocab: _VocabSizes
+    ):
         """Raises ValueError where the shapes do not fit, or the tensor holds no floats."""
         self.job, self.layer, self._stored = job, layer, stored
         if stored.dtype not in _FLOATS:
             raise ValueError(f"'{key}' is {stored.dtype.name}; weights are float64, float32, float16 or bfloat16")
         shape = stored.shape
         self._shapes = [tuple(want[p].shape[layer is not None :]) for p in job.paths]
-        self._rows: tuple[int, int] | None = None
-        axis = job.row.op.vocab_axis
+        self._vocab_sizes: tuple[int, int] | None = None
+        axis = job.rule.op.vocab_axis
         if axis is not None and shape:
-            self._rows = rows.of(shape[0])
-            shape = (self._rows[1], *shape[1:])
+            self._vocab_sizes = vocab.resolve(shape[0])
+            shape = (self._vocab_sizes[1], *shape[1:])
             size = list(self._shapes[0])
-            size[axis] = min(self._rows[1], size[axis])
+            size[axis] = min(self._vocab_sizes[1], size[axis])
             self._shapes = [tuple(size)]
         try:
-            leaves = job.row.op.to_jax(_blank(shape), tuple(self._shapes))
+            leaves = job.rule.op.to_jax(_blank(shape), tuple(self._shapes))
             fits = [leaf.shape for leaf in leaves] == self._shapes
         except ValueError:
             fits = False
         if not fits:
             raise ValueError(
                 f"'{key}' {tuple(stored.shape)} does not fit '{job.paths[0]}' "
-                f"{tuple(want[job.paths[0]].shape)} ({job.row.op.name})"
+                f"{tuple(want[job.paths[0]].shape)} ({job.rule.op.name})"
             )
 
     def read(self) -> tuple[np.ndarray, ...]:
         """The leaves (of the layer)."""
         tensor = self._stored.read()
-        return self.job.row.op.to_jax(tensor if self._rows is None else _grow(tensor, *self._rows), tuple(self._shapes))
+        return self.job.rule.op.to_jax(
+            tensor if self._vocab_sizes is None else _grow(tensor, *self._vocab_sizes), tuple(self._shapes)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Which rows of a vocabulary in the file are taken, and how many there shall be; see to_jax.
+class _VocabSizes:
+    """How many entries of the file's vocabulary are read, and how many the leaf gets; see to_jax.
 
     Attributes:
       complete: whether the file is of a model with visual tokens.
     """
 
     vocab_size: int | None
-    old_words: int | None
+    old_vocab_size: int | None
     complete: bool
 
-    def of(self, stored: int) -> tuple[int, int]:
-        """(true rows among the stored ones, rows of the model); ValueError where they do not fit."""
+    def resolve(self, stored: int) -> tuple[int, int]:
+        """(true entries among the stored ones, entries of the model); ValueError where they do not fit."""
         size = stored if self.vocab_size is None else self.vocab_size
         true = stored
-        if self.old_words is not None:
-            true = min(stored, size if self.complete else self.old_words)
+        if self.old_vocab_size is not None:
+            true = min(stored, size if self.complete else self.old_vocab_size)
         if not 1 <= true <= size:
-            raise ValueError(f"a vocabulary of {stored} rows in the file, {size} in the model")
+            raise ValueError(f"a vocabulary of {stored} tokens in the file, {size} in the model")
         return true, size
 
 
@@ -444,11 +456,11 @@ def _lazy(tensors: Mapping[str, np.ndarray], key: str) -> Lazy:
     return tensors.lazy(key) if isinstance(tensors, Tensors) else Lazy.of(tensors[key])
 
 
-def _grow(tensor: np.ndarray, true: int, rows: int) -> np.ndarray:
-    """[V, ...] -> [rows, ...]: its first `true` rows, then their mean."""
-    if true == rows == tensor.shape[0]:
+def _grow(tensor: np.ndarray, true: int, size: int) -> np.ndarray:
+    """[V, ...] -> [size, ...]: its first `true` entries, then their mean."""
+    if true == size == tensor.shape[0]:
         return tensor
-    grown = np.empty((rows, *tensor.shape[1:]), tensor.dtype)
+    grown = np.empty((size, *tensor.shape[1:]), tensor.dtype)
     grown[:true] = tensor[:true]
     blocks = (grown[i : min(i + 4096, true)] for i in range(0, true, 4096))  # f64 of all is too much
     grown[true:] = sum(b.astype(np.float64).sum(0) for b in blocks) / true

@@ -1,8 +1,8 @@
-"""THE table between PyTorch keys and Flax paths: one row per kind of tensor, read both ways.
+"""The mapping table between PyTorch keys and Flax paths: one rule per kind of tensor, used in both directions.
 
-A row is (torch key, flax path(s), op, family). In the names `{i}` is a layer whose tensors are
+A rule is (torch key, flax path(s), op, family). In the names `{i}` is a layer whose tensors are
 stacked along a leading axis L in JAX; `{j}` and `{k}` are indices that stay in the flax name.
-Rows of a family are alternatives for the same leaves: 'internlm2' or 'qwen2' for the language
+Rules of a family are alternatives for the same leaves: 'internlm2' or 'qwen2' for the language
 model, 'official' or 'hf' (transformers' own InternVL, whose language model has the names of Qwen2)
 for the vision tower and the connector. An op turns one torch tensor into the leaf (or the several
 leaves) of one layer, and back, without arithmetic: both directions are bit-exact.
@@ -42,8 +42,8 @@ class Op:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table; see the module's docstring."""
+class WeightRule:
+    """One entry of the mapping table; see the module's docstring."""
 
     key: str
     paths: tuple[str, ...]
@@ -107,13 +107,13 @@ FUSED_QKV = Op(
     lambda leaves: np.concatenate([_join_heads(x) for x in leaves]),
 )
 GROUPED_WQKV = Op("grouped_wqkv", _split_grouped, _join_grouped)
-VOCAB_ROWS = dataclasses.replace(IDENTITY, name="vocab_rows", vocab_axis=0)
+VOCAB_EMBEDDING = dataclasses.replace(IDENTITY, name="vocab_embedding", vocab_axis=0)
 VOCAB_LINEAR = dataclasses.replace(LINEAR, name="vocab_linear", vocab_axis=1)
 
 
-def _rows(key: str, path: str, ops: dict[str, tuple[str, Op]], family: str = "") -> list[Row]:
-    """Rows key.SUFFIX -> path/LEAF for {suffix: (leaf, op)}."""
-    return [Row(f"{key}.{s}", (f"{path}/{leaf}",), op, family) for s, (leaf, op) in ops.items()]
+def _rules(key: str, path: str, ops: dict[str, tuple[str, Op]], family: str = "") -> list[WeightRule]:
+    """Rules key.SUFFIX -> path/LEAF for {suffix: (leaf, op)}."""
+    return [WeightRule(f"{key}.{s}", (f"{path}/{leaf}",), op, family) for s, (leaf, op) in ops.items()]
 
 
 _NORM = {"weight": ("scale", IDENTITY), "bias": ("bias", IDENTITY)}
@@ -129,28 +129,28 @@ def _each(path: str, leaf: str) -> tuple[str, ...]:
     return tuple(f"{path}/{x}/{leaf}" for x in "qkv")
 
 
-def _vision() -> list[Row]:
+def _vision() -> list[WeightRule]:
     """InternViT, LayerNorm (300M) and RMSNorm with qk-norm (6B) alike, and the connector."""
     key, path = "vision_model.encoder.layers.{i}", "vision/layers"
     emb = "vision_model.embeddings"
-    rows = [
-        *_rows(f"{emb}.patch_embedding", "vision/patch_embed", _CONV),
-        Row(f"{emb}.class_embedding", ("vision/class_embed",), _squeeze(2)),
-        Row(f"{emb}.position_embedding", ("vision/pos_embed",), _squeeze(1)),
-        *_rows(f"{key}.norm1", f"{path}/norm1", _NORM),
-        Row(f"{key}.attn.qkv.weight", _each(f"{path}/attn", "kernel"), FUSED_QKV),
-        Row(f"{key}.attn.qkv.bias", _each(f"{path}/attn", "bias"), FUSED_QKV),
-        *_rows(f"{key}.attn.q_norm", f"{path}/attn/q_norm", _SCALE),
-        *_rows(f"{key}.attn.k_norm", f"{path}/attn/k_norm", _SCALE),
-        *_rows(f"{key}.attn.proj", f"{path}/attn/o", _HEADS_OUT),
-        Row(f"{key}.ls1", (f"{path}/ls1",), IDENTITY),
-        *_rows(f"{key}.norm2", f"{path}/norm2", _NORM),
-        *_rows(f"{key}.mlp.fc1", f"{path}/mlp/fc1", _DENSE),
-        *_rows(f"{key}.mlp.fc2", f"{path}/mlp/fc2", _DENSE),
-        Row(f"{key}.ls2", (f"{path}/ls2",), IDENTITY),
-        *_rows("mlp1.0", "connector/norm", _NORM),
-        *_rows("mlp1.1", "connector/fc1", _DENSE),
-        *_rows("mlp1.3", "connector/fc2", _DENSE),
+    rules = [
+        *_rules(f"{emb}.patch_embedding", "vision/patch_embed", _CONV),
+        WeightRule(f"{emb}.class_embedding", ("vision/class_embed",), _squeeze(2)),
+        WeightRule(f"{emb}.position_embedding", ("vision/pos_embed",), _squeeze(1)),
+        *_rules(f"{key}.norm1", f"{path}/norm1", _NORM),
+        WeightRule(f"{key}.attn.qkv.weight", _each(f"{path}/attn", "kernel"), FUSED_QKV),
+        WeightRule(f"{key}.attn.qkv.bias", _each(f"{path}/attn", "bias"), FUSED_QKV),
+        *_rules(f"{key}.attn.q_norm", f"{path}/attn/q_norm", _SCALE),
+        *_rules(f"{key}.attn.k_norm", f"{path}/attn/k_norm", _SCALE),
+        *_rules(f"{key}.attn.proj", f"{path}/attn/o", _HEADS_OUT),
+        WeightRule(f"{key}.ls1", (f"{path}/ls1",), IDENTITY),
+        *_rules(f"{key}.norm2", f"{path}/norm2", _NORM),
+        *_rules(f"{key}.mlp.fc1", f"{path}/mlp/fc1", _DENSE),
+        *_rules(f"{key}.mlp.fc2", f"{path}/mlp/fc2", _DENSE),
+        WeightRule(f"{key}.ls2", (f"{path}/ls2",), IDENTITY),
+        *_rules("mlp1.0", "connector/norm", _NORM),
+        *_rules("mlp1.1", "connector/fc1", _DENSE),
+        *_rules("mlp1.3", "connector/fc2", _DENSE),
     ]
     hf = {
         f"{emb}.patch_embedding": "vision_tower.embeddings.patch_embeddings.projection",
@@ -167,33 +167,37 @@ def _vision() -> list[Row]:
         "mlp1.1": "multi_modal_projector.linear_1",
         "mlp1.3": "multi_modal_projector.linear_2",
     }
-    renamed = [row for row in rows if row.op is not FUSED_QKV]
+    renamed = [rule for rule in rules if rule.op is not FUSED_QKV]
     for x in "qkv":
-        renamed += _rows(f"{key}.attn.{x}_proj", f"{path}/attn/{x}", _HEADS)
+        renamed += _rules(f"{key}.attn.{x}_proj", f"{path}/attn/{x}", _HEADS)
     theirs = [
         dataclasses.replace(
-            row, key=next(new + row.key.removeprefix(old) for old, new in hf.items() if row.key.startswith(old))
+            rule, key=next(new + rule.key.removeprefix(old) for old, new in hf.items() if rule.key.startswith(old))
         )
-        for row in renamed
+        for rule in renamed
     ]
     return [
-        dataclasses.replace(row, family=family) for family, part in (("official", rows), ("hf", theirs)) for row in part
+        dataclasses.replace(rule, family=family)
+        for family, part in (("official", rules), ("hf", theirs))
+        for rule in part
     ]
 
 
-def _decoder() -> list[Row]:
-    """The language model: rows of both families, then of InternLM2 and of Qwen2.5."""
+def _decoder() -> list[WeightRule]:
+    """The language model: rules of both families, then of InternLM2 and of Qwen2.5."""
     root, layer, path = "language_model", "language_model.model.layers.{i}", "llm/layers"
 
-    def own(family: str, names: dict[str, tuple[str, dict[str, tuple[str, Op]]]]) -> list[Row]:
-        return [row for key, (to, ops) in names.items() for row in _rows(f"{layer}.{key}", f"{path}/{to}", ops, family)]
+    def own(family: str, names: dict[str, tuple[str, dict[str, tuple[str, Op]]]]) -> list[WeightRule]:
+        return [
+            rule for key, (to, ops) in names.items() for rule in _rules(f"{layer}.{key}", f"{path}/{to}", ops, family)
+        ]
 
     kernel, out = {"weight": ("kernel", LINEAR)}, {"weight": ("kernel", HEADS_OUT)}
     return [
-        *_rows(f"{root}.model.norm", "llm/norm", _SCALE),
-        Row(f"{root}.model.tok_embeddings.weight", ("llm/embed/embedding",), VOCAB_ROWS, "internlm2"),
-        Row(f"{root}.output.weight", ("llm/lm_head/kernel",), VOCAB_LINEAR, "internlm2"),
-        Row(f"{layer}.attention.wqkv.weight", _each(f"{path}/attn", "kernel"), GROUPED_WQKV, "internlm2"),
+        *_rules(f"{root}.model.norm", "llm/norm", _SCALE),
+        WeightRule(f"{root}.model.tok_embeddings.weight", ("llm/embed/embedding",), VOCAB_EMBEDDING, "internlm2"),
+        WeightRule(f"{root}.output.weight", ("llm/lm_head/kernel",), VOCAB_LINEAR, "internlm2"),
+        WeightRule(f"{layer}.attention.wqkv.weight", _each(f"{path}/attn", "kernel"), GROUPED_WQKV, "internlm2"),
         *own(
             "internlm2",
             {
@@ -205,8 +209,8 @@ def _decoder() -> list[Row]:
                 "feed_forward.w2": ("mlp/down", kernel),
             },
         ),
-        Row(f"{root}.model.embed_tokens.weight", ("llm/embed/embedding",), VOCAB_ROWS, "qwen2"),
-        Row(f"{root}.lm_head.weight", ("llm/lm_head/kernel",), VOCAB_LINEAR, "qwen2"),
+        WeightRule(f"{root}.model.embed_tokens.weight", ("llm/embed/embedding",), VOCAB_EMBEDDING, "qwen2"),
+        WeightRule(f"{root}.lm_head.weight", ("llm/lm_head/kernel",), VOCAB_LINEAR, "qwen2"),
         *own(
             "qwen2",
             {
@@ -226,14 +230,14 @@ def _decoder() -> list[Row]:
     ]
 
 
-def _vqvae() -> list[Row]:
+def _vqvae() -> list[WeightRule]:
     """The VAR tokenizer and the three tables that ARGenSeg adds to the language model."""
     root, path = "image_tokenizer", "vqvae"
     block = {"norm1": _NORM, "conv1": _CONV, "norm2": _NORM, "conv2": _CONV}
     wider = {**block, "nin_shortcut": _CONV}
     attn = {"norm": _NORM, "qkv": _CONV, "proj_out": _CONV}
     plain = {"conv_in": _CONV, "norm_out": _NORM, "conv_out": _CONV}
-    rows = []
+    rules = []
     for coder, level in (("encoder", "down"), ("decoder", "up")):
         key, to = f"{root}.{coder}", f"{path}/{coder}"
         parts = [(name, name, {"": ops}) for name, ops in plain.items()]
@@ -246,20 +250,20 @@ def _vqvae() -> list[Row]:
         ]
         for theirs, ours, members in parts:
             for name, ops in members.items():
-                rows += _rows(f"{key}.{theirs}.{name}".rstrip("."), f"{to}/{ours}/{name}".rstrip("/"), ops)
+                rules += _rules(f"{key}.{theirs}.{name}".rstrip("."), f"{to}/{ours}/{name}".rstrip("/"), ops)
     return [
-        *rows,
-        *_rows(f"{root}.quant_conv", f"{path}/quant_conv", _CONV),
-        *_rows(f"{root}.post_quant_conv", f"{path}/post_quant_conv", _CONV),
-        Row(f"{root}.quantize.embedding.weight", (f"{path}/quantizer/codebook",), IDENTITY),
-        *_rows(f"{root}.quantize.quant_resi.qresi_ls.{{j}}", f"{path}/quantizer/phi_{{j}}", _CONV),
-        *_rows("word_embed", "visual/word_embed", _DENSE),
-        Row("lvl_embed.weight", ("visual/lvl_embed",), IDENTITY),
-        Row("pos_1LC", ("visual/pos_embed",), _squeeze(1)),
+        *rules,
+        *_rules(f"{root}.quant_conv", f"{path}/quant_conv", _CONV),
+        *_rules(f"{root}.post_quant_conv", f"{path}/post_quant_conv", _CONV),
+        WeightRule(f"{root}.quantize.embedding.weight", (f"{path}/quantizer/codebook",), IDENTITY),
+        *_rules(f"{root}.quantize.quant_resi.qresi_ls.{{j}}", f"{path}/quantizer/phi_{{j}}", _CONV),
+        *_rules("word_embed", "visual/word_embed", _DENSE),
+        WeightRule("lvl_embed.weight", ("visual/lvl_embed",), IDENTITY),
+        WeightRule("pos_1LC", ("visual/pos_embed",), _squeeze(1)),
     ]
 
 
-TABLE: tuple[Row, ...] = (*_vision(), *_decoder(), *_vqvae())
+TABLE: tuple[WeightRule, ...] = (*_vision(), *_decoder(), *_vqvae())
 
 # The hit counts of the codebook: statistics of the tokenizer's own training, which nothing reads.
 HITS = "image_tokenizer.quantize.ema_vocab_hit_SV"
@@ -272,7 +276,7 @@ _MODEL_PREFIXES: tuple[tuple[str, str], ...] = (
     (r"model\.((?:vision_tower|multi_modal_projector)\..*)", r"\1"),
 )
 
-# Files of a single part lack the prefix of the whole: (what their keys start with, the prefix).
+# Files of a single part lack the prefix of the complete model: (what their keys start with, the prefix).
 PART_PREFIXES: tuple[tuple[str, str], ...] = (
     (
         r"(encoder|decoder)\.(conv_in|conv_out|norm_out|mid|down|up)\..*|(post_)?quant_conv\..*"

@@ -1,1 +1,1 @@
-"""Comparison with numbers recorded from the official PyTorch code."""
+"""The command `verify`: compares the model with recordings of the official PyTorch code, array by array."""

@@ -54,7 +54,7 @@ def _whole(lm: DecoderLM, tokens, positions=None, segments=None):
 
 
 def _step(lm: DecoderLM, tokens, cache, advance):
-    """Logits [B, T, V] of T more places behind the cache, and the new cache."""
+    """Logits [B, T, V] of T more positions after the cache, and the new cache."""
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
     y, cache, _ = lm(lm.embed_tokens(tokens), positions, cache=cache, advance=advance)
     return lm.logits(y), cache
@@ -81,7 +81,7 @@ def _compare_variant(record: Recording, name: str, lm: DecoderLM, params: Params
     if f"{name}long_input_ids" in record:
         _compare_long(record, name, lm, params, whole, cfg)
     for found in record.names(rf"{re.escape(name)}gen_(batch|single)_tokens"):
-        # The reference generates from the left padded batch, or from its longest row alone.
+        # The reference generates from the left padded batch, or from its longest sequence alone.
         ids = record.ints(f"{name}left_input_ids", 2, below=lm.vocab_size)
         mask = record.ints(f"{name}left_attention_mask", 2, default=np.ones_like(ids))
         if found[1] == "single":
@@ -136,9 +136,9 @@ def _in_blocks(lm: DecoderLM, params: Params, tokens: np.ndarray, sizes: list[in
 
 
 def _base_after(lm: DecoderLM, length: int) -> float:
-    """RoPE base of the reference once it has seen rows of some (padded) length.
+    """RoPE base of the reference once it has seen sequences of some (padded) length.
 
-    The reference keeps the largest base that it ever used, for all rows; ours depends on each row
+    The reference keeps the largest base that it ever used, for all sequences; ours depends on each sequence
     alone. The recordings that show this are met by fixing the base.
     """
     if lm.ntk_factor <= 1 or length <= lm.max_positions:
@@ -161,7 +161,7 @@ def _with_base(lm: DecoderLM, params: Params, method) -> Callable:
 def _generate(
     lm: DecoderLM, params: Params, ids: np.ndarray, mask: np.ndarray, steps: int, eos: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy ids [B, steps] and logits [B, steps, V] behind left padded rows."""
+    """Greedy ids [B, steps] and logits [B, steps, V] after left padded sequences."""
     lengths = mask.sum(1)
     rows = np.zeros_like(ids)
     for row, source, n in zip(rows, ids, lengths):

@@ -51,7 +51,7 @@ IMAGE_U8 = Tolerance("absolute", 1)  # the cast truncates
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Comparison:
     """One comparison: `error` in the tolerance's measure (nan when nothing could be compared)."""
 
     name: str
@@ -63,11 +63,11 @@ class Row:
 
 
 class Recording:
-    """The arrays of one folder, the tally of the comparisons, and which arrays nothing looked at.
+    """The arrays of one folder, the tally of the comparisons, and which arrays were not read.
 
     Attributes:
       folder, config: where it is, and its config.json.
-      rows: the comparisons so far.
+      comparisons: made so far.
       last: name of the array that was read or compared last, for messages.
     """
 
@@ -76,7 +76,7 @@ class Recording:
         self.config = _config(self.folder / "config.json")
         self._arrays = _arrays(self.folder / "io.npz")
         self._seen: set[str] = set()
-        self.rows: list[Row] = []
+        self.comparisons: list[Comparison] = []
         self.last = ""
 
     def __contains__(self, name: str) -> bool:
@@ -91,7 +91,7 @@ class Recording:
         return self._arrays[name].shape
 
     def input(self, name: str, ndim: int | None = None) -> np.ndarray:
-        """An array that is fed to the model, with so many axes.
+        """An array that is fed to the model, of a number of axes.
 
         Raises:
           UserError: it is absent or has another number of axes.
@@ -120,7 +120,7 @@ class Recording:
         return array.astype(np.int32)
 
     def floats(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
-        """An input of floats, as f32, of a shape; None stands for any length."""
+        """An input of floats, as f32, of a shape; None: any length."""
         array = self.input(name)
         if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
             raise self.fault(name, f"is {array.dtype}, not floats")
@@ -130,7 +130,7 @@ class Recording:
         return array.astype(np.float32)
 
     def fault(self, name: str, what: str) -> UserError:
-        """The error that says what is wrong with an array."""
+        """The error that tells what is wrong with an array."""
         return UserError(f"{self.folder / 'io.npz'}: array '{name}' {what}")
 
     def weights(self, variant: str = "") -> hf_folder.Tensors:
@@ -164,19 +164,23 @@ class Recording:
         """Compares two arrays and notes the outcome under `name`."""
         got, want = np.asarray(got), np.asarray(want)
         if got.shape != want.shape:
-            self.rows.append(Row(name, want.shape, math.nan, tolerance, False, f"the model gives {got.shape}"))
+            self.comparisons.append(
+                Comparison(name, want.shape, math.nan, tolerance, False, f"the model gives {got.shape}")
+            )
             return
         shape = want.shape
         if where is not None:
             got, want = got[where], want[where]
         error = _error(got.astype(np.float64), want.astype(np.float64), tolerance.measure)
-        self.rows.append(Row(name, shape, error, tolerance, error <= tolerance.limit))
+        self.comparisons.append(Comparison(name, shape, error, tolerance, error <= tolerance.limit))
 
     def same(self, name: str, got: Any, want: Any) -> None:
         """Notes whether two things of any kind are equal."""
         equal = got == want
-        self.rows.append(
-            Row(name, (), 0.0 if equal else 1.0, EQUAL, equal, "" if equal else f"{got!r} instead of {want!r}"[:300])
+        self.comparisons.append(
+            Comparison(
+                name, (), 0.0 if equal else 1.0, EQUAL, equal, "" if equal else f"{got!r} instead of {want!r}"[:300]
+            )
         )
 
     def miss(self, pattern: str, note: str) -> None:
@@ -189,7 +193,7 @@ class Recording:
         """Notes that the model has nothing to compare with `name`."""
         self._seen.add(name)
         shape = self.shape(name) if name in self else ()
-        self.rows.append(Row(name, shape, math.nan, EQUAL, False, note))
+        self.comparisons.append(Comparison(name, shape, math.nan, EQUAL, False, note))
 
     def unused(self) -> list[str]:
         """Arrays that were neither read nor compared, since no comparer knows them."""
@@ -291,23 +295,23 @@ def check_gradients(
     """
     total = max(math.sqrt(sum(n * n for n in norms.values())), 1e-30)
     for name, norm in norms.items():
-        row = f"norm of {prefix}{name}"
+        label = f"norm of {prefix}{name}"
         if name not in grads:
-            record.absent(row, "no such parameter here")
+            record.absent(label, "no such parameter here")
         elif norm < ZERO.limit * total:
-            record.compare(row, np.linalg.norm(grads[name]) / total, 0.0, ZERO)
+            record.compare(label, np.linalg.norm(grads[name]) / total, 0.0, ZERO)
         else:
-            record.compare(row, np.linalg.norm(grads[name].astype(np.float64)), norm, GRADIENT)
+            record.compare(label, np.linalg.norm(grads[name].astype(np.float64)), norm, GRADIENT)
     for name, grad in grads.items():
         record.check(f"{prefix}{name}", grad, GRADIENT)
     record.miss(f"{re.escape(prefix)}.*", "no such parameter here")
 
 
-def table(rows: list[Row]) -> str:
-    """The comparisons as text, one a line."""
-    width = max((len(r.name) for r in rows), default=4)
+def table(comparisons: list[Comparison]) -> str:
+    """The comparisons as text, one per line."""
+    width = max((len(r.name) for r in comparisons), default=4)
     lines = [f"{'array':{width}s}  {'shape':>18s}  {'error':>9s}  {'allowed':>17s}"]
-    for r in rows:
+    for r in comparisons:
         shape = "x".join(map(str, r.shape)) or "scalar"
         limit = f"{r.tolerance.limit:g} {r.tolerance.measure}"
         allowed = "equal" if r.tolerance == EQUAL else limit

@@ -13,7 +13,7 @@ from etils import epath
 
 from argenseg_jax.errors import DATA_FAULTS, UserError, brief
 from argenseg_jax.parity import end_to_end, lm, preprocess, vit, vq
-from argenseg_jax.parity.recording import Recording, Row
+from argenseg_jax.parity.recording import Comparison, Recording
 
 # Kind (the letter of `case` before the first underscore) -> comparer.
 KINDS = {
@@ -31,11 +31,11 @@ KINDS = {
 _FAULTS = (*DATA_FAULTS, MemoryError, RuntimeError, AssertionError, StopIteration, flax.errors.FlaxError)
 
 
-def verify(folder: epath.PathLike) -> tuple[dict[str, Any], list[Row]]:
+def verify(folder: epath.PathLike) -> tuple[dict[str, Any], list[Comparison]]:
     """Compares every output of a recording.
 
     Returns:
-      ({case, ok, arrays, misses, unused, worst, errors, seconds}, the rows): `errors` maps each array
+      ({case, ok, arrays, misses, unused, worst, errors, seconds}, the comparisons): `errors` maps each array
       to its error, `worst` is the largest share of an allowed error that was used up, `unused` names
       the arrays that no comparer knows (they are no misses, but say nothing about the model either).
 
@@ -60,22 +60,22 @@ def verify(folder: epath.PathLike) -> tuple[dict[str, Any], list[Row]]:
         raise error if named else UserError(f"{record.folder}: {error}") from error
     except _FAULTS as error:
         raise UserError(_where(record, error)) from error
-    misses = [row.name for row in record.rows if not row.ok]
-    used = [row.error / row.tolerance.limit for row in record.rows if row.tolerance.limit > 0]
+    misses = [one.name for one in record.comparisons if not one.ok]
+    used = [one.error / one.tolerance.limit for one in record.comparisons if one.tolerance.limit > 0]
     return {
         "case": case,
-        "ok": not misses and bool(record.rows),
-        "arrays": len(record.rows),
+        "ok": not misses and bool(record.comparisons),
+        "arrays": len(record.comparisons),
         "misses": misses,
         "unused": record.unused(),
         "worst": _number(max(used, default=0.0)),
-        "errors": {row.name: _number(row.error) for row in record.rows},
+        "errors": {one.name: _number(one.error) for one in record.comparisons},
         "seconds": round(time.monotonic() - start, 2),
-    }, record.rows
+    }, record.comparisons
 
 
 def _where(record: Recording, error: BaseException) -> str:
-    """What a replay that broke off has to say: how far it came, and what stopped it."""
+    """The message of a replay that failed: the last array that it reached, and the error."""
     after = f" after array '{record.last}'" if record.last else ""
     return (
         f"{record.folder}: config.json and io.npz do not describe a recording of this kind; the replay "

@@ -148,7 +148,7 @@ def test_user_errors(folder, tmp_path, capsys):
     capsys.readouterr()
     assert convert(broken, tmp_path / "x") == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "'pos_1LD' has no place (nearest: 'pos_1LC')" in message and "visual/pos_embed" in message
+    assert "unexpected key 'pos_1LD' (nearest: 'pos_1LC')" in message and "visual/pos_embed" in message
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 

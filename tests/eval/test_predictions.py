@@ -172,7 +172,7 @@ def test_faulty_files_are_named(tmp_path):
         summary([json.loads(good)], "pope", "p.jsonl")
     with pytest.raises(UserError, match="not a COCO run length"):
         decode_rle({"size": [2, 2]})
-    assert predictions.mask_picture(json.loads(good)).sum() == 255 * SIDE
+    assert predictions.mask_image(json.loads(good)).sum() == 255 * SIDE
 
 
 def test_rescoring_many_rows_takes_little_memory(tmp_path):

@@ -25,7 +25,7 @@ def test_report_is_complete_and_self_contained(tmp_path):
     source = ShapesSource("full", "test", size=12)
     result = Evaluator(predict, preview_fn=predict, previews=2).run(source)
     folder = tmp_path / "eval" / "shapes_test"
-    rows = report.save_pictures(folder / "pictures", source, result, each=3)
+    rows = report.save_images(folder / "pictures", source, result, each=3)
     assert [r["group"] for r in rows] == (["random"] * 3 + ["best"] * 3 + ["worst"] * 3 + ["scales"] * 2)
     best, worst = ([r["iou"] for r in rows if r["group"] == g] for g in ("best", "worst"))
     assert best == sorted(best, reverse=True) and min(best) >= max(worst)
@@ -63,7 +63,7 @@ def test_a_picture_of_a_described_scene_is_shown_without_an_image(tmp_path):
     source = TaskSource("draw", size=3)
     result = Evaluator(predict).run(source)
     assert [r.kind for r in result.records] == [source[i].meta["kind"] for i in range(3)]
-    assert len(report.save_pictures(tmp_path, source, result, each=1)) == 3
+    assert len(report.save_images(tmp_path, source, result, each=1)) == 3
 
 
 def test_report_of_an_empty_workdir(tmp_path):

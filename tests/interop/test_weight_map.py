@@ -110,7 +110,7 @@ def test_every_mismatch_is_in_one_message(made, name):
     text = str(caught.value)
     for part in (
         "the file",
-        "'vision_model.encoder.layers.0.atn.proj.bias' has no place",
+        "unexpected key 'vision_model.encoder.layers.0.atn.proj.bias'",
         "nearest: 'vision_model.encoder.layers.0.attn.proj.bias'",
         "something.else",
         "nothing fills 'visual/lvl_embed' (expected lvl_embed.weight)",
