@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line on the command line, exit code 2; and how faults become such lines."""
+"""Errors that a user can fix (one line on the command line, exit code 2), and helpers that raise them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-# What reading data of an unexpected form raises: the guard of every reader of a stranger's values.
+# What reading data of an unexpected form raises: caught by every reader of untrusted values.
 DATA_FAULTS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -16,8 +16,8 @@ _LONGEST = 2000  # characters of a message; names in data may have any length
 class UserError(Exception):
     """Bad input. The message is one line: the file, key, line or shape at fault, and what to do.
 
-    Names and values in it may come from strangers: what cannot be printed is escaped, and the middle of
-    a long message left out.
+    Names and values in it may be untrusted: unprintable characters are escaped, and the middle of a long
+    message is left out.
     """
 
     def __init__(self, message: object = ""):
@@ -30,7 +30,7 @@ class UserError(Exception):
 
 
 class SampleError(UserError):
-    """One faulty sample: training skips it, counts it and reports it; evaluation stops at it."""
+    """An invalid sample: training skips, counts and reports it; evaluation stops at it."""
 
 
 def brief(error: object, limit: int = 200) -> str:
@@ -51,13 +51,13 @@ def located(
     error: type[UserError] = SampleError,
     faults: type[Exception] | tuple[type[Exception], ...] = DATA_FAULTS,
 ) -> Iterator[None]:
-    """Names the place of a fault: a UserError gets `where` in front, `faults` become one.
+    """Adds the location to errors: prefixes a UserError with `where`, and turns `faults` into one.
 
     Args:
       where: file and line or entry.
       what: what the value there should have been.
-      error: the class that is raised for either.
-      faults: what else is turned into one; Exception around a whole sample, which never ends a run.
+      error: the class to raise in both cases.
+      faults: the exceptions to convert; Exception around a sample, which must never end a run.
     """
     try:
         yield

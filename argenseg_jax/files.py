@@ -1,4 +1,4 @@
-"""Files, local or gs://: a gate for reading what strangers wrote, and writing whole files or none."""
+"""Files, local or gs://: checked reading of untrusted files, and atomic writing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from etils import epath
 from argenseg_jax import processes
 from argenseg_jax.errors import UserError, brief
 
-MAX_BYTES = 512 * 2**20  # of a file that is read whole, unless its reader says otherwise
+MAX_BYTES = 512 * 2**20  # of a file that is read at once, unless its reader sets another limit
 MAX_JSON = 2 * 2**30  # instances_train2017.json has 0.45 GB
 MAX_LINE = 64 * 2**20  # characters of one line of a file that is read line by line
 MAX_DEPTH = 64  # of nested lists and objects in JSON
@@ -41,7 +41,7 @@ _NESTING[[ord("["), ord("{")]], _NESTING[[ord("]"), ord("}")]] = 1, -1
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether this is in a bucket (gs://): no appending, no renaming, and files appear whole."""
+    """Whether this is in a bucket (gs://): no appending, no renaming, atomic writes."""
     return "://" in os.fspath(path)
 
 
@@ -78,34 +78,33 @@ def check_file_system(path: epath.PathLike) -> None:
 
 
 def join(root: epath.PathLike, path: epath.PathLike, error: type[UserError] = UserError) -> epath.Path:
-    """root/path; a path with `://` or from the root (/...) stands alone, as it is."""
+    """root/path; a path with `://` or from the root (/...) stands alone, unchanged."""
     root, path = os.fspath(root), os.fspath(path)
     if is_remote(path) or os.path.isabs(path) or not root:
         return to_path(path, error)
     if not is_remote(root):
         return to_path(os.path.join(root, path), error)
-    place = to_path(root, error)
+    joined = to_path(root, error)
     for step in pathlib.PurePosixPath(path).parts:
-        place = place.parent if step == ".." else place / step  # a bucket knows no `..`
-    return place
+        joined = joined.parent if step == ".." else joined / step  # buckets have no `..`
+    return joined
 
 
 def inside(
     root: epath.PathLike, path: epath.PathLike, allow_outside: bool = False, error: type[UserError] = UserError
 ) -> epath.Path:
-    """As `join`, for a path that a data file names: `error` where a relative one leads out of `root`.
-
-    Both by `..` and by a symbolic link. Absolute paths and `://` say plainly where they lead.
+    """As `join`, for a path that a data file names: `error` if a relative one leads out of `root`,
+    by `..` or by a symbolic link. Absolute paths and `://` are explicit and allowed.
     """
     root, path = os.fspath(root), os.fspath(path)
-    whole = join(root, path, error)
+    joined = join(root, path, error)
     if allow_outside or is_remote(path) or os.path.isabs(path):
-        return whole
+        return joined
     way = ""
     if os.path.normpath(path).split(os.sep)[0] == os.pardir:
         way = "`..`"
     elif not is_remote(root):
-        with _reading(whole, error):
+        with _reading(joined, error):
             base = _real(os.path.join(os.getcwd(), root))
             full = os.path.join(base, path)
             folder, name = os.path.split(full)
@@ -117,7 +116,7 @@ def inside(
         raise error(
             f"{path}: leads out of {root} ({way}); data.allow_outside=true (--allow_outside) reads it nevertheless"
         )
-    return whole
+    return joined
 
 
 @functools.lru_cache(maxsize=1024)
@@ -126,14 +125,14 @@ def _real(folder: str) -> str:
 
 
 def kind_of(path: epath.PathLike, error: type[UserError] = UserError) -> str:
-    """ "file", "folder", or "" where there is neither; `error` where that cannot be known."""
+    """ "file", "folder", or "" if neither exists; `error` if that cannot be determined."""
     path = to_path(path, error)
     with _reading(path, error):
         return "folder" if path.is_dir() else "file" if path.exists() else ""
 
 
 def listed(folder: epath.PathLike, error: type[UserError] = UserError) -> list[epath.Path]:
-    """What is in a folder, by name, but for hidden names: macOS, Jupyter and others leave theirs in data."""
+    """The entries of a folder, sorted, without hidden ones: macOS, Jupyter and others leave theirs in data."""
     folder = to_path(folder, error)
     with _reading(folder, error):
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -143,7 +142,7 @@ def listed(folder: epath.PathLike, error: type[UserError] = UserError) -> list[e
 
 
 def read_bytes(path: epath.PathLike, limit: int = MAX_BYTES, error: type[UserError] = UserError) -> bytes:
-    """The whole content of a regular file of at most `limit` bytes; else one line as `error`.
+    """The content of a regular file of at most `limit` bytes; else one line as `error`.
 
     Devices, pipes and sockets are refused: they may never end.
     """
@@ -158,7 +157,7 @@ def read_bytes(path: epath.PathLike, limit: int = MAX_BYTES, error: type[UserErr
 
 @contextlib.contextmanager
 def _reading(path: epath.Path, error: type[UserError]) -> Iterator[None]:
-    """Whatever keeps a file from being read, as one line."""
+    """Turns whatever prevents reading a file into `error`, in one line."""
     try:
         yield
     except (OSError, ValueError) as fault:  # ValueError: a null byte in the name
@@ -167,7 +166,7 @@ def _reading(path: epath.Path, error: type[UserError]) -> Iterator[None]:
         raise
     except ImportError as fault:
         raise error(f"{path}: {_no_file_system(path, fault)}") from None
-    except Exception as fault:  # a bucket's client has exceptions of its own
+    except Exception as fault:  # clients of buckets have their own exceptions
         if not is_remote(path):
             raise
         raise error(f"{path}: cannot be read ({type(fault).__name__}: {brief(fault)})") from None
@@ -192,10 +191,10 @@ def check_regular(path: epath.PathLike, limit: int | None = None, error: type[Us
 
 
 def check_all_regular(folder: epath.PathLike, error: type[UserError] = UserError) -> None:
-    """`error` where a local folder, at any depth, holds a device, pipe or socket: libraries would wait for it."""
-    for place, _, names in os.walk(folder) if not is_remote(folder) else ():
+    """`error` where a local folder, at any depth, holds a device, pipe or socket, for which libraries would wait."""
+    for directory, _, names in os.walk(folder) if not is_remote(folder) else ():
         for name in names:
-            path = epath.Path(place) / name
+            path = epath.Path(directory) / name
             if path.exists():  # a link that leads nowhere is its reader's matter
                 check_regular(path, None, error)
 
@@ -259,9 +258,9 @@ def parse_json(
 ) -> Any:
     """Parsed JSON of any Unicode encoding; `error` names `where`.
 
-    Refused is what no data needs and later code stumbles over: NaN and Infinity, whole numbers
-    beyond 64 bits, nesting deeper than MAX_DEPTH; with `unique` also a key that an object has twice.
-    With `large` whole numbers of up to 40 digits pass: transformers writes 10**30 for "no limit".
+    Refused is what no data needs and later code cannot handle: NaN and Infinity, integers beyond 64
+    bits, nesting deeper than MAX_DEPTH; with `unique` also a key that an object has twice.
+    With `large` integers of up to 40 digits pass: transformers writes 10**30 for "no limit".
     """
     text = decode_text(content, where, error) if isinstance(content, bytes) else content.lstrip("\ufeff")
     one_byte = isinstance(content, bytes) and b"\0" not in content[:4]  # otherwise UTF-16 or UTF-32
@@ -339,14 +338,14 @@ def writing(path: epath.PathLike) -> Iterator[None]:
         raise UserError(f"{path} cannot be written ({reason(fault)})") from fault
     except UserError:
         raise
-    except Exception as fault:  # libraries wrap what the system says, and a bucket's client has its own
+    except Exception as fault:  # libraries wrap the system's errors, and clients of buckets have their own
         if (found := disk_fault(fault)) is None:
             raise
         raise UserError(f"{path} cannot be written ({found})") from fault
 
 
 def disk_fault(error: BaseException) -> str | None:
-    """What the system says of the disk in an exception of a library, or in one before it; else None."""
+    """The system's message about the disk in an exception of a library, or in one that caused it; else None."""
     seen: list[BaseException] = []
     fault: BaseException | None = error
     while fault is not None and fault not in seen:
@@ -362,7 +361,7 @@ def disk_fault(error: BaseException) -> str | None:
 
 
 def write(path: epath.PathLike, content: str | bytes | Iterable[str]) -> None:
-    """Writes under a temporary name and renames: readers see the old or the new file, whole.
+    """Writes under a temporary name and renames: readers see either the old or the new file.
 
     In a bucket every file is written so. Makes the folder. Of an iterable one part after the other is in
     memory; in a bucket, all of it. The temporary name belongs to this process, so that several may write at
@@ -377,7 +376,7 @@ def write(path: epath.PathLike, content: str | bytes | Iterable[str]) -> None:
         data = b"".join(parts)
         try:
             path.write_bytes(data)
-        except Exception as fault:  # a bucket's client has exceptions of its own
+        except Exception as fault:  # clients of buckets have their own exceptions
             raise UserError(f"{path} cannot be written ({reason(fault)})") from None
         return
     temporary = path.parent / processes.temporary_name()
@@ -422,7 +421,7 @@ def remove_leftovers(folder: epath.PathLike) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception of a file system says, in a few words."""
+    """A short text for an exception of a file system."""
     if isinstance(error, ImportError):
         return f"a package is missing: {brief(error)}"
     return getattr(error, "strerror", None) or brief(error) or type(error).__name__

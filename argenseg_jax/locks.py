@@ -1,10 +1,10 @@
-"""Who may write to a folder: one process, which holds a lock file with its number, host and heartbeat.
+"""Locks on folders: one process may write, and holds a lock file with its pid, host and heartbeat.
 
 The holder renews its heartbeat from a thread. A lock is stale when its holder has ended on this machine, or
 has not renewed the heartbeat for STALE_SECONDS: a process that finds another machine's lock waits that
-long. Of a holder that works on this machine the first look is enough. On a disk the file is changed under
-`flock`, so that of several processes one gets the lock. A bucket has nothing like it: there the last of those
-that write at once has the lock, and everyone looks again.
+long. A holder that is alive on this machine is detected at once. On a disk the file is changed under
+`flock`, so that only one of several processes gets the lock. Buckets have no equivalent: of processes that
+write at the same time, the last one has the lock, and each reads the file again.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """What a lock file says.
+    """The content of a lock file.
 
     Attributes:
-      id: of this taking of the lock.
-      process: who has taken it.
-      heartbeat: when it was renewed last, in seconds since 1970 by the clock of its machine.
+      id: of this acquisition of the lock.
+      process: the process that acquired it.
+      heartbeat: time of the last renewal, in seconds since 1970 by the clock of its machine.
     """
 
     id: str
@@ -55,23 +55,23 @@ class Holder:
 
     @classmethod
     def parse(cls, content: bytes) -> Holder | None:
-        """None where it is no lock: half-written, empty, or another file."""
+        """None if it is not a lock: half-written, empty, or another file."""
         try:
-            row = json.loads(content)
+            fields = json.loads(content)
             process = processes.Process(
-                *(kind(row[key]) for key, kind in (("pid", int), ("host", str), ("machine", str), ("started", int)))
+                *(kind(fields[key]) for key, kind in (("pid", int), ("host", str), ("machine", str), ("started", int)))
             )
-            heartbeat = float(row["heartbeat"])
+            heartbeat = float(fields["heartbeat"])
             if process.pid < 1:
                 return None
-            return cls(str(row["id"]), process, heartbeat if math.isfinite(heartbeat) else 0.0)
+            return cls(str(fields["id"]), process, heartbeat if math.isfinite(heartbeat) else 0.0)
         except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
             return None
 
     def content(self) -> bytes:
-        """The file; its length does not change with the heartbeat, so that renewing needs no room."""
-        row = {"id": self.id, **dataclasses.asdict(self.process), "heartbeat": round(self.heartbeat, 3)}
-        return json.dumps(row, indent=1).encode().ljust(1000) + b"\n"
+        """The file's bytes; their number is constant, so that a renewal needs no disk space."""
+        fields = {"id": self.id, **dataclasses.asdict(self.process), "heartbeat": round(self.heartbeat, 3)}
+        return json.dumps(fields, indent=1).encode().ljust(1000) + b"\n"
 
 
 class Lock:
@@ -82,19 +82,19 @@ class Lock:
     """
 
     def __init__(self, path: epath.PathLike, what: str, report: Callable[[str], None] | None = None):
-        """Nothing is taken yet.
+        """Does not acquire the lock yet.
 
         Args:
-          path: the file, local or in a bucket; its folder is made.
-          what: the folder that it guards, for messages.
-          report: receives the line that tells why it waits; default: stderr.
+          path: the file, local or in a bucket; its folder is created.
+          what: the folder that it protects, for messages.
+          report: receives the line that explains why it waits; default: prints it on stderr.
         """
         self.path, self._what = files.to_path(path), what
         self._report = report or (lambda text: print(text, file=sys.stderr, flush=True))
         self._own = Holder(uuid.uuid4().hex, processes.this(), 0.0)
         self._begin: float | None = None  # of waiting
         self._seen: tuple[float, Holder] | None = None  # when another heartbeat was first seen, and which
-        self._taker: Holder | None = None  # who has taken the lock from this process
+        self._taker: Holder | None = None  # the process that has taken the lock from this one
         self._stop, self._thread = threading.Event(), None
         self._made: list[epath.Path] = []  # folders, the innermost first
 
@@ -112,7 +112,7 @@ class Lock:
         return min(1.0, STALE_SECONDS / 20)
 
     def attempt(self) -> bool:
-        """Takes the lock if it is free or stale; False: wait for `pause` and try again.
+        """Acquires the lock if it is free or stale; False: wait for `pause` and try again.
 
         Raises:
           UserError: the holder is alive, or the file cannot be written.
@@ -143,7 +143,7 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Removes the file, and the folders made for it that have stayed empty."""
+        """Removes the file, and the folders created for it that are still empty."""
         if self._thread is None:
             return
         self._stop.set()
@@ -159,13 +159,13 @@ class Lock:
                         os.unlink(self.path)
             for folder in self._made:
                 os.rmdir(folder)
-        except Exception:  # a folder that has come to hold something, or is gone; a lock becomes stale
+        except Exception:  # a folder is no longer empty, or was removed; a remaining lock becomes stale
             pass
 
     # ------------------------------------------------------------------ one look at the file
 
     def _stale(self, holder: Holder) -> bool:
-        """Whether the lock may be taken from its holder."""
+        """Whether the lock may be taken over from its holder."""
         if holder.process.is_dead():
             return True
         if not _may_be_stopped(holder):
@@ -183,7 +183,7 @@ class Lock:
         return time.monotonic() - self._seen[0]
 
     def _take(self, stale: Callable[[Holder], bool]) -> Holder | None:
-        """None if the lock is now this process's, else the holder."""
+        """None if this process has acquired the lock, else the holder."""
         own = dataclasses.replace(self._own, heartbeat=time.time())
         try:
             self._make_folder()
@@ -210,7 +210,7 @@ class Lock:
             raise UserError(f"{self._what} cannot be written ({files.reason(fault)})") from None
         except UserError:
             raise
-        except Exception as fault:  # a bucket's client has exceptions of its own
+        except Exception as fault:  # clients of buckets have their own exceptions
             if not files.is_remote(self.path):
                 raise
             raise UserError(f"{self._what} cannot be written ({files.reason(fault)})") from None
@@ -225,7 +225,7 @@ class Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def _renew(self) -> None:
-        """The thread: a new heartbeat now and then, until `release`, or until another process has the lock."""
+        """The thread: renews the heartbeat until `release`, or until another process has the lock."""
         while not self._stop.wait(HEARTBEAT_SECONDS) and self._taker is None:
             own = dataclasses.replace(self._own, heartbeat=time.time())
             try:
@@ -255,7 +255,7 @@ def _named(holder: Holder) -> str:
 
 
 def _read(path: epath.Path, own: str | None = None) -> Holder | None:
-    """The holder by a bucket's file; None without one, or where it is another than `own`."""
+    """The holder in a bucket's file; None without one, or if it is not `own`."""
     try:
         holder = Holder.parse(path.read_bytes()[:_MAX_BYTES])
     except FileNotFoundError:
@@ -272,7 +272,7 @@ def _overwrite(file: int, holder: Holder) -> None:
 
 @contextlib.contextmanager
 def _opened(path: epath.Path, create: bool = True) -> Iterator[int]:
-    """A descriptor of the local lock file, which nobody else changes meanwhile."""
+    """A descriptor of the local lock file, locked with flock so that no other process changes it."""
     while True:
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         file = os.open(path, flags, 0o644)
@@ -282,13 +282,13 @@ def _opened(path: epath.Path, create: bool = True) -> Iterator[int]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as fault:
-                if fault.errno not in _NO_FLOCK:  # a file system without it: as good as in a bucket
+                if fault.errno not in _NO_FLOCK:  # a file system without flock: no better than a bucket
                     raise
             try:
                 same = os.path.samestat(os.fstat(file), os.stat(path))
             except FileNotFoundError:
                 same = False
-            if not same:  # it was removed, or made anew, while this one waited
+            if not same:  # it was removed, or replaced, while this process waited
                 continue
             yield file
             return
@@ -296,16 +296,16 @@ def _opened(path: epath.Path, create: bool = True) -> Iterator[int]:
             os.close(file)
 
 
-# ---------------------------------------------------------------------------------- whole folders
+# ---------------------------------------------------------------------------------- new folders
 
 
 @contextlib.contextmanager
 def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
-    """A folder to fill, which takes its name `path` when the block ends well, and else vanishes.
+    """A folder to fill, renamed to `path` when the block ends without an exception, and removed otherwise.
 
-    Only one process at a time makes it. What a killed one left of an earlier attempt is removed. In a
-    bucket, where a folder cannot be renamed, it has its name from the start. Raises UserError where `path`
-    exists, another process is making it, or the disk does not take it.
+    Only one process at a time creates it. Leftovers of killed processes are removed. In a bucket, where a
+    folder cannot be renamed, it has its final name from the start. Raises UserError if `path` exists,
+    another process is creating it, or it cannot be written.
     """
     path = files.to_path(path)
 
@@ -316,7 +316,7 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
 
     check()
     with Lock(path.parent / f".{path.name}.lock", str(path)) as lock:
-        check()  # the process that was waited for may have made it
+        check()  # the process that held the lock may have created it
         temporary = path if files.is_remote(path) else path.parent / f".{path.name}.argenseg-{uuid.uuid4().hex}"
         try:
             with files.writing(path):
@@ -336,7 +336,7 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
 
 
 def _remove_attempts(path: epath.Path) -> None:
-    """Removes what killed processes left of `path`; whoever holds its lock knows that none is at work."""
+    """Removes leftovers of killed processes for `path`; call it with the lock, so that none is running."""
     name = re.compile(rf"\.{re.escape(path.name)}\.argenseg-[0-9a-f]{{32}}")
     for left in path.parent.iterdir():
         if name.fullmatch(left.name):

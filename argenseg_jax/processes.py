@@ -1,5 +1,4 @@
-"""Processes of this machine: how one is told from another, whether it is alive, and children that end with
-their parent."""
+"""Processes of this machine: identity, whether one is alive, and children that end with their parent."""
 
 from __future__ import annotations
 
@@ -25,13 +24,13 @@ _TEMPORARY = re.compile(r"\.argenseg-([0-9a-f]{12})-(\d+)-(\d+)-[0-9a-f]{8}\.tmp
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """One process, so described that another one with the same number is told from it.
+    """The identity of a process, which distinguishes it from a later one with the same pid.
 
     Attributes:
-      pid: its number.
-      host: the name of its machine, for people.
-      machine: digest of host name, boot and namespace of process numbers; pids of equal ones compare.
-      started: start in clock ticks since the boot; 0 where the system does not say.
+      pid: process id.
+      host: the name of its machine, for messages.
+      machine: digest of host name, boot id and pid namespace; pids are comparable if it is equal.
+      started: start in clock ticks since the boot; 0 if unknown.
     """
 
     pid: int
@@ -40,7 +39,7 @@ class Process:
     started: int
 
     def is_dead(self) -> bool:
-        """Whether it has certainly ended; never of a process of another machine or container."""
+        """Whether it has certainly ended; always False for another machine or container."""
         if self.machine != this_machine():
             return False
         state, started = _status(self.pid)
@@ -74,7 +73,7 @@ def this_machine() -> str:
 
 
 def _status(pid: int) -> tuple[str | None, int]:
-    """(state letter, start in clock ticks) of a process; (None, 0) where the system does not say."""
+    """(state letter, start in clock ticks) of a process; (None, 0) if unknown."""
     try:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[0], int(fields[19])
@@ -86,13 +85,13 @@ def _status(pid: int) -> tuple[str | None, int]:
 
 
 def temporary_name() -> str:
-    """A file name that no other process uses and that tells whether its writer is dead."""
+    """A file name that no other process uses and that identifies its writer."""
     own = this()
     return f".argenseg-{own.machine}-{own.pid}-{own.started}-{uuid.uuid4().hex[:8]}.tmp"
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file has such a name of a process of this machine that has ended."""
+    """Whether this is the temporary name of a process of this machine that has ended."""
     found = _TEMPORARY.fullmatch(name)
     return bool(found) and Process(int(found[2]), "", found[1], int(found[3])).is_dead()
 
@@ -106,9 +105,9 @@ def child_environment() -> Mapping[str, str]:
 
 
 def end_with_parent() -> None:
-    """Ends this process at once when its parent has ended, even by SIGKILL; call it as a child starts.
+    """Makes this process end when its parent ends, even by SIGKILL; to be called first in a child.
 
-    The parent is that of `child_environment` or of multiprocessing; without either nothing happens.
+    The parent is that of `child_environment` or of multiprocessing; does nothing without either.
     """
     named, parent = os.environ.pop(_PARENT, ""), multiprocessing.parent_process()
     pid = int(named) if named.isdigit() else parent.pid if parent else None
@@ -117,8 +116,8 @@ def end_with_parent() -> None:
 
 
 def begin_worker(*_: int) -> None:
-    """What a worker process of multiprocessing calls first: it ends with its parent, and leaves Ctrl-C, which
-    a terminal sends to both, to it."""
+    """The initializer of a multiprocessing worker: it ends with its parent, and ignores Ctrl-C, which a
+    terminal sends to both and the parent handles."""
     with contextlib.suppress(ValueError):  # not in the main thread: then Python hands no signal to it anyway
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
@@ -126,8 +125,8 @@ def begin_worker(*_: int) -> None:
 
 @functools.cache
 def _watch(pid: int) -> None:
-    """Starts, once a process, a thread that polls: a signal at the parent's death would come at the end of
-    the thread that started the child."""
+    """Starts, once per process, a thread that polls: the kernel's parent-death signal is sent when the thread
+    that started the child ends, which is too early."""
 
     def poll() -> None:
         while os.getppid() == pid:

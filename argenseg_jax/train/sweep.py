@@ -1,7 +1,7 @@
-"""A sweep: points of a config file, the commands that run them, and what came out.
+"""Sweeps: the points of a config file, the commands that run them, and their results.
 
-A config file's `sweep(add)` calls `add(**{"optim.lr": 1e-3, "seed": 1})` once for each point. A
-point is a run of its own in ROOT/NAME, where NAME spells its settings.
+A config file's `sweep(add)` calls `add(**{"optim.lr": 1e-3, "seed": 1})` once for each point. Each
+point is a run in ROOT/NAME, where NAME is made of its settings.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from argenseg_jax.models import variants
 from argenseg_jax.train import loop
 from argenseg_jax.train.metrics_log import METRICS, read_lines
 
-SCORES = "scores.json"  # in a point's folder: what `evaluate` said, and of which step
+SCORES = "scores.json"  # in a point's folder: the scores of `evaluate`, and of which step
 _NAME_LENGTH = 100
-_FALLING = re.compile(r".*(loss|seconds|error|bce|mse)$")  # metrics that are better when smaller
+_SMALLER_IS_BETTER = re.compile(r".*(loss|seconds|error|bce|mse)$")  # names of such metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Point:
     """One combination of settings.
 
     Attributes:
-      settings: {'optim.lr': value}, what differs from the config.
+      settings: {'optim.lr': value}, the differences from the config.
       steps: of all phases together.
-      config: the whole config, as nested dicts.
+      config: the complete config, as nested dicts.
     """
 
     settings: Mapping[str, Any]
@@ -50,7 +50,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """A folder's name that spells the settings; a digest takes the place of odd characters."""
+        """A folder name made of the settings; a digest is added if characters had to be replaced."""
         text = ",".join(f"{key}={config_keys.spell(value)}" for key, value in self.settings.items())
         plain = re.sub(r"[^\w.,=+-]+", "_", text)[:_NAME_LENGTH]
         return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -142,13 +142,13 @@ def _launcher(name: str) -> str:
     return path.read_text()
 
 
-# -------------------------------------------------------------------------------- what came out
+# -------------------------------------------------------------------------------- results
 
 
 def is_trained(folder: epath.PathLike, point: Point) -> bool:
-    """Whether the last step of a run of the point's own config is saved.
+    """Whether the last step of a run of exactly this point's config is saved.
 
-    Of a run of another config `train` says what differs.
+    If the run is of another config, `train` reports what differs.
     """
     if (newest_step(folder) or 0) < point.steps:
         return False
@@ -161,7 +161,7 @@ def is_trained(folder: epath.PathLike, point: Point) -> bool:
 
 
 def scores(folder: epath.PathLike, point: Point, data: str) -> dict[str, Any] | None:
-    """What `evaluate` on `data` said of the trained point, or None."""
+    """The scores of `evaluate` on `data` for the trained point, or None."""
     path = epath.Path(folder) / SCORES
     saved = files.read_json(path) if path.exists() else {}
     if not isinstance(saved, dict):
@@ -170,26 +170,26 @@ def scores(folder: epath.PathLike, point: Point, data: str) -> dict[str, Any] | 
 
 
 def numbers(folder: epath.PathLike, point: Point, data: str | None) -> dict[str, Any]:
-    """The last line of a trained point's metrics, and its scores; {} where it is not trained."""
+    """The last line of a trained point's metrics, and its scores; {} if it is not trained."""
     path = epath.Path(folder) / METRICS
     logged = read_lines(path) if is_trained(folder, point) else []
     return {**logged[-1], **((data and scores(folder, point, data)) or {})} if logged else {}
 
 
-def best(rows: Sequence[Mapping[str, Any]], metric: str) -> int | None:
-    """Index of the best row: smallest for losses and seconds, else largest; None without values."""
-    known = [i for i, row in enumerate(rows) if isinstance(row.get(metric), (int, float))]
-    choose = min if _FALLING.match(metric) else max
-    return choose(known, key=lambda i: rows[i][metric], default=None)
+def best(results: Sequence[Mapping[str, Any]], metric: str) -> int | None:
+    """Index of the best point: smallest for losses and seconds, else largest; None without values."""
+    known = [i for i, result in enumerate(results) if isinstance(result.get(metric), (int, float))]
+    choose_best = min if _SMALLER_IS_BETTER.match(metric) else max
+    return choose_best(known, key=lambda i: results[i][metric], default=None)
 
 
-def table(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
+def table(points: Sequence[Point], results: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
     """Markdown: settings and metrics of every point, the best by the first metric in bold."""
     keys = list(dict.fromkeys(key for point in points for key in point.settings))
-    first = best(rows, metrics[0])
+    first = best(results, metrics[0])
 
     def line(i: int) -> list[str]:
-        values = [f"{v:.4g}" if isinstance(v, (int, float)) else "-" for v in map(rows[i].get, metrics)]
+        values = [f"{v:.4g}" if isinstance(v, (int, float)) else "-" for v in map(results[i].get, metrics)]
         return [config_keys.spell(points[i].settings.get(key, "-")) for key in keys] + [
             f"**{v}**" if i == first else v for v in values
         ]
@@ -199,10 +199,10 @@ def table(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], metrics: S
     return "".join(f"| {' | '.join(cells)} |\n" for cells in body)
 
 
-def plot(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """SVG: the metric over the values of each swept key, a panel a key; the line joins the means."""
+def plot(points: Sequence[Point], results: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """SVG: the metric over the values of each swept key, one panel per key; the line joins the means."""
     width, height, left, right, top, bottom = 320, 240, 56, 16, 28, 40
-    shown = [(p.settings, row[metric]) for p, row in zip(points, rows) if isinstance(row.get(metric), (int, float))]
+    shown = [(p.settings, r[metric]) for p, r in zip(points, results) if isinstance(r.get(metric), (int, float))]
     low, high = min((y for _, y in shown), default=0), max((y for _, y in shown), default=1)
     y_of = lambda y: top + (high - y) / ((high - low) or 1) * (height - top - bottom)
     panels = []
@@ -211,8 +211,8 @@ def plot(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], metric: str
         for settings, y in shown:
             if key in settings:
                 groups.setdefault(settings[key], []).append(y)
-        values, place = _axis(list(groups))
-        x_of = {v: left + at * (width - left - right) for v, at in zip(values, place)}
+        values, positions = _axis(list(groups))
+        x_of = {v: left + at * (width - left - right) for v, at in zip(values, positions)}
         means = [(x_of[v], y_of(sum(groups[v]) / len(groups[v]))) for v in values]
         marks = "".join(f"<circle cx='{x_of[v]:.1f}' cy='{y_of(y):.1f}' r='4'/>" for v in values for y in groups[v])
         ticks = "".join(
@@ -240,7 +240,7 @@ def plot(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], metric: str
 
 
 def _axis(values: list[Any]) -> tuple[list[Any], list[float]]:
-    """Values in order and their places in [0, 1]: by size, by logarithm over a decade, or evenly."""
+    """Sorted values and their positions in [0, 1]: linear, logarithmic if over a decade, or evenly spaced."""
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         values = sorted(values, key=str)
         size = [float(i) for i in range(len(values))]
