@@ -1,4 +1,4 @@
-"""One job in several processes: what each of them knows, brought together."""
+"""One job in several processes: values gathered from all processes, and a barrier."""
 
 from __future__ import annotations
 
@@ -26,16 +26,21 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes)]
 
 
+def barrier() -> None:
+    """Waits until all processes have come here."""
+    gather(None)
+
+
 def fetch(tree: Any) -> Any:
-    """The tree with whole numpy arrays for jax arrays, also for those whose shards other processes hold; all
+    """The tree with complete numpy arrays for jax arrays, also for those whose shards other processes hold; all
     must call it together."""
 
-    def whole(leaf: Any) -> np.ndarray:
+    def to_host(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
             return multihost_utils.process_allgather(leaf, tiled=True)
         return jax.device_get(leaf)
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(to_host, tree)
 
 
 def share(count: int) -> range:

@@ -140,7 +140,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def by_rows(run: Callable[..., Any], rows: Sequence[jax.Array], weights: jax.Array) -> Any:
+def data_parallel(run: Callable[..., Any], rows: Sequence[jax.Array], weights: jax.Array) -> Any:
     """`run(*rows, weights)` on every device for its own rows, with the weights whole.
 
     Weights [D, ...], split over fsdp along D, are gathered once, however often `run` uses them, and

@@ -40,7 +40,7 @@ import numpy as np
 from argenseg_jax import trees
 from argenseg_jax.decode import scale_decode
 from argenseg_jax.decode.engine import Engine, compiler_options
-from argenseg_jax.decode.sampling import Rules
+from argenseg_jax.decode.sampling import DecodeConfig
 from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import ARGenSeg, init_params
 from benchmarks import timeline
@@ -115,7 +115,7 @@ class Ours:
     def start(self):
         """Prefill and text; every row then stands at a mask, whatever random weights would write."""
         answer = self.engine.prefill(
-            self.tokens, self.lengths, self.tiles, Rules(), self.capacity, max(self.text_tokens, 1)
+            self.tokens, self.lengths, self.tiles, DecodeConfig(), self.capacity, max(self.text_tokens, 1)
         )
         if self.text_tokens:
             answer = self.engine.text(answer)

@@ -81,9 +81,9 @@ def run() -> dict[str, Any]:
 
     coder = None
     if FLAGS.codes:
-        from argenseg_jax.decode.mask_tokenizer import MaskCoder
+        from argenseg_jax.decode.mask_tokenizer import MaskTokenizer
 
-        coder = MaskCoder.of(FLAGS.codes, FLAGS.codes_dtype, checksums=FLAGS.checksums)
+        coder = MaskTokenizer.from_checkpoint(FLAGS.codes, FLAGS.codes_dtype, checksums=FLAGS.checksums)
     elif FLAGS.codes_dtype:
         raise UserError("--codes_dtype goes with --codes")
     if FLAGS.beam_options and not FLAGS.runner:

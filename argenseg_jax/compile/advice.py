@@ -29,7 +29,7 @@ def logits(cfg: Mapping[str, Any], model: ARGenSeg, mesh: Mesh, chunk: int | Non
     """Bytes of the logits of one sequence and their gradient, for the positions in memory at a time."""
     chunk = cfg["train"]["loss"]["chunk"] if chunk is None else chunk
     positions = chunk or cfg["data"]["max_labels"] or cfg["data"]["max_tokens"]
-    return 2 * 4 * positions * model.llm.vocab_rows / mesh.shape["tensor"]
+    return 2 * 4 * positions * model.llm.padded_vocab_size / mesh.shape["tensor"]
 
 
 def advise(

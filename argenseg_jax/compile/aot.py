@@ -24,7 +24,7 @@ from argenseg_jax.compile import advice, hlo
 from argenseg_jax.compile.roofline import Work, bound
 from argenseg_jax.data import pipeline
 from argenseg_jax.decode import engine, inference_weights
-from argenseg_jax.decode.sampling import Rules
+from argenseg_jax.decode.sampling import DecodeConfig
 from argenseg_jax.errors import UserError
 from argenseg_jax.hardware import CHIPS, GIB, topology
 from argenseg_jax.models import variants
@@ -130,7 +130,7 @@ def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, batch: int, prompt: int
             array((batch, prompt), jnp.int32),
             array((batch,), jnp.int32),
             array((batch, 1, side, side, 3), jnp.uint8),
-            Rules(),
+            DecodeConfig(),
             capacity,
             text,
         )
@@ -143,7 +143,7 @@ def decode_phases(cfg: Mapping[str, Any], mesh: Mesh, *, batch: int, prompt: int
     codes, llm = model.scales.num_codes, model.llm
     attention = 4 * batch * llm.depth * llm.heads * llm.head_dim
     attend = lambda tokens, before: attention * tokens * (before + tokens / 2)
-    matrices = 2 * batch * (count("llm") - llm.vocab_rows * llm.width)  # without the embedding look-up
+    matrices = 2 * batch * (count("llm") - llm.padded_vocab_size * llm.width)  # without the embedding look-up
     counted = {
         "prefill": matrices * prompt
         + attend(prompt, 0)

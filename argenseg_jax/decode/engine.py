@@ -18,7 +18,7 @@ import numpy as np
 from argenseg_jax import distributed, sharding
 from argenseg_jax.decode import scale_decode, text_decode
 from argenseg_jax.decode.inference_weights import for_inference
-from argenseg_jax.decode.sampling import Rules, Sampling
+from argenseg_jax.decode.sampling import DecodeConfig, Sampling
 from argenseg_jax.errors import UserError
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.kv_cache import BLOCK
@@ -100,7 +100,7 @@ class Engine:
         tokens: np.ndarray,
         lengths: np.ndarray,
         tiles: np.ndarray | None,
-        rules: Rules,
+        rules: DecodeConfig,
         capacity: int,
         max_text: int,
     ) -> text_decode.Answer:
@@ -131,7 +131,7 @@ class Engine:
         text: Sampling = GREEDY,
         codes: Sampling = GREEDY,
         guidance: float = 0.0,
-        nothing: np.ndarray | None = None,
+        uncond_prompt: np.ndarray | None = None,
         reference: bool = False,
     ) -> Generated:
         """Answers a batch of prompts.
@@ -143,8 +143,8 @@ class Engine:
           previews: also decode the picture after every scale, and give the last one in floats.
           text, codes: how words and codes are chosen.
           guidance: strength of classifier-free guidance (SPEC 4.2); 0 = off.
-          nothing: int32[<= L], the unconditional prompt that guidance needs.
-          reference: guidance with the fault of the original; see choice.Rules.
+          uncond_prompt: int32[<= L], the unconditional prompt that guidance needs.
+          reference: guidance with the fault of the original; see sampling.DecodeConfig.
 
         Raises:
           UserError: the prompt leaves no room (model.llm.max_positions), or the guidance is no such number.
@@ -157,15 +157,15 @@ class Engine:
                 f"{longest + answer_places} places, the model has {room} "
                 "(model.llm.max_positions); shorten the prompt"
             )
-        rules = Rules(text.on_device(len(tokens)), codes.on_device(len(tokens), "codes"), None, reference)
+        rules = DecodeConfig(text.on_device(len(tokens)), codes.on_device(len(tokens), "codes"), None, reference)
         if not 0 <= guidance <= _MAX_GUIDANCE:
             raise UserError(f"guidance={guidance}: a number from 0 to {_MAX_GUIDANCE:g} is expected")
         if guidance:
             rules = rules.replace(guidance=np.float32(guidance))
             twins = np.zeros_like(tokens)
-            twins[:, : len(nothing)] = nothing
+            twins[:, : len(uncond_prompt)] = uncond_prompt
             tokens = np.concatenate([tokens, twins])
-            lengths = np.concatenate([lengths, np.full_like(lengths, len(nothing))])
+            lengths = np.concatenate([lengths, np.full_like(lengths, len(uncond_prompt))])
         answer = self.text(
             self.prefill(tokens, lengths, tiles, rules, self.capacity(tokens.shape[1], max_text, max_masks), max_text)
         )

@@ -43,4 +43,4 @@ def for_inference(model: ARGenSeg, params: Params, *, int8: bool = False, split:
 
 
 def _eight_bits(kernel: jax.Array, outputs: int) -> Int8:
-    return jax.jit(Int8.of, static_argnums=(1, 2))(kernel, outputs, True)
+    return jax.jit(Int8.from_kernel, static_argnums=(1, 2))(kernel, outputs, True)

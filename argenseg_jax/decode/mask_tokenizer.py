@@ -22,7 +22,7 @@ DTYPE = "bfloat16"  # of the computation, where the checkpoint's config does not
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskCoder:
+class MaskTokenizer:
     """The VQ-VAE of a checkpoint; a value that can be sent to other processes, which load it again.
 
     Attributes:
@@ -41,7 +41,7 @@ class MaskCoder:
     num_codes: int
 
     @classmethod
-    def of(cls, checkpoint: str, dtype: str = "", *, checksums: bool = True) -> MaskCoder:
+    def from_checkpoint(cls, checkpoint: str, dtype: str = "", *, checksums: bool = True) -> MaskTokenizer:
         """dtype: '' = train.dtype of the run that wrote the checkpoint, or bfloat16."""
         opened = open_checkpoint(checkpoint, checksums=checksums)
         model, config = opened.model(), opened.config

@@ -160,9 +160,9 @@ class Predictor:
         rows = [self._encode(request) for request in requests]
         size = 1 << (len(rows) - 1).bit_length()  # padded to a power of two by repeating row 0
         rows += rows[:1] * (size - len(rows))
-        nothing = self._encode(Request(None, prompt.UNCONDITIONAL))[0] if guidance else ()
+        uncond_prompt = self._encode(Request(None, prompt.UNCONDITIONAL))[0] if guidance else ()
         lengths = np.array([len(tokens) for tokens, _ in rows], np.int32)
-        longest = max(lengths.max(), len(nothing))
+        longest = max(lengths.max(), len(uncond_prompt))
         tokens = np.full(
             (size, -(-int(longest) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE), self.tokenizer.vocab.pad, np.int32
         )
@@ -182,7 +182,7 @@ class Predictor:
             text=sampling,
             codes=code_sampling,
             guidance=guidance,
-            nothing=nothing,
+            uncond_prompt=uncond_prompt,
         )
         with ThreadPoolExecutor() as pool:  # Pillow resizes outside Python's lock
             return list(pool.map(lambda i: self._result(requests[i], out, i), range(len(requests))))

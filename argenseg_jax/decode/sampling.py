@@ -43,11 +43,11 @@ class Sampling:
         if not -(2**31) <= self.seed < 2**32:
             raise UserError(f"seed={self.seed}: a whole number of 32 bits is expected")
 
-    def on_device(self, rows: int, of: str = "words") -> Draw | None:
-        """For a batch, of its 'words' or 'codes'; None is greedy. Other settings compile nothing anew."""
+    def on_device(self, rows: int, of: str = "tokens") -> SamplingParams | None:
+        """For a batch, of its 'tokens' or 'codes'; None is greedy. Other settings compile nothing anew."""
         if self.temperature < 1e-30:
             return None
-        return Draw(
+        return SamplingParams(
             np.float32(self.temperature),
             np.int32(self.top_k),
             np.float32(1 - self.top_p),
@@ -57,25 +57,25 @@ class Sampling:
 
 
 @flax.struct.dataclass
-class Draw:
+class SamplingParams:
     """Sampling on the device.
 
     Attributes:
       temperature, top_k: f32[], int32[], of Sampling.
       tail: f32[], 1 - top_p: the unlikeliest words that together have no more than this are left out.
       seeds: uint32[B], one for each row.
-      of: 'words' or 'codes'; a word and a code that are chosen at the same position draw different noise.
+      of: 'tokens' or 'codes'; a word and a code that are chosen at the same position draw different noise.
     """
 
     temperature: Array
     top_k: Array
     tail: Array
     seeds: Array
-    of: str = flax.struct.field(pytree_node=False, default="words")
+    of: str = flax.struct.field(pytree_node=False, default="tokens")
 
 
 @flax.struct.dataclass
-class Rules:
+class DecodeConfig:
     """How a batch is answered.
 
     Attributes:
@@ -85,12 +85,12 @@ class Rules:
         original does: a fault, kept for comparison with it.
     """
 
-    text: Draw | None = None
-    codes: Draw | None = None
+    text: SamplingParams | None = None
+    codes: SamplingParams | None = None
     guidance: Array | None = None
     reference: bool = flax.struct.field(pytree_node=False, default=False)
 
-    def paired(self, x: Array) -> Array:
+    def duplicate_for_cfg(self, x: Array) -> Array:
         """[B, ...] -> [R, ...]: the twins get the same."""
         return x if self.guidance is None else jnp.concatenate([x, x])
 
@@ -102,17 +102,17 @@ class Rules:
         t = self.guidance * strength
         return (1 + t) * with_prompt - t * without
 
-    def next_words(self, logits: Array, places: Array) -> Array:
+    def next_tokens(self, logits: Array, places: Array) -> Array:
         """Words behind places int32[R], from logits f32[R, V]: int32[R]."""
         if self.guidance is None:
-            return choose(logits, self.text, places)
+            return sample_tokens(logits, self.text, places)
         b = len(logits) // 2
-        words = choose(logits[:b], self.text, places[:b])
-        own = choose(logits[b:], None, places[b:])
+        words = sample_tokens(logits[:b], self.text, places[:b])
+        own = sample_tokens(logits[b:], None, places[b:])
         return jnp.concatenate([words, own if self.reference else words])
 
 
-def choose(logits: Array, draw: Draw | None, places: Array) -> Array:
+def sample_tokens(logits: Array, draw: SamplingParams | None, places: Array) -> Array:
     """Words int32[B, ...] out of logits f32[B, ..., V]; noise depends on seed, place and kind alone."""
     if draw is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from argenseg_jax.decode.sampling import choose
+from argenseg_jax.decode.sampling import sample_tokens
 from argenseg_jax.decode.text_decode import Answer
 from argenseg_jax.models import chunked
 from argenseg_jax.models.argenseg import ARGenSeg
@@ -43,19 +43,19 @@ def decode_codes(m: ARGenSeg, answer: Answer) -> tuple[MaskCodes, KVCache]:
     """
     rules, cache, b = answer.rules, answer.cache, len(answer.at_mask)
     q = m.vqvae.quantizer
-    within = "full" if m.block_causal else "causal"
+    block_mask = "full" if m.block_causal else "causal"
     f_hat = jnp.zeros((b, m.scales.side, m.scales.side, q.channels), jnp.float32)
     start = answer.token if rules.reference else jnp.full_like(answer.token, m.vocab.ge_start)
     x = m.llm.embed_tokens(start[:, None])
     codes, chosen, f_hats = [], [], []
     for k, (begin, end) in enumerate(m.scales.bounds):
         if k:
-            x = rules.paired(m.scale_inputs(f_hat, k))
+            x = rules.duplicate_for_cfg(m.scale_inputs(f_hat, k))
         coords = jnp.broadcast_to(jnp.asarray(m.scales.centers[begin:end]), (len(x), end - begin, 2))
         places = cache.length[:b, None] + jnp.arange(end - begin)
-        hidden, cache = m.extend(x, coords, cache, rules.paired(answer.at_mask) * (end - begin), within)
+        hidden, cache = m.extend(x, coords, cache, rules.duplicate_for_cfg(answer.at_mask) * (end - begin), block_mask)
         logits = rules.guide(m.code_logits(hidden), k / max(len(m.scales) - 1, 1))
-        best = choose(logits, rules.codes, places)
+        best = sample_tokens(logits, rules.codes, places)
         likely = jnp.take_along_axis(logits, best[..., None], axis=-1)[..., 0]
         chosen.append(jnp.exp(likely - jax.nn.logsumexp(logits, axis=-1)))
         codes.append(best)
@@ -69,7 +69,7 @@ def decode_codes(m: ARGenSeg, answer: Answer) -> tuple[MaskCodes, KVCache]:
 def to_floats(m: ARGenSeg, f_hat: Array) -> Array:
     """f_hat f32[B, S, S, C] -> f32[B, R, R, 3] in [-1, 1]."""
     vqvae, weights = m.vqvae.unbind()
-    return chunked.in_pieces(lambda f_hat: vqvae.apply(weights, f_hat, method="decode"), f_hat, vqvae.row_bytes)
+    return chunked.chunked_map(lambda f_hat: vqvae.apply(weights, f_hat, method="decode"), f_hat, vqvae.row_bytes)
 
 
 def to_bytes(image: Array) -> Array:

@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from argenseg_jax.decode.sampling import Rules
+from argenseg_jax.decode.sampling import DecodeConfig
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.kv_cache import KVCache
 
@@ -39,11 +39,11 @@ class Answer:
     count: Array
     ended: Array
     at_mask: Array
-    rules: Rules
+    rules: DecodeConfig
 
 
 def prefill(
-    m: ARGenSeg, tokens: Array, lengths: Array, tiles: Array | None, rules: Rules, capacity: int, max_text: int
+    m: ARGenSeg, tokens: Array, lengths: Array, tiles: Array | None, rules: DecodeConfig, capacity: int, max_text: int
 ) -> Answer:
     """Reads the prompts.
 
@@ -55,11 +55,11 @@ def prefill(
     """
     features = None if tiles is None else m.encode_images(tiles)
     if features is not None and len(features) < len(tokens):
-        features = rules.paired(features)
+        features = rules.duplicate_for_cfg(features)
     x, coords = m.embed(tokens, features)
     hidden, cache = m.extend(x, coords, m.empty_cache(len(tokens), capacity), lengths, "first")
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    token = rules.next_words(m.logits(last)[:, 0], cache.length)
+    token = rules.next_tokens(m.logits(last)[:, 0], cache.length)
     b = len(tokens) if rules.guidance is None else len(tokens) // 2
     no = jnp.zeros((b,), bool)
     return Answer(cache, token, jnp.zeros((b, max_text), jnp.int32), jnp.zeros((b,), jnp.int32), no, no, rules)
@@ -67,10 +67,10 @@ def prefill(
 
 def feed(m: ARGenSeg, answer: Answer, token: Array, rows: Array) -> Answer:
     """Feeds int32[R], one token a row, to the rows that want it (bool[B]); chooses what follows."""
-    wanted = answer.rules.paired(rows)
+    wanted = answer.rules.duplicate_for_cfg(rows)
     x = m.llm.embed_tokens(token[:, None])
     hidden, cache = m.extend(x, jnp.zeros((*x.shape[:2], 2)), answer.cache, wanted.astype(jnp.int32))
-    token = answer.rules.next_words(m.logits(hidden)[:, 0], cache.length)
+    token = answer.rules.next_tokens(m.logits(hidden)[:, 0], cache.length)
     return answer.replace(cache=cache, token=jnp.where(wanted, token, answer.token))
 
 

@@ -39,11 +39,11 @@ class Partial:
         """
         paths = sorted(self.folder.glob("*.jsonl"), key=lambda path: (path.stat().mtime, path.name))
         strange = [path for path in paths if self._read(path) is None]
-        distributed.gather(None)  # all have read the same; nobody has written yet
+        distributed.barrier()  # all have read the same; nobody has written yet
         if distributed.is_first():
             for path in strange:
                 path.unlink()
-        distributed.gather(None)
+        distributed.barrier()
         self._since = time.monotonic()
         return (row for path in paths if path not in strange for row in self._read(path))
 

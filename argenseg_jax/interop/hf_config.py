@@ -57,7 +57,7 @@ _LLM_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "interm
 _OUR_NAME = re.compile(r"\bmodel\.([a-z0-9_]+(?:\.[a-z0-9_]+)?)")  # in messages about a `model` section
 _MAX_ID = 2**24  # of a vocabulary
 Ids = Callable[[int, bool], Mapping[str, int] | None]
-_NOT_SIZES = ("parent", "name", "dtype", "remat", "unroll", "vocab_rows", "vocab_size")
+_NOT_SIZES = ("parent", "name", "dtype", "remat", "unroll", "padded_vocab_size", "vocab_size")
 # Released vocabularies by the id of <img>: (id of <|im_end|>, padding id). Their checkpoints from
 # before the visual tokens hold the first nine special tokens only.
 _KNOWN_VOCABS = {92544: (92542, 2), 151665: (151645, 151643)}

@@ -168,11 +168,11 @@ class ARGenSeg(nn.Module):
         return jnp.where(tokens == self.vocab.mask_context, place + left[index], place)
 
     def extend(
-        self, x: Array, coords: Array, cache: KVCache, advance: Array | None = None, within: str = "causal"
+        self, x: Array, coords: Array, cache: KVCache, num_valid: Array | None = None, block_mask: str = "causal"
     ) -> tuple[Array, KVCache]:
         """Appends T embedded places to each row of the cache: (hidden [B, T, D], new cache)."""
         positions = cache.length[:, None] + jnp.arange(x.shape[1])[None]
-        y, cache, _ = self.llm(x, positions, coords=coords, cache=cache, advance=advance, within=within)
+        y, cache, _ = self.llm(x, positions, coords=coords, cache=cache, num_valid=num_valid, block_mask=block_mask)
         return y, cache
 
     def logits(self, hidden: Array) -> Array:

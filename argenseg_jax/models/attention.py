@@ -195,7 +195,7 @@ _rows.defvjp(_rows_fwd, _rows_bwd)
 
 
 def cached(
-    q: Array, k: Array, v: Array, cache: KVCache, layer: Array | int, within: str, how: str | None = None
+    q: Array, k: Array, v: Array, cache: KVCache, layer: Array | int, block_mask: str, how: str | None = None
 ) -> Array:
     """Attention of T new places, which the cache already holds behind `length` older ones.
 
@@ -203,23 +203,23 @@ def cached(
 
     Args:
       q: [B, T, N, H];  k, v: [B, T, K, H], of the new places.
-      within: how the new places see each other: 'causal' or 'full'; 'first' is 'causal' in a cache that
+      block_mask: how the new places see each other: 'causal' or 'full'; 'first' is 'causal' in a cache that
         holds nothing else.
     """
     t = q.shape[1]
-    first = {"sees": "causal"} if within == "first" else {"sees": "cache", "capacity": cache.capacity}
+    first = {"sees": "causal"} if block_mask == "first" else {"sees": "cache", "capacity": cache.capacity}
     how = how or choose(q, kv_heads=cache.kv_heads, **first)
-    if how == "cudnn" and within == "first":
+    if how == "cudnn" and block_mask == "first":
         return attention(q, k, v, Mask(jnp.ones(q.shape[:2], jnp.int32), packed=False), how)
     if how == "cudnn":
         k, v = (x.astype(q.dtype) for x in cache.read(layer, 0, cache.capacity))
-        return gpu_attention.cached(q, k, v, cache.length, within)
+        return gpu_attention.cached(q, k, v, cache.length, block_mask)
     grouped = _grouped(q, cache.kv_heads)
-    if within == "full":
+    if block_mask == "full":
         part = _part(grouped, k, v, None)
     else:
         part = _causal_part(grouped, k, v, jnp.tril(jnp.ones((1, t, t), bool)))
-    if within == "first":
+    if block_mask == "first":
         return _whole(part, q.dtype)
 
     def step(i: Array, part: _Part) -> _Part:

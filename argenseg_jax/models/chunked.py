@@ -13,7 +13,7 @@ from argenseg_jax import sharding
 _LARGEST = 64 << 20  # bytes of the largest array of a piece, on one device
 
 
-def in_pieces(fn: Callable[[jax.Array], jax.Array], x: jax.Array, row_bytes: int) -> jax.Array:
+def chunked_map(fn: Callable[[jax.Array], jax.Array], x: jax.Array, row_bytes: int) -> jax.Array:
     """fn(x) for an fn that treats the rows of x [B, ...] alike and keeps nothing else.
 
     Every device goes through its own rows, one piece after the other (lax.map); small rows stay one

@@ -29,7 +29,7 @@ class Attention(nn.Module):
     eps: float
     qkv_bias: bool
     qk_norm: bool
-    within: str
+    block_mask: str
     dtype: jnp.dtype
 
     @nn.compact
@@ -54,7 +54,7 @@ class Attention(nn.Module):
             y = attention.attention(q, k, v, mask)
         else:
             cache = cache.append(layer, k, v)
-            y = attention.cached(q, k, v, cache, layer, self.within)
+            y = attention.cached(q, k, v, cache, layer, self.block_mask)
         return layers.dense(x.shape[-1], self.dtype, inputs=2, bias=False, name="o")(y), cache
 
 
@@ -83,7 +83,7 @@ class Block(nn.Module):
     eps: float
     qkv_bias: bool
     qk_norm: bool
-    within: str
+    block_mask: str
     capture: bool
     dtype: jnp.dtype
 
@@ -103,7 +103,7 @@ class Block(nn.Module):
             self.eps,
             self.qkv_bias,
             self.qk_norm,
-            self.within,
+            self.block_mask,
             self.dtype,
             name="attn",
         )(layers.RMSNorm(self.eps, name="attn_norm")(x), turns, mask, layer, cache)
@@ -114,7 +114,7 @@ class Block(nn.Module):
 
 
 class DecoderLM(nn.Module):
-    """The language model. `vocab_rows` is `vocab_size` padded; the caller masks the padding.
+    """The language model. `padded_vocab_size` is `vocab_size` padded; the caller masks the padding.
 
     Fields named as in llm_config where it has them. Nano only (default off): `qk_norm` (RMS of each
     head's q and k, as Qwen3) and `rope_2d` (layers.rope_angles_2d). `split` (decoding only) takes the
@@ -122,7 +122,7 @@ class DecoderLM(nn.Module):
     it can multiply, except on TPUs.
     """
 
-    vocab_rows: int
+    padded_vocab_size: int
     vocab_size: int
     width: int = 4096
     depth: int = 32
@@ -144,10 +144,10 @@ class DecoderLM(nn.Module):
     split: bool = False
 
     def setup(self):
-        self.embed = EmbedTable(self.vocab_rows, self.vocab_size, self.width)
+        self.embed = EmbedTable(self.padded_vocab_size, self.vocab_size, self.width)
         self.norm = layers.RMSNorm(self.eps)
         if not self.tied:
-            self.lm_head = Head(self.vocab_rows, self.vocab_size, self.width)
+            self.lm_head = Head(self.padded_vocab_size, self.vocab_size, self.width)
 
     def embed_tokens(self, tokens: Array) -> Array:
         """int32[B, T] -> [B, T, D] in the compute dtype."""
@@ -163,8 +163,8 @@ class DecoderLM(nn.Module):
         mask: attention.Mask | None = None,
         coords: Array | None = None,
         cache: KVCache | None = None,
-        advance: Array | None = None,
-        within: str = "causal",
+        num_valid: Array | None = None,
+        block_mask: str = "causal",
         capture: bool = False,
     ) -> tuple[Array, KVCache | None, Array | None]:
         """Runs T new places through all layers.
@@ -173,9 +173,9 @@ class DecoderLM(nn.Module):
           x: [B, T, D] embedded inputs;  positions: int32[B, T].
           mask: required without a cache.
           coords: f32[B, T, 2], picture coordinates for rope_2d.
-          cache: appended to; a row's places beyond advance[b] are overwritten by its next call.
-          advance: int32[B], how many of the T places are real (default all).
-          within: how the new places see each other through the cache: 'causal', 'full', or 'first',
+          cache: appended to; a row's places beyond num_valid[b] are overwritten by its next call.
+          num_valid: int32[B], how many of the T places are real (default all).
+          block_mask: how the new places see each other through the cache: 'causal', 'full', or 'first',
             which is 'causal' where the cache holds nothing yet.
 
         Returns:
@@ -195,7 +195,7 @@ class DecoderLM(nn.Module):
             self.eps,
             self.qkv_bias,
             self.qk_norm,
-            within,
+            block_mask,
             capture,
             self.dtype,
         )
@@ -211,7 +211,7 @@ class DecoderLM(nn.Module):
         y, cache = carry
         y = self.norm(y)
         if cache is not None:
-            cache = cache.replace(length=cache.length + (x.shape[1] if advance is None else advance))
+            cache = cache.replace(length=cache.length + (x.shape[1] if num_valid is None else num_valid))
         if capture:
             hidden = jnp.concatenate([x[None], hidden[:-1], y[None]])
         return y, cache, hidden

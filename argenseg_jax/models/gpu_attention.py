@@ -185,18 +185,18 @@ class _Segment:
 # ---- a cache -----------------------------------------------------------------------------------------
 
 
-def cached(q: Array, k: Array, v: Array, length: Array, within: str) -> Array:
+def cached(q: Array, k: Array, v: Array, length: Array, block_mask: str) -> Array:
     """Attention of T new positions on a cache that holds them already: [B, T, N, H].
 
     Args:
       k, v: [B, S, K, H], the whole of the cache;  length: int32[B], filled before the new ones.
-      within: how the new ones see each other, 'causal' or 'full'.
+      block_mask: how the new ones see each other, 'causal' or 'full'.
     """
     t, capacity = q.shape[1], k.shape[1]
     q = jnp.pad(q, ((0, 0), (0, t % 2), (0, 0), (0, 0)))
     seen = jnp.minimum(length + t, capacity).astype(jnp.int32)  # a row that is done may lack room
     queries = jnp.full_like(seen, t)
-    if within == "full" or t == 1:
+    if block_mask == "full" or t == 1:
         return _sharded(lambda q, k, v, n, m: _call(q, k, v, n, m), q, k, v, queries, seen)[:, :t]
     # The kernel's own causal mask begins at key 0, not behind the filled ones.
     last = length[:, None] + jnp.arange(q.shape[1])

@@ -68,7 +68,7 @@ class Int8:
         return self.values.shape
 
     @classmethod
-    def of(cls, kernel: Array, outputs: int, stacked: bool = False) -> Int8:
+    def from_kernel(cls, kernel: Array, outputs: int, stacked: bool = False) -> Int8:
         """Rounds a kernel whose last `outputs` axes are channels (the first one layers if stacked)."""
         inputs = tuple(range(stacked, kernel.ndim - outputs))
         kernel = kernel.astype(jnp.float32)

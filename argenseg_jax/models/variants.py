@@ -204,7 +204,7 @@ def build(model_cfg: Mapping[str, Any]) -> ARGenSeg:
     parts = {key: {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in spec[key].items()} for key in _PARTS}
     quantizer = VQVAE(**parts["vqvae"])
     vocab = Vocab(num_codes=quantizer.codebook_size, **spec["vocab"])
-    llm = DecoderLM(vocab_rows=vocab.padded_size, vocab_size=vocab.size, **parts["llm"], **stack)
+    llm = DecoderLM(padded_vocab_size=vocab.padded_size, vocab_size=vocab.size, **parts["llm"], **stack)
     num_codes = sum(pn * pn for pn in quantizer.patch_nums)
     return ARGenSeg(
         vision=InternViT(**parts["vision"], **stack),

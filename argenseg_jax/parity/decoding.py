@@ -40,7 +40,7 @@ def _compare_engine(record: Recording, model: ARGenSeg, params: Params, replay: 
     if replay.guidance is not None:
         if not (lengths[b:] == lengths[b]).all() or not (rows[b:] == rows[b]).all():
             raise record.fault(f"{name}input_ids", "has unconditional rows that differ from each other")
-        twin = {"guidance": replay.guidance, "nothing": rows[b, : lengths[b]], "reference": True}
+        twin = {"guidance": replay.guidance, "uncond_prompt": rows[b, : lengths[b]], "reference": True}
     got = engine.Engine(model, params).generate(
         rows[:b], lengths[:b], replay.tiles, max_masks=masks + 1, max_text=replay.text_calls, **twin
     )

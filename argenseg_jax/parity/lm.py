@@ -25,7 +25,7 @@ def compare_lm(record: Recording) -> None:
     params = {}
     for variant, cfg in record.config["variants"].items():
         size = cfg["config"]["vocab_size"]
-        lm = DecoderLM(vocab_rows=size, vocab_size=size, **hf_config.llm_cfg(cfg["config"]))
+        lm = DecoderLM(padded_vocab_size=size, vocab_size=size, **hf_config.llm_cfg(cfg["config"]))
         shapes = jax.eval_shape(
             functools.partial(lm.init, method=_whole), jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
         )
@@ -53,10 +53,10 @@ def _whole(lm: DecoderLM, tokens, positions=None, segments=None):
     return lm.logits(y), hidden
 
 
-def _step(lm: DecoderLM, tokens, cache, advance):
+def _step(lm: DecoderLM, tokens, cache, num_valid):
     """Logits [B, T, V] of T more positions after the cache, and the new cache."""
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
-    y, cache, _ = lm(lm.embed_tokens(tokens), positions, cache=cache, advance=advance)
+    y, cache, _ = lm(lm.embed_tokens(tokens), positions, cache=cache, num_valid=num_valid)
     return lm.logits(y), cache
 
 

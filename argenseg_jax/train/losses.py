@@ -130,7 +130,7 @@ def token_nll(
 
     # Cast before the all-gather: half the bytes to send.
     head = model.apply({"params": params}, method="head_matrix").astype(opts.grad_dtype or model.llm.dtype)
-    total, nll, correct = sharding.by_rows(local, (hidden, ids, is_code, weight), head)
+    total, nll, correct = sharding.data_parallel(local, (hidden, ids, is_code, weight), head)
     return jnp.sum(total), nll, correct
 
 
@@ -219,7 +219,7 @@ def lm_loss(
         if batch["masks"].ndim == 3:  # int32[B, M, num_codes]: tokenized by `prepare`
             codes = batch["masks"]
         else:  # frozen, with by far the largest activations: 40 MiB per mask in the official VQ-VAE
-            codes = chunked.in_pieces(
+            codes = chunked.chunked_map(
                 lambda masks: run("tokenize", masks), batch["masks"], batch["masks"].shape[1] * model.vqvae.row_bytes
             )
         codes = jax.lax.stop_gradient(codes)

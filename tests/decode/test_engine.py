@@ -159,14 +159,14 @@ def test_a_prompt_that_leaves_no_room_is_named():
 def test_guided_codes_are_those_of_the_two_prompts_weighed():
     """The chosen codes maximise (1 + t) * with - t * without, t growing to the guidance (SPEC 4.2)."""
     tokens, lengths, tiles = prompts(TEXT_MASK)
-    nothing = np.array([101, 102, 103], np.int32)
-    out = generate(ONCE, tokens, lengths, tiles, guidance=3.0, nothing=nothing)
+    uncond_prompt = np.array([101, 102, 103], np.int32)
+    out = generate(ONCE, tokens, lengths, tiles, guidance=3.0, uncond_prompt=uncond_prompt)
     plain = generate(ONCE, tokens, lengths, tiles)
     assert answers(out) == answers(plain) == [[A, GE, C, EOS]]
     assert np.any(out.codes != plain.codes)
     model, params = tiny.scripted(ONCE)
     lines, at = np.full((2, 64), VOCAB.pad), []
-    for line, head in zip(lines, (tokens[0, : lengths[0]], nothing)):
+    for line, head in zip(lines, (tokens[0, : lengths[0]], uncond_prompt)):
         whole = [*head, A, GE, *[VOCAB.mask_context] * 20]
         line[: len(whole)] = whole
         at.append(len(head) + 1)

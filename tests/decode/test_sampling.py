@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from argenseg_jax.decode.sampling import Rules, Sampling, allowed, choose
+from argenseg_jax.decode.sampling import DecodeConfig, Sampling, allowed, sample_tokens
 from argenseg_jax.errors import UserError
 
 LOGITS = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
@@ -15,13 +15,13 @@ LOGITS = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
 def drawn(n=400, **settings):
     """How often each word is drawn at n places."""
     draw = Sampling(**settings).on_device(1)
-    words = choose(jnp.tile(LOGITS[:, None], (1, n, 1)), draw, jnp.arange(n)[None])
+    words = sample_tokens(jnp.tile(LOGITS[:, None], (1, n, 1)), draw, jnp.arange(n)[None])
     return np.bincount(words[0], minlength=4) / n
 
 
 def test_greedy_takes_the_likeliest():
     assert Sampling().on_device(3) is None
-    assert choose(LOGITS, None, jnp.zeros(1, int)).tolist() == [1]
+    assert sample_tokens(LOGITS, None, jnp.zeros(1, int)).tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,9 @@ def test_temperature_sharpens():
 def test_a_row_draws_the_same_whoever_is_beside_it():
     """Row b has seed + b; other places and other seeds draw other words."""
     logits, places = jnp.zeros((3, 8, 50)), jnp.tile(jnp.arange(8), (3, 1))
-    draw = lambda seed, rows: choose(logits[:rows], Sampling(temperature=1, seed=seed).on_device(rows), places[:rows])
+    draw = lambda seed, rows: sample_tokens(
+        logits[:rows], Sampling(temperature=1, seed=seed).on_device(rows), places[:rows]
+    )
     batch = draw(5, 3)
     for row in range(3):
         np.testing.assert_array_equal(draw(5 + row, 1)[0], batch[row])
@@ -59,9 +61,9 @@ def test_twins_get_the_words_of_the_answer():
     """Under guidance; in the reference's way they keep their own."""
     logits = jnp.eye(4)[:4]  # rows 0, 1 and their twins 2, 3 each prefer their own number
     places = jnp.zeros(4, int)
-    assert Rules(guidance=jnp.float32(2)).next_words(logits, places).tolist() == [0, 1, 0, 1]
-    assert Rules(guidance=jnp.float32(2), reference=True).next_words(logits, places).tolist() == [0, 1, 2, 3]
-    np.testing.assert_allclose(Rules(guidance=jnp.float32(2)).guide(logits, 0.5), 2 * logits[:2] - logits[2:])
+    assert DecodeConfig(guidance=jnp.float32(2)).next_tokens(logits, places).tolist() == [0, 1, 0, 1]
+    assert DecodeConfig(guidance=jnp.float32(2), reference=True).next_tokens(logits, places).tolist() == [0, 1, 2, 3]
+    np.testing.assert_allclose(DecodeConfig(guidance=jnp.float32(2)).guide(logits, 0.5), 2 * logits[:2] - logits[2:])
 
 
 @pytest.mark.torch
@@ -96,7 +98,9 @@ def test_what_top_k_leaves_is_the_whole_of_top_p():
 
 def test_a_word_and_a_code_at_one_position_draw_different_noise():
     logits, places = jnp.zeros((1, 64, 50)), jnp.arange(64)[None]
-    words, codes = (choose(logits, Sampling(temperature=1).on_device(1, of), places) for of in ("words", "codes"))
+    words, codes = (
+        sample_tokens(logits, Sampling(temperature=1).on_device(1, of), places) for of in ("tokens", "codes")
+    )
     assert np.mean(np.asarray(words) == np.asarray(codes)) < 0.2
 
 

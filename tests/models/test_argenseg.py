@@ -10,7 +10,7 @@ import pytest
 
 from argenseg_jax import trees
 from argenseg_jax.decode import scale_decode, text_decode
-from argenseg_jax.decode.sampling import Rules
+from argenseg_jax.decode.sampling import DecodeConfig
 from argenseg_jax.errors import UserError
 from argenseg_jax.models import variants
 from argenseg_jax.train import losses
@@ -39,7 +39,7 @@ def decode_with_logits(m, tokens, lengths, tiles):
             logits.append(out)
         return out
 
-    answer = text_decode.prefill(m, tokens, lengths, tiles, Rules(), 128, 1)
+    answer = text_decode.prefill(m, tokens, lengths, tiles, DecodeConfig(), 128, 1)
     with nn.intercept_methods(record):
         mask, cache = scale_decode.decode_codes(m, answer.replace(at_mask=~answer.at_mask))
     return mask, jnp.concatenate(logits, axis=1), cache.length

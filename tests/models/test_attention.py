@@ -76,9 +76,9 @@ def test_masks():
     np.testing.assert_array_equal(full.astype(int), [[1, 0, 0], [1, 1, 1], [1, 1, 1]])
 
 
-@pytest.mark.parametrize("within", ["causal", "full"])
+@pytest.mark.parametrize("block_mask", ["causal", "full"])
 @pytest.mark.parametrize("split", [False, True])
-def test_a_cache_changes_nothing(within, split):
+def test_a_cache_changes_nothing(block_mask, split):
     """Two rows of 130 and 3 old places, five new ones, over more than one block."""
     q, k, v = heads(BLOCK + 7)
     old = np.array([BLOCK + 2, 3])
@@ -86,10 +86,10 @@ def test_a_cache_changes_nothing(within, split):
     cache = cache.append(0, k, v).replace(length=jnp.array(old))
     take = old[:, None] + np.arange(5)
     new = [np.take_along_axis(np.asarray(x), take[..., None, None], 1) for x in (q, k, v)]
-    run = jax.jit(functools.partial(attention.cached, layer=0, within=within))
+    run = jax.jit(functools.partial(attention.cached, layer=0, block_mask=block_mask))
     got = run(*new, cache.append(0, *new[1:]))
     last = np.tile(np.arange(BLOCK + 7), (2, 1))
-    if within == "full":
+    if block_mask == "full":
         np.put_along_axis(last, take, (old + 4)[:, None].repeat(5, 1), 1)
     whole = attention.attention(q, k, v, Mask(jnp.ones((2, BLOCK + 7), int), jnp.asarray(last)), "xla")
     np.testing.assert_allclose(got, np.take_along_axis(np.asarray(whole), take[..., None, None], 1), atol=1e-5)
@@ -145,13 +145,13 @@ def test_cudnn_agrees(kind, t):
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-@pytest.mark.parametrize("within, new", [("causal", 9), ("causal", 1), ("full", 9)])
-def test_cudnn_agrees_on_a_cache(within, new):
+@pytest.mark.parametrize("block_mask, new", [("causal", 9), ("causal", 1), ("full", 9)])
+def test_cudnn_agrees_on_a_cache(block_mask, new):
     q, k, v = heads(256, h=64, dtype=jnp.bfloat16)
     cache = KVCache.empty(1, 2, 2 * BLOCK, 2, 64, jnp.bfloat16).append(0, k, v)
     cache = cache.replace(length=jnp.array([100, 7])).append(0, k[:, :new], v[:, :new])
     both = [
-        attention.cached(q[:, :new], k[:, :new], v[:, :new], cache, 0, within, how).astype(jnp.float32)
+        attention.cached(q[:, :new], k[:, :new], v[:, :new], cache, 0, block_mask, how).astype(jnp.float32)
         for how in ("cudnn", "xla")
     ]
     np.testing.assert_allclose(*both, atol=2e-2)

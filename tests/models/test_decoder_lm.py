@@ -21,10 +21,12 @@ def run(form):
     def whole(x, positions, mask, coords):
         return lm.apply(weights, x, positions, mask=mask, coords=coords)[0]
 
-    def step(x, positions, cache, advance, coords, within="causal"):
-        return lm.apply(weights, x, positions, coords=coords, cache=cache, advance=advance, within=within)[:2]
+    def step(x, positions, cache, num_valid, coords, block_mask="causal"):
+        return lm.apply(weights, x, positions, coords=coords, cache=cache, num_valid=num_valid, block_mask=block_mask)[
+            :2
+        ]
 
-    return jax.jit(whole), jax.jit(step, static_argnames="within")
+    return jax.jit(whole), jax.jit(step, static_argnames="block_mask")
 
 
 def inputs(seed=0, rows=2, length=12):
@@ -41,13 +43,13 @@ def test_cached_equals_uncached(form):
     want = whole(x, positions, Mask(jnp.ones((2, 12), jnp.int32)), coords)
     cache = tiny.made(form)[0].llm.empty_cache(2, 16)
     filled, got = np.zeros(2, int), [[], []]
-    for size, advance in ((8, [5, 8]), (4, [4, 1]), (4, [2, 2]), (4, [1, 1])):
+    for size, num_valid in ((8, [5, 8]), (4, [4, 1]), (4, [2, 2]), (4, [1, 1])):
         take = np.minimum(filled[:, None] + np.arange(size), 11)
         block = [np.take_along_axis(np.asarray(a), take[..., None], 1) for a in (x, coords)]
-        y, cache = step(block[0], take, cache, jnp.array(advance), block[1])
+        y, cache = step(block[0], take, cache, jnp.array(num_valid), block[1])
         for row in range(2):
-            got[row].append(y[row, : advance[row]])
-        filled += advance
+            got[row].append(y[row, : num_valid[row]])
+        filled += num_valid
     np.testing.assert_array_equal(cache.length, [12, 12])
     for row in range(2):
         np.testing.assert_allclose(jnp.concatenate(got[row]), want[row], atol=1e-4)

@@ -16,7 +16,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from argenseg_jax import sharding
 from argenseg_jax.decode.engine import Phases
 from argenseg_jax.decode.inference_weights import for_inference
-from argenseg_jax.decode.sampling import Rules
+from argenseg_jax.decode.sampling import DecodeConfig
 from argenseg_jax.models import attention, gpu_attention, variants
 from argenseg_jax.models.attention import Mask
 from argenseg_jax.models.kv_cache import BLOCK, KVCache
@@ -87,15 +87,15 @@ def test_without_a_mask(by_xla, t):
 
 
 @pytest.mark.parametrize(
-    "within, new, old",
+    "block_mask, new, old",
     [("causal", 5, (BLOCK + 2, 3)), ("causal", 1, (BLOCK + 2, 3)), ("full", 4, (7, 0)), ("first", 9, (0, 0))],
 )
-def test_a_cache(by_xla, within, new, old):
+def test_a_cache(by_xla, block_mask, new, old):
     q, k, v = heads(new)
     cache = KVCache.empty(1, 2, 2 * BLOCK, 2, 8, jnp.float32)
     cache = cache.append(0, *(x[:, : BLOCK + 3] for x in heads(2 * BLOCK)[1:])).replace(length=jnp.asarray(old))
     cache = cache.append(0, k, v)
-    got, want = (attention.cached(q, k, v, cache, 0, within, how) for how in ("cudnn", "xla"))
+    got, want = (attention.cached(q, k, v, cache, 0, block_mask, how) for how in ("cudnn", "xla"))
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -202,7 +202,13 @@ def test_a_prompt_is_read_without_an_array_of_pairs(cuda):
     weights = jax.eval_shape(
         lambda p: {"params": for_inference(phases.model, p, int8=False, split=phases.split)}, tiny.made("qwen")[1]
     )
-    prompt = (weights, jax.ShapeDtypeStruct((2, 90), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32), None, Rules())
+    prompt = (
+        weights,
+        jax.ShapeDtypeStruct((2, 90), jnp.int32),
+        jax.ShapeDtypeStruct((2,), jnp.int32),
+        None,
+        DecodeConfig(),
+    )
     text = phases.prefill.trace(*prompt, 256, 4).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax" in text and not squares(text, 90) and "x90x256x" not in text
     answer = phases.prefill.eval_shape(*prompt, 256, 4)

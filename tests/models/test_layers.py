@@ -27,7 +27,7 @@ def test_norms():
 def test_eight_bit_kernels_stand_where_kernels_are():
     """One scale an output channel: each entry is off by half a step of its channel at most."""
     x, kernel = normal(2, 3, 8), normal(3, 8, 5, 2, seed=1) * jnp.array([1.0, 100.0])
-    small = layers.Int8.of(kernel, outputs=2, stacked=True)
+    small = layers.Int8.from_kernel(kernel, outputs=2, stacked=True)
     assert small.values.dtype == jnp.int8 and small.scale.shape == (3, 5, 2) and small.shape == kernel.shape
     back = small.values * small.scale[:, None]
     assert np.all(np.abs(back - kernel) <= 0.501 * small.scale[:, None])

@@ -22,7 +22,7 @@ def counted(variant):
     for name, leaf in trees.flatten(hf_folder.param_shapes(model)).items():
         part = name.split("/")[0]
         sizes[part] = sizes.get(part, 0) + math.prod(leaf.shape)
-    added = model.llm.vocab_rows - (model.vocab.base + OLD_SPECIALS)
+    added = model.llm.padded_vocab_size - (model.vocab.base + OLD_SPECIALS)
     sizes["llm"] -= added * model.llm.width * (1 if model.llm.tied else 2)
     return sizes, model
 
@@ -67,7 +67,7 @@ def test_released_ids(variant, code):
         code - 2,
         code - 1,
     ]
-    assert model.llm.vocab_rows % 256 == 0 and 0 <= model.llm.vocab_rows - vocab.size < 256
+    assert model.llm.padded_vocab_size % 256 == 0 and 0 <= model.llm.padded_vocab_size - vocab.size < 256
     assert (model.image_tokens, model.mask_size, model.scales.num_codes) == (256, 256, 680)
 
 

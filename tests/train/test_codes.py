@@ -9,7 +9,7 @@ import pytest
 from argenseg_jax.ckpt import checkpoint
 from argenseg_jax.data import pipeline, prepare
 from argenseg_jax.decode import mask_tokenizer
-from argenseg_jax.decode.mask_tokenizer import MaskCoder, fingerprint
+from argenseg_jax.decode.mask_tokenizer import MaskTokenizer, fingerprint
 from argenseg_jax.errors import UserError
 from argenseg_jax.interop import hf_folder
 from argenseg_jax.train import losses, run
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
         json.dumps({"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "red"}]}) + "\n"
     )
     names = ("shapes:simple:train:21", f"{root}/c.jsonl*3")
-    coder = MaskCoder.of(str(root / "run"))
+    coder = MaskTokenizer.from_checkpoint(str(root / "run"))
     for out, kept in (("with", coder), ("without", None)):
         prepare.prepare(prepare.Job(names, str(root / out), coder=kept))
     return root
@@ -43,7 +43,7 @@ def test_the_coder_loads_the_vqvae_alone(folder, monkeypatch):
     monkeypatch.setattr(checkpoint.Checkpoint, "load_params", None)
     monkeypatch.setattr(checkpoint.Checkpoint, "load_part", lambda self, part: parts.append(part) or load(self, part))
     mask_tokenizer._tokenizer.cache_clear()
-    coder = MaskCoder.of(str(folder / "run"))
+    coder = MaskTokenizer.from_checkpoint(str(folder / "run"))
     assert coder.vqvae == fingerprint(tiny.made()[1]["vqvae"])
     assert coder([np.zeros((9, 9), np.uint8)]).shape == (1, coder.num_codes) and parts == ["vqvae", "vqvae"]
 
@@ -124,7 +124,7 @@ def test_the_command(folder, tmp_path, capfd):
     assert (code, result["samples"], result["broken"], result["shards"]) == (0, 7, 0, 2)
     assert any("6 pictures, 6 masks" in line for line in err)
     manifest = json.loads((out / "prepared.json").read_text())
-    assert manifest["codes"] == MaskCoder.of(str(folder / "run")).identity()
+    assert manifest["codes"] == MaskTokenizer.from_checkpoint(str(folder / "run")).identity()
     assert [s["samples"] for s in manifest["shards"]] == [4, 3]
     assert [p["weight"] for p in manifest["parts"]] == [6, 3]
     assert json.loads(call(capfd, "prepare", "--verify", out)[1]) == {

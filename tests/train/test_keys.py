@@ -13,7 +13,7 @@ import pytest
 from argenseg_jax import trees
 from argenseg_jax.decode.engine import Phases
 from argenseg_jax.decode.inference_weights import for_inference
-from argenseg_jax.decode.sampling import Rules, Sampling
+from argenseg_jax.decode.sampling import DecodeConfig, Sampling
 from argenseg_jax.models.argenseg import init_params
 from argenseg_jax.train import losses, optim
 from argenseg_jax.train import step as step_lib
@@ -57,7 +57,7 @@ def test_a_sampled_answer():
     phases = Phases(model)
     weights = {"params": for_inference(phases.model, params, int8=False, split=phases.split)}
     draw = Sampling(temperature=0.7, top_k=5, top_p=0.9)
-    rules = Rules(draw.on_device(2), draw.on_device(2, "codes"))
+    rules = DecodeConfig(draw.on_device(2), draw.on_device(2, "codes"))
     answer = check(phases.prefill, weights, np.ones((2, 8), np.int32), np.full(2, 8), None, rules, 128, 4)
     answer = check(phases.text, weights, answer)
     check(phases.mask, weights, answer, False)
