@@ -1,12 +1,12 @@
 """Any source -> a folder of ArrayRecord shards, shard by shard: in this process, in several, or by Beam.
 
     O/samples-train.array_record-00000-of-00004, ...   the samples, in TFDS form (data/sources/records.py)
-    O/shards/00000.json, ...   of each finished shard: counts, checksum, what was broken and why
+    O/shards/00000.json, ...   of each finished shard: counts, checksum, skipped samples and why
     O/plan.json                what is being prepared; a second call must ask for the same
     O/dataset_info.json, features.json, summary.json, prepared.json   at the end, the last one last
 
-A shard has its name only when it is whole, so whatever is interrupted goes on with the shards that
-are missing. The same job writes the same bytes, whoever runs it.
+A shard gets its name only when it is complete, so an interrupted job resumes with the missing shards. The
+same job writes the same bytes in any process.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import pathlib
 import sys
 import tempfile
@@ -43,20 +44,22 @@ from argenseg_jax.data.statistics import Statistics
 from argenseg_jax.errors import SampleError, UserError, brief, located
 
 GROUP = 16  # samples whose masks are tokenised together
-_SHOWN = 100  # broken samples that summary.json names
+_SHOWN = 100  # skipped samples that summary.json lists
 SPLIT = "train"
 
 
 class Coder(Protocol):
-    """Masks -> their codes; hashable, and goes to worker processes as it is."""
+    """Masks -> their codes; hashable, and sent to worker processes."""
 
     num_codes: int
 
     def identity(self) -> dict[str, Any]:
         """What the codes depend on, for JSON."""
+        ...
 
     def __call__(self, masks: Sequence[np.ndarray]) -> np.ndarray:
         """u8[H, W] or u8[H, W, 3] each -> i32[K, N]."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +67,15 @@ class Job:
     """What is prepared, and where.
 
     Attributes:
-      sources: as of `open_mixture`; each with an end.
+      sources: as of `open_mixture`; none endless.
       out: the folder, local or gs://.
       root, prompt, image_root: as of `open_mixture`.
-      draws: 0 reads every sample by its index, as evaluation does; K > 0 draws each one K times where
-        the source leaves something to chance, as training does.
-      resize: S: pictures, masks and the arrays of meta become S x S, so that a model with one tile of
-        this side reads the same tiles, to the bit. 0 = as they are.
-      shard_samples: samples of a shard, broken ones counted.
-      coder: keeps the codes of the masks (before any resize) in the records.
+      draws: 0 reads every sample by its index, as evaluation does; K > 0 draws each one K times if the
+        source is random, as training does.
+      resize: S: images, masks and the arrays of meta become S x S, so that a model with one tile of this
+        side reads bit-identical tiles. 0 = unchanged.
+      shard_samples: samples of a shard, including skipped ones.
+      coder: its codes of the masks (before any resize) are stored in the records.
       window, max_pixels, allow_outside: as of data/reader.Reading.
     """
 
@@ -90,79 +93,84 @@ class Job:
     allow_outside: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """All that the bytes of the shards depend on, but for the samples themselves."""
-        asked = {
+        """Everything that the bytes of the shards depend on, except the samples themselves."""
+        settings = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
             if f.name not in ("out", "coder", "window", "max_pixels", "allow_outside")
         }
-        asked |= {"window": list(self.window)} if self.window else {}
-        asked |= {"max_pixels": self.max_pixels} if self.max_pixels else {}
-        asked |= {"allow_outside": True} if self.allow_outside else {}
-        return {**asked, "sources": list(self.sources), "format": FORMAT, "codes": self.coder and self.coder.identity()}
+        settings |= {"window": list(self.window)} if self.window else {}
+        settings |= {"max_pixels": self.max_pixels} if self.max_pixels else {}
+        settings |= {"allow_outside": True} if self.allow_outside else {}
+        return {
+            **settings,
+            "sources": list(self.sources),
+            "format": FORMAT,
+            "codes": self.coder and self.coder.identity(),
+        }
 
 
 class _Items:
-    """The samples of a job by number: one part of the mixture after another, each draw of it in turn."""
+    """The samples of a job by number: component after component of the mixture, draw after draw."""
 
     def __init__(self, job: Job):
         self.job = job
-        self.parts = mixture.open_mixture(
+        self.components = mixture.open_mixture(
             job.sources,
             job.root,
             job.prompt,
             job.image_root,
             Reading(job.window, job.max_pixels, allow_outside=job.allow_outside),
         )
-        if job.prompt != templates.DEFAULT and not any(mixture.takes_prompt(part.source) for part in self.parts):
-            raise UserError(f"prompt {job.prompt!r} changes nothing: these sources hold their own questions")
+        if job.prompt != templates.DEFAULT and not any(mixture.takes_prompt(c.source) for c in self.components):
+            raise UserError(f"prompt {job.prompt!r} changes nothing: these sources contain their own questions")
         self.counts = []
-        for part in self.parts:
-            if part.length >= mixture.ENDLESS:
+        for component in self.components:
+            if component.length >= mixture.ENDLESS:
                 raise UserError(
-                    "a source without an end cannot be prepared: give it a size, such as shapes:full:train:100000"
+                    "an endless source cannot be prepared: give it a size, such as shapes:full:train:100000"
                 )
-            chance = hasattr(part.source, "draw")
-            self.counts.append(part.length * (max(job.draws, 1) if chance else 1))
+            is_random = hasattr(component.source, "draw")
+            self.counts.append(component.length * (max(job.draws, 1) if is_random else 1))
         self.ends = np.cumsum(self.counts)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def read(self, number: int) -> tuple[int, Sample]:
-        """(place of its part, the sample), checked for what training would refuse."""
+        """(number of its component, the sample); SampleError where training would raise one."""
         k = int(np.searchsorted(self.ends, number, side="right"))
-        part, at = self.parts[k], int(number - (self.ends[k - 1] if k else 0))
-        draw, index = divmod(at, part.length)
+        component, offset = self.components[k], int(number - (self.ends[k - 1] if k else 0))
+        draw, index = divmod(offset, component.length)
         if self.job.draws:
-            sample = mixture.draw(part.source, index, np.random.default_rng((index, draw)))
+            sample = mixture.draw(component.source, index, np.random.default_rng((index, draw)))
         else:
-            sample = part.source[index]
+            sample = component.source[index]
         prompt.check(sample.conversations, len(sample.images), len(sample.masks), sample.name)
         return k, sample
 
 
 @functools.lru_cache(maxsize=1)
 def _items(job: Job) -> _Items:
-    """Opened once a process."""
+    """Opened once per process."""
     return _Items(job)
 
 
 def prepare(job: Job, *, workers: int = 1, runner: str = "", beam_options: Sequence[str] = ()) -> dict[str, Any]:
-    """Prepares what is not prepared yet, and returns the content of summary.json.
+    """Writes the missing shards, and returns the content of summary.json.
 
     Args:
-      job: what to do.
+      job: what to prepare.
       workers: processes that write shards; 1 = this one.
       runner: of Apache Beam, such as DirectRunner or DataflowRunner, in place of `workers`.
-      beam_options: of the runner, `name=value` each.
+      beam_options: of the runner, each `name=value`.
 
     Raises:
-      UserError: a source cannot be opened or has no readable sample, or `out` holds something else.
+      UserError: a source cannot be opened or has no readable sample, or `out` has other content.
     """
     _items.cache_clear()  # the files may have changed since this process last looked
     out, items = files.to_path(job.out), _items(job)
-    if not job.window and (found := mixture.window(items.parts)):
+    if not job.window and (found := mixture.window(items.components)):
         job = dataclasses.replace(job, window=found)  # for all workers, and for training on the result
         items = _items(job)
     plan = {**job.identity(), "samples": len(items)}
@@ -184,26 +192,26 @@ def prepare(job: Job, *, workers: int = 1, runner: str = "", beam_options: Seque
 
 
 def write_shard(job: Job, number: int) -> int:
-    """Writes a shard, unless it is there and whole; returns its number.
+    """Writes a shard, unless it exists and is complete; returns its number.
 
-    What every worker of every kind runs: it needs nothing but the job.
+    Every kind of worker runs this function: it depends only on the job.
     """
     items = _items(job)
     total = -(-len(items) // job.shard_samples)
     out = epath.Path(job.out)
     target, note = out / shard_name(number, total), out / SHARDS / f"{number:05d}.json"
-    if _is_whole(target, note):
+    if _is_complete(target, note):
         return number
-    done = _Done()
+    content = _ShardContent()
     serialize = _serializer(job)
     with tempfile.TemporaryDirectory() as remote:
         # Two workers may write the same shard (Beam tries stragglers twice): each has its own file.
         name = f".{target.name}.{uuid.uuid4().hex}.tmp"
         temporary = pathlib.Path(remote if files.is_remote(out) else out) / name
-        rows = ((k, serialize(records.encode(s))) for k, s in done.samples(job, items, number))
+        serialized = ((k, serialize(records.encode(s))) for k, s in content.samples(job, items, number))
         with files.writing(target), contextlib.ExitStack() as undo:
-            undo.callback(temporary.unlink, missing_ok=True)  # on a full disk its room is wanted
-            tfds.core.ExampleWriter(tfds.core.FileFormat.ARRAY_RECORD).write(temporary, rows)
+            undo.callback(temporary.unlink, missing_ok=True)  # frees space on a full disk
+            tfds.core.ExampleWriter(tfds.core.FileFormat.ARRAY_RECORD).write(temporary, serialized)
             size, digest = temporary.stat().st_size, checksum(temporary)
             if files.is_remote(out):
                 epath.Path(temporary).copy(target, overwrite=True)
@@ -214,88 +222,88 @@ def write_shard(job: Job, number: int) -> int:
         json.dumps(
             {
                 "file": target.name,
-                "samples": sum(done.parts.values()),
+                "samples": sum(content.parts.values()),
                 "bytes": size,
                 "sha256": digest,
-                "parts": done.parts,
-                "broken": done.broken,
-                "statistics": done.statistics.to_json(),
+                "parts": content.parts,
+                "broken": content.skipped,
+                "statistics": content.statistics.to_json(),
             }
         ),
     )
     return number
 
 
-class _Done:
-    """What a shard has come to hold, filled while `samples` is read."""
+class _ShardContent:
+    """Counts and statistics of a shard, updated while `samples` is iterated."""
 
     def __init__(self):
-        self.statistics, self.broken = Statistics(), []
+        self.statistics, self.skipped = Statistics(), []
         self.parts: collections.Counter[int] = collections.Counter()
 
     def samples(self, job: Job, items: _Items, number: int) -> Iterator[tuple[int, Sample]]:
-        """(number, sample) of the shard as they are to be written."""
-        for group in _grouped(_numbers(job, number, len(items)), GROUP if job.coder else 1):
+        """(number, sample) of the shard, ready to be written."""
+        for group in _batched(_numbers(job, number, len(items)), GROUP if job.coder else 1):
             read = []
-            for at in group:
+            for index in group:
                 try:
-                    read.append((at, *items.read(at)))
+                    read.append((index, *items.read(index)))
                 except SampleError as error:
-                    self.broken.append({"sample": at, "reason": str(error)})
-            for at, part, sample in _coded(job.coder, read):
+                    self.skipped.append({"sample": index, "reason": str(error)})
+            for index, component, sample in _with_codes(job.coder, read):
                 self.statistics.add(sample)
-                self.parts[part] += 1
-                yield at, resized(sample, job.resize) if job.resize else sample
+                self.parts[component] += 1
+                yield index, resize_sample(sample, job.resize) if job.resize else sample
 
 
-def _coded(coder: Coder | None, read: Sequence[tuple[int, int, Sample]]) -> Iterator[tuple[int, int, Sample]]:
-    """The samples with the codes of their masks, made in one go."""
+def _with_codes(coder: Coder | None, read: Sequence[tuple[int, int, Sample]]) -> Iterator[tuple[int, int, Sample]]:
+    """The samples with the codes of their masks, computed in one batch."""
     masks = [mask for *_, sample in read for mask in transforms.targets(sample)]
     codes = coder(masks) if coder and masks else np.zeros((0, coder.num_codes if coder else 0), np.int32)
-    for at, part, sample in read:
-        mine, codes = np.split(codes, [len(sample.masks)])
-        yield at, part, dataclasses.replace(sample, codes=mine) if coder else sample
+    for index, component, sample in read:
+        of_sample, codes = np.split(codes, [len(sample.masks)])
+        yield index, component, dataclasses.replace(sample, codes=of_sample) if coder else sample
 
 
-def resized(sample: Sample, side: int) -> Sample:
-    """The sample at side x side: images as `transforms.image_tiles` does it, masks by area.
+def resize_sample(sample: Sample, side: int) -> Sample:
+    """The sample at side x side: images as by `transforms.image_tiles`, masks by area.
 
-    Masks of 0 and 255 stay so; soft edges stay grey.
+    Masks of 0 and 255 stay binary; soft edges stay grey.
     """
 
-    def picture(image: np.ndarray) -> np.ndarray:
+    def resize_image(image: np.ndarray) -> np.ndarray:
         return transforms.resize(image, (side, side))
 
-    def mask(image: np.ndarray) -> np.ndarray:
+    def resize_mask(image: np.ndarray) -> np.ndarray:
         if image.ndim == 3 or sample.generated:
-            return picture(image)
+            return resize_image(image)
         small = transforms.resize(image, (side, side), Image.Resampling.BOX)
-        hard = ((image == 0) | (image == 255)).all()
-        return ((small >= 128) * 255).astype(np.uint8) if hard else small
+        binary = ((image == 0) | (image == 255)).all()
+        return ((small >= 128) * 255).astype(np.uint8) if binary else small
 
-    def entry(value: Any) -> Any:
+    def resize_meta(value: Any) -> Any:
         if isinstance(value, np.ndarray):
-            return mask(value)
-        return [entry(v) for v in value] if isinstance(value, list) else value
+            return resize_mask(value)
+        return [resize_meta(v) for v in value] if isinstance(value, list) else value
 
     return dataclasses.replace(
         sample,
-        images=tuple(map(picture, sample.images)),
-        masks=tuple(map(mask, sample.masks)),
-        meta={key: entry(value) for key, value in sample.meta.items()},
+        images=tuple(map(resize_image, sample.images)),
+        masks=tuple(map(resize_mask, sample.masks)),
+        meta={key: resize_meta(value) for key, value in sample.meta.items()},
     )
 
 
 def shard_name(number: int, total: int) -> str:
-    """The file of a shard, as TFDS names it."""
+    """The file name of a shard in TFDS."""
     return f"samples-{SPLIT}.array_record-{number:05d}-of-{total:05d}"
 
 
-# ------------------------------------------------------------------------------------ who runs it
+# ------------------------------------------------------------------------------------ workers
 
 
 def _run(job: Job, numbers: Sequence[int], workers: int, runner: str, beam_options: Sequence[str]) -> Iterable[int]:
-    """Runs `write_shard` for all numbers; yields those that are done."""
+    """Runs `write_shard` for all numbers; yields the finished ones."""
     write = functools.partial(write_shard, job)
     if runner:
         return _beam(write, numbers, runner, beam_options)
@@ -303,7 +311,7 @@ def _run(job: Job, numbers: Sequence[int], workers: int, runner: str, beam_optio
 
 
 def _processes(write: functools.partial, numbers: Sequence[int], workers: int) -> Iterator[int]:
-    spawn = multiprocessing.get_context("spawn")  # a forked jax hangs
+    spawn = multiprocessing.get_context("spawn")  # jax hangs after a fork
     others = set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(
         min(workers, len(numbers)), mp_context=spawn, initializer=processes.begin_worker
@@ -316,7 +324,7 @@ def _processes(write: functools.partial, numbers: Sequence[int], workers: int) -
             "a worker process was ended from outside (too little memory?); the same "
             "command resumes with the shards that are missing"
         ) from None
-    except BaseException:  # an error, or Ctrl-C: nobody waits for shards that are half-written
+    except BaseException:  # an error, or Ctrl-C: do not wait for half-written shards
         pool.shutdown(wait=False, cancel_futures=True)
         for child in set(multiprocessing.active_children()) - others:
             child.terminate()
@@ -337,17 +345,17 @@ def _beam(write: functools.partial, numbers: Sequence[int], runner: str, options
     if wrong := [option for option in options if not option.partition("=")[0].isidentifier()]:
         raise UserError(f"--beam_options={brief(wrong[0], 60)}: name=value is expected")
     flags = [f"--runner={runner}", *(f"--{option}" for option in options)]
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
         parsed = PipelineOptions(flags)
-        with contextlib.redirect_stderr(said):
-            parsed.get_all_options()  # now; a pipeline asks for them when it runs
+        with contextlib.redirect_stderr(stderr):
+            parsed.get_all_options()  # now, not when the pipeline runs
         pipeline = beam.Pipeline(options=parsed)
-    except (ValueError, TypeError, SystemExit) as fault:  # argparse ends the process with a page of usage
-        reason = said.getvalue().strip().rpartition("\n")[2] or str(fault)
+    except (ValueError, TypeError, SystemExit) as fault:  # argparse prints its usage and exits
+        reason = stderr.getvalue().strip().rpartition("\n")[2] or str(fault)
         raise UserError(f"--runner={runner}, --beam_options: Apache Beam refuses them ({brief(reason)})") from None
     with pipeline:
-        # What the shards hold is noted in files: nothing has to come back through the pipeline.
+        # The content of the shards is recorded in files: nothing is returned through the pipeline.
         _ = pipeline | "Shards" >> beam.Create(list(numbers)) | beam.Reshuffle() | "Write" >> beam.Map(write)
     return numbers
 
@@ -356,7 +364,7 @@ def _beam(write: functools.partial, numbers: Sequence[int], runner: str, options
 
 
 def _claim(out: epath.Path, plan: Mapping[str, Any]) -> None:
-    """Notes the plan in the folder; UserError where it holds another one, or something else."""
+    """Writes the plan to the folder; UserError where it has another one, or other content."""
     if (out / PLAN).exists():
         old, new = files.read_json(out / PLAN), json.loads(json.dumps(plan))
         if not isinstance(old, Mapping):
@@ -374,51 +382,51 @@ def _claim(out: epath.Path, plan: Mapping[str, Any]) -> None:
 
 
 def _finish(job: Job, items: _Items, plan: Mapping[str, Any], total: int) -> dict[str, Any]:
-    """Adds up the notes of the shards, and writes what makes the folder a data set."""
+    """Adds up the shards, and writes the files that make the folder a data set."""
     out = epath.Path(job.out)
     notes = [_note(out / SHARDS / f"{number:05d}.json") for number in range(total)]
-    broken = [fault for note in notes for fault in note["broken"]]
+    skipped = [fault for note in notes for fault in note["broken"]]
     samples = sum(note["samples"] for note in notes)
     if not samples:
-        raise UserError(f"all {len(broken)} samples are broken; the first: {broken[0]['reason']}")
-    for left in out.glob(".*.tmp") if not files.is_remote(out) else ():
-        left.unlink()  # of processes that were killed
+        raise UserError(f"all {len(skipped)} samples are broken; the first: {skipped[0]['reason']}")
+    for temporary in out.glob(".*.tmp") if not files.is_remote(out) else ():
+        temporary.unlink()  # of processes that were killed
     written = collections.Counter()
     for note in notes:
         written.update({int(k): count for k, count in note["parts"].items()})
     parts = [
-        {"samples": written[k], "weight": part.weight * written[k] / count}
-        for k, (part, count) in enumerate(zip(items.parts, items.counts))
+        {"samples": written[k], "weight": component.weight * written[k] / count}
+        for k, (component, count) in enumerate(zip(items.components, items.counts, strict=True))
     ]
     statistics = sum((Statistics.from_json(note["statistics"]) for note in notes), Statistics())
     shards = [{key: note[key] for key in ("file", "samples", "bytes", "sha256")} for note in notes]
     summary = {
         "samples": samples,
-        "broken": len(broken),
+        "broken": len(skipped),
         "shards": total,
         "bytes": sum(shard["bytes"] for shard in shards),
         **statistics.summary(),
-        "broken_samples": broken[:_SHOWN],
+        "broken_samples": skipped[:_SHOWN],
     }
     _write_info(job, shards)
     files.write(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
     files.write(
         out / MANIFEST,
-        json.dumps({**plan, "samples": samples, "broken": len(broken), "parts": parts, "shards": shards}, indent=1)
+        json.dumps({**plan, "samples": samples, "broken": len(skipped), "parts": parts, "shards": shards}, indent=1)
         + "\n",
     )
     return summary
 
 
 def _write_info(job: Job, shards: Sequence[Mapping[str, Any]]) -> None:
-    """dataset_info.json and features.json, with which TFDS opens the folder too."""
+    """dataset_info.json and features.json, with which TFDS opens the folder as well."""
     out, samples = epath.Path(job.out), records.Samples
-    _features(job).save_config(out)
+    _features(job).save_config(os.fspath(out))
     files.write(
         out / tfds_folder.INFO,
         json.dumps(
             {
-                "description": records.__doc__.strip(),
+                "description": (records.__doc__ or "").strip(),
                 "disableShuffling": True,
                 "fileFormat": tfds_folder.FORMAT,
                 "moduleName": samples.__module__,
@@ -445,31 +453,32 @@ def _features(job: Job) -> tfds.features.FeaturesDict:
 def _serializer(job: Job) -> Any:
     """A record of `records.features` -> the bytes that TFDS reads."""
     features = _features(job)
-    example = tfds.core.ExampleSerializer(features.get_serialized_info())
-    # deterministic: protobuf orders maps anew in every process otherwise
+    specs: Any = features.get_serialized_info()
+    example = tfds.core.ExampleSerializer(specs)
+    # deterministic: otherwise the order of protobuf maps differs between processes
     return lambda record: example.get_tf_example(features.encode_example(record)).SerializeToString(deterministic=True)
 
 
-def _is_whole(target: epath.Path, note: epath.Path) -> bool:
+def _is_complete(target: epath.Path, note: epath.Path) -> bool:
     if not (target.exists() and note.exists()):
         return False
     try:
-        said = _note(note)
+        found = _note(note)
     except UserError:  # damaged: the shard is written again
         return False
-    return target.stat().length == said["bytes"] and checksum(target) == said["sha256"]
+    return target.stat().length == found["bytes"] and checksum(target) == found["sha256"]
 
 
 def _note(path: epath.Path) -> Mapping[str, Any]:
-    """What was noted of a shard; UserError where it is not as `write_shard` notes it."""
-    said = files.read_json(path)
+    """The note of a shard; UserError where it is not one that `write_shard` wrote."""
+    note = files.read_json(path)
     with located(str(path), "note of a shard", UserError):
-        total = sum(said["parts"].values())
-        if total != said["samples"] or not {"file", "bytes", "sha256"} <= set(said):
-            raise ValueError("numbers of samples that do not add up")
-        [(int(k), fault["reason"]) for k in said["parts"] for fault in said["broken"]]
-        Statistics.from_json(said["statistics"]).summary()
-    return said
+        total = sum(note["parts"].values())
+        if total != note["samples"] or not {"file", "bytes", "sha256"} <= set(note):
+            raise ValueError("inconsistent numbers of samples")
+        [(int(k), fault["reason"]) for k in note["parts"] for fault in note["broken"]]
+        Statistics.from_json(note["statistics"]).summary()
+    return note
 
 
 def _numbers(job: Job, shard: int, total: int) -> range:
@@ -478,7 +487,7 @@ def _numbers(job: Job, shard: int, total: int) -> range:
     return range(begin, min(begin + job.shard_samples, total))
 
 
-def _grouped(numbers: Iterable[int], size: int) -> Iterator[list[int]]:
+def _batched(numbers: Iterable[int], size: int) -> Iterator[list[int]]:
     numbers = iter(numbers)
-    while group := list(itertools.islice(numbers, size)):
-        yield group
+    while batch := list(itertools.islice(numbers, size)):
+        yield batch

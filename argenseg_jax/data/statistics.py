@@ -1,4 +1,4 @@
-"""What a data set holds: counts, classes, mask areas, picture sizes, text lengths; sums that add up."""
+"""Statistics of a data set: counts, classes, mask areas, image sizes, text lengths; they can be added."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import numpy as np
 
 from argenseg_jax.data.sample import Sample
 
-AREAS = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)  # upper ends of the bins, share of the picture
+AREAS = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)  # upper ends of the bins, share of the image
 WORDS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # upper ends of the bins
-_SHOWN = 50  # classes of a summary; the rest is counted
+_SHOWN = 50  # classes of a summary; the others are only counted
 
 
 @dataclasses.dataclass
 class Statistics:
-    """Sums over samples; `+` of two is that of all their samples, in any order.
+    """Sums over samples; `+` of two is that of all their samples.
 
     Attributes:
-      counts: samples, pictures, masks, empty masks, masks in colour (pictures to generate), samples
-        without a picture, without a mask, dropped polygons (of fewer than 3 points, see data/rle.py).
-      classes: samples by what they ask for: the source's own kind or phrase, else the question.
-      areas: grey masks by the share of the picture that they fill, in the bins of AREAS.
-      widths, heights: pictures by their size.
-      questions, answers: samples by the words of all human or model turns, in the bins of WORDS.
+      counts: samples, images, masks, empty masks, masks in colour (images to generate), samples
+        without an image, without a mask, dropped polygons (of fewer than 3 points, see data/rle.py).
+      classes: samples per class: the source's own kind or phrase, else the question.
+      areas: grey masks by the share of the image that they fill, in the bins of AREAS.
+      widths, heights: images by their size.
+      questions, answers: samples by the number of words of all human or model turns, in the bins of WORDS.
     """
 
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -40,7 +40,7 @@ class Statistics:
     answers: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, sample: Sample) -> None:
-        """Counts one more sample."""
+        """Adds one sample."""
         grey = [m for m in sample.masks if m.ndim == 2]
         shares = [float(np.mean(m >= 128)) for m in grey]
         self.counts.update(
@@ -75,7 +75,7 @@ class Statistics:
         return cls(**{name: collections.Counter(counts) for name, counts in content.items()})
 
     def summary(self) -> dict[str, Any]:
-        """For people and summary.json: counts, the commonest classes, histograms in their order."""
+        """For people and summary.json: counts, the most common classes, histograms in order."""
         common = self.classes.most_common(_SHOWN)
         return {
             **{
@@ -100,20 +100,20 @@ class Statistics:
         }
 
 
-def format_summary(summary: Mapping[str, Any], most: int = 12) -> str:
-    """The summary as lines for people."""
+def format_summary(summary: Mapping[str, Any], num_classes: int = 12) -> str:
+    """The summary as lines of text, with its most common classes."""
     classes = list(summary["classes"].items())
-    rest = summary["distinct_classes"] - min(most, len(classes))
+    rest = summary["distinct_classes"] - min(num_classes, len(classes))
     lines = [
-        f"{summary['pictures']} pictures, {summary['masks']} masks ({summary['empty_masks']} empty, "
-        f"{summary['colour_masks']} in colour); {summary['without_picture']} samples without a "
-        f"picture, {summary['without_mask']} without a mask"
+        f"{summary['pictures']} images, {summary['masks']} masks ({summary['empty_masks']} empty, "
+        f"{summary['colour_masks']} in colour); {summary['without_picture']} samples without an "
+        f"image, {summary['without_mask']} without a mask"
     ]
     if summary["dropped_polygons"]:
         lines.append(f"{summary['dropped_polygons']} polygons of fewer than 3 points were left out")
     if summary["width"]:
         lines.append(
-            "picture size: "
+            "image size: "
             + ", ".join(
                 f"{axis} {r['min']} to {r['max']} (mean {r['mean']:.0f})"
                 for axis, r in (("width", summary["width"]), ("height", summary["height"]))
@@ -122,13 +122,13 @@ def format_summary(summary: Mapping[str, Any], most: int = 12) -> str:
     lines += [
         f"{name}: " + ", ".join(f"{k}: {v}" for k, v in summary[key].items())
         for name, key in (
-            ("share of the picture that a mask fills", "mask_area"),
+            ("share of the image that a mask fills", "mask_area"),
             ("words of a question", "question_words"),
             ("words of an answer", "answer_words"),
         )
         if summary[key]
     ]
-    lines += [f"{count:8d}  {name}" for name, count in classes[:most]]
+    lines += [f"{count:8d}  {name}" for name, count in classes[:num_classes]]
     return "\n".join(lines + ([f"{'':8s}  and {rest} more classes"] if rest > 0 else []))
 
 
@@ -138,15 +138,15 @@ def _class(sample: Sample, asked: str) -> str:
 
 
 def _text(sample: Sample, roles: Sequence[str]) -> str:
-    """What these roles say, without the places of pictures and masks."""
-    said = " ".join(turn["value"] for turn in sample.conversations if turn["from"] in roles)
-    return " ".join(re.sub(r"<(image|mask|video)>", " ", said).split())
+    """The text of these roles, without the placeholders of images and masks."""
+    text = " ".join(turn["value"] for turn in sample.conversations if turn["from"] in roles)
+    return " ".join(re.sub(r"<(image|mask|video)>", " ", text).split())
 
 
 def _bin(ends: Sequence[float], value: float) -> str:
-    """'<= END' of the first end that is not below the value, '> END' beyond the last."""
-    at = bisect.bisect_left(ends, value)
-    return f"<= {ends[at]:g}" if at < len(ends) else f"> {ends[-1]:g}"
+    """'<= END' of the first end that is not below the value, '> END' after the last."""
+    index = bisect.bisect_left(ends, value)
+    return f"<= {ends[index]:g}" if index < len(ends) else f"> {ends[-1]:g}"
 
 
 def _ordered(counts: Mapping[str, int], ends: Sequence[float]) -> dict[str, int]:

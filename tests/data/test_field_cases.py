@@ -299,7 +299,7 @@ def test_the_prompt_reaches_every_source_that_words_its_questions(root):
         ("coco:{}/coco", "Please segment every box in this image, one by one."),
     ):
         assert asked(open_source(name.format(root))) == [text]
-    with pytest.raises(UserError, match="changes nothing: these sources hold their own questions"):
+    with pytest.raises(UserError, match="changes nothing: these sources contain their own questions"):
         prepare.prepare(prepare.Job((f"{root}/flat/d.jsonl",), str(root / "out"), prompt="semantic"))
 
 

@@ -159,7 +159,7 @@ def test_another_plan_is_refused(folder, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
         prepare.prepare(job(tmp_path))
-    with pytest.raises(UserError, match="a source without an end"):
+    with pytest.raises(UserError, match="an endless source"):
         prepare.prepare(job(tmp_path / "x", "shapes:full:train"))
 
 
@@ -272,7 +272,7 @@ def test_statistics_add_up():
     assert sum(summary["question_words"].values()) == sum(summary["classes"].values()) == 10
     assert summary["classes"]["Hello?"] == 1 and summary["answer_words"]["<= 1"] == 1
     assert summary["width"] == {"min": 64, "mean": 64.0, "max": 64}
-    assert "9 pictures, 9 masks" in format_summary(summary) and "and 7 more" in format_summary(
+    assert "9 images, 9 masks" in format_summary(summary) and "and 7 more" in format_summary(
         {**summary, "distinct_classes": 14}
     )
 
@@ -332,7 +332,7 @@ def test_resized(tmp_path):
         assert share[0] == pytest.approx(share[1], abs=0.01)
         assert set(np.unique(small.masks[0])) <= {0, 255}
     colour = Sample([], (), (np.zeros((8, 6, 3), np.uint8),), {"crowds": [np.ones((8, 6), np.uint8) * 255]})
-    small = prepare.resized(colour, 4)
+    small = prepare.resize_sample(colour, 4)
     assert small.masks[0].shape == (4, 4, 3) and small.meta["crowds"][0].tolist() == [[255] * 4] * 4
 
 

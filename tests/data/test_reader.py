@@ -196,8 +196,8 @@ def test_prepared_images_are_those_that_training_reads(tmp_path, monkeypatch):
     assert mixture.window(mixture.open_mixture((name, f"interactive:box:{name}"))) == (0, 65535)
     assert mixture.window(mixture.open_mixture((name, own(tmp_path / "y", levels(4000))))) == ()
     assert mixture.window(mixture.open_mixture(("shapes:simple:train:5",))) == ()
-    small = prepare.resized(direct[1], 4).masks[0]
-    assert len(np.unique(small)) > 2 and set(np.unique(prepare.resized(direct[0], 4).masks[0])) <= {0, 255}
+    small = prepare.resize_sample(direct[1], 4).masks[0]
+    assert len(np.unique(small)) > 2 and set(np.unique(prepare.resize_sample(direct[0], 4).masks[0])) <= {0, 255}
 
 
 def test_flags_of_the_commands(tmp_path, capfd):
@@ -271,7 +271,7 @@ def test_images_to_be_generated_pass_unchanged(tmp_path):
         drawn, edited, masked = (mixture.open_source(name)[k] for k in range(3))
         for sample, want in ((drawn, dark), (edited, dark), (masked, np.eye(8) * 255)):
             np.testing.assert_array_equal(encoder.mask_example(sample, RNG)["masks"], scaled(want, 0, 255))
-        assert len(np.unique(prepare.resized(drawn, 16).masks[0])) > 3  # no mask: not cut at 128
+        assert len(np.unique(prepare.resize_sample(drawn, 16).masks[0])) > 3  # no mask: not cut at 128
     target = mixture.open_source(f"t2i:{tmp_path / 't'}")[0]
     np.testing.assert_array_equal(encoder.mask_example(target, RNG)["masks"], scaled(dark, 0, 255))
     answer = transforms.resize(scaled(dark, 0, 255), (16, 16))

@@ -125,7 +125,7 @@ CRASHES = """
 import numpy as np
 from argenseg_jax.data import rle
 from argenseg_jax.errors import UserError
-from argenseg_jax.eval.instances import instance_scores
+from argenseg_jax.eval.metrics.instances import instance_scores
 def refused(function, *values):
     try:
         function(*values)

@@ -122,7 +122,7 @@ def test_the_command(folder, tmp_path, capfd):
     code, said, err = call(capfd, "prepare", *args)
     result = json.loads(said.splitlines()[-1])
     assert (code, result["samples"], result["broken"], result["shards"]) == (0, 7, 0, 2)
-    assert any("6 pictures, 6 masks" in line for line in err)
+    assert any("6 images, 6 masks" in line for line in err)
     manifest = json.loads((out / "prepared.json").read_text())
     assert manifest["codes"] == MaskTokenizer.from_checkpoint(str(folder / "run")).identity()
     assert [s["samples"] for s in manifest["shards"]] == [4, 3]

@@ -28,7 +28,7 @@ def polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
     y, x = _lines(inner_start[visible], inner_end[visible])
     first, last = _spans(start, end, inner_start, inner_end, height, width)
     outline = y * width + x
-    return rle.joined(np.concatenate([outline, first]), np.concatenate([outline, last]) + 1)
+    return rle.merge_runs(np.concatenate([outline, first]), np.concatenate([outline, last]) + 1)
 
 
 def _clip(start: np.ndarray, end: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
