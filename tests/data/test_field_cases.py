@@ -9,7 +9,7 @@ from PIL import Image
 from argenseg_jax.data import prepare
 from argenseg_jax.data.mixture import open_mixture, open_source, takes_prompt
 from argenseg_jax.errors import SampleError, UserError
-from tests.hostile.folders import COCO, LABELS, MASK, PICTURE, TURNS, fill, put
+from tests.hostile.folders import COCO, IMAGE, LABELS, MASK, TURNS, fill, put
 
 RIGHT = [[6, 0, 12, 0, 12, 8, 6, 8]]
 
@@ -138,13 +138,13 @@ def test_one_sample_a_line(root):
     sample = {"image": "a.png", "conversations": TURNS[:1]}
     for text in (json.dumps([sample, sample]), json.dumps([sample], indent=1), json.dumps(sample, indent=1), "[]", "5"):
         put(root / "flat/d.jsonl", text.encode())
-        with pytest.raises(SampleError, match="d.jsonl:1: .*one sample a line"):
+        with pytest.raises(SampleError, match="d.jsonl:1: .*one sample per line"):
             open_source(f"{root}/flat/d.jsonl")[0]
     put(root / "flat/list.json", [sample])
-    with pytest.raises(SampleError, match="entry 0: not a PSALM entry.*one sample a line"):
+    with pytest.raises(SampleError, match="entry 0: not a PSALM entry.*one sample per line"):
         open_source(f"{root}/flat/list.json")[0]
     put(root / "flat/one.json", sample)
-    with pytest.raises(UserError, match="one.json: a meta JSON is an object.*one a line"):
+    with pytest.raises(UserError, match="one.json: a meta JSON is an object.*one per line"):
         open_source(f"{root}/flat/one.json")
 
 
@@ -250,16 +250,16 @@ def test_hidden_files_are_no_data(root):
             put(root / folder / name, b"Mac OS X")
     for name, texts in before.items():
         assert [open_source(name)[k].conversations for k in range(len(open_source(name)))] == texts, name
-    put(root / "flat/clip/0.png", PICTURE)
+    put(root / "flat/clip/0.png", IMAGE)
     put(root / "flat/d.jsonl", {"video": "clip", "conversations": [{"from": "human", "value": "<video>\nWhat?"}]})
     assert open_source(f"{root}/flat/d.jsonl")[0].meta["files"] == ["clip/0.png"]
 
 
 def test_tiff_pictures_masks_and_maps(root):
     for folder, content in (
-        ("maps/images", PICTURE),
+        ("maps/images", IMAGE),
         ("maps/labels", LABELS),
-        ("masks/images", PICTURE),
+        ("masks/images", IMAGE),
         ("masks/masks/left", MASK),
     ):
         Image.open(root / folder / "a.png").save(root / folder / "a.tif")

@@ -32,7 +32,7 @@ def png(array):
     return file.getvalue()
 
 
-PICTURE = png(np.full((8, 12, 3), 90, np.uint8))
+IMAGE = png(np.full((8, 12, 3), 90, np.uint8))
 MASK = png(np.repeat([[255] * 6 + [0] * 6], 8, 0).astype(np.uint8))
 LABELS = png(np.repeat([[1] * 6 + [2] * 6], 8, 0).astype(np.uint8))
 
@@ -53,7 +53,7 @@ def fill(root):
         "mvtec/bolt/test/cut",
         "ade/images/validation",
     ):
-        put(f"{root}/{folder}/a.png", PICTURE)
+        put(f"{root}/{folder}/a.png", IMAGE)
     put(f"{root}/flat/m.png", MASK)
     put(f"{root}/flat/d.jsonl", line)
     put(f"{root}/flat/x.jsonl", {**line, "image": f"{root}/flat/a.png", "mask": f"{root}/flat/m.png"})

@@ -15,7 +15,7 @@ from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sources import base
 from argenseg_jax.errors import SampleError, UserError
 from tests import bucket
-from tests.hostile.folders import COCO, LABELS, MASK, PICTURE, TURNS, fill, put
+from tests.hostile.folders import COCO, IMAGE, LABELS, MASK, TURNS, fill, put
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_what_is_not_in_a_bucket_is_one_line(gs):
 
 @pytest.fixture
 def secret(tmp_path):
-    put(tmp_path / "secret.png", PICTURE)
+    put(tmp_path / "secret.png", IMAGE)
     put(tmp_path / "secret.jsonl", {"conversations": TURNS[:1], "image": "secret.png"})
     (tmp_path / "data").mkdir()
     return tmp_path
@@ -96,7 +96,7 @@ def test_relative_paths_stay_in_their_folder(secret):
     data = secret / "data"
     os.symlink(secret / "secret.png", data / "link.png")
     os.symlink(secret, data / "linked")
-    put(data / "sub/a.png", PICTURE)
+    put(data / "sub/a.png", IMAGE)
     for name, way in (
         ("../secret.png", "`..`"),
         ("sub/../../secret.png", "`..`"),
@@ -151,7 +151,7 @@ def test_every_data_file_stays_in_its_folder(secret, tmp_path):
 
 
 def test_a_bucket_has_no_way_out_either(gs):
-    put("gs://bucket/secret.png", PICTURE)
+    put("gs://bucket/secret.png", IMAGE)
     put(f"{gs}/d.jsonl", {"image": "../secret.png", "conversations": TURNS[:1]})
     with pytest.raises(SampleError, match="leads out of gs://bucket/data"):
         open_source(f"{gs}/d.jsonl")[0]
@@ -195,7 +195,7 @@ def test_only_regular_files_are_read(secret):
     ),
 )
 def test_odd_names_are_one_line(tmp_path, name):
-    put(tmp_path / "a.png", PICTURE)
+    put(tmp_path / "a.png", IMAGE)
     put(
         tmp_path / "p.json",
         [{"image_info": {"file_name": name, "height": 8, "width": 12}, "instruction": [{"sent": "it"}], "anns": []}],
@@ -222,17 +222,17 @@ def test_letters_composed_otherwise(tmp_path):
     whole, apart = (unicodedata.normalize(form, "née.png") for form in ("NFC", "NFD"))
     fill(tmp_path)
     for on_disk, in_list in ((whole, apart), (apart, whole)):
-        put(tmp_path / f"own/images/{on_disk}", PICTURE)
+        put(tmp_path / f"own/images/{on_disk}", IMAGE)
         put(tmp_path / "own/annotations.json", {**COCO, "images": [{**COCO["images"][0], "file_name": in_list}]})
         assert open_source(f"own:{tmp_path}/own")[0].images
         os.unlink(tmp_path / f"own/images/{on_disk}")
-        put(tmp_path / f"masks/images/{on_disk}", PICTURE)
+        put(tmp_path / f"masks/images/{on_disk}", IMAGE)
         put(tmp_path / f"masks/masks/left/{in_list}", MASK)
-        put(tmp_path / f"maps/images/{on_disk}", PICTURE)
+        put(tmp_path / f"maps/images/{on_disk}", IMAGE)
         put(tmp_path / f"maps/labels/{in_list}", LABELS)
-        put(tmp_path / f"t2i/{on_disk}", PICTURE)
+        put(tmp_path / f"t2i/{on_disk}", IMAGE)
         put(tmp_path / f"t2i/{in_list[:-4]}.txt", b"words")
-        put(tmp_path / f"reason/val/{on_disk}", PICTURE)
+        put(tmp_path / f"reason/val/{on_disk}", IMAGE)
         put(tmp_path / f"reason/val/{in_list[:-4]}.json", (tmp_path / "reason/val/a.json").read_bytes())
         for name, samples in (("own:{}/masks", 2), ("own:{}/maps", 4), ("t2i:{}/t2i", 2), ("reasonseg:{}/reason", 2)):
             source = open_source(name.format(tmp_path))
@@ -257,10 +257,10 @@ def test_letters_composed_otherwise(tmp_path):
     assert unicodedata.normalize("NFC", "été") in asked
 
 
-def test_two_pictures_of_one_name(tmp_path):
+def test_two_images_of_the_same_name(tmp_path):
     fill(tmp_path)
-    put(tmp_path / "masks/images/a.jpg", PICTURE)
-    with pytest.raises(UserError, match="masks/left/a.png: several pictures of this name"):
+    put(tmp_path / "masks/images/a.jpg", IMAGE)
+    with pytest.raises(UserError, match="masks/left/a.png: several images of this name"):
         open_source(f"own:{tmp_path}/masks")
 
 
@@ -274,7 +274,7 @@ def test_meta_json_from_the_working_directory(tmp_path, monkeypatch):
     assert open_source(f"{tmp_path}/example/meta.json")[0].masks[0].any()
 
 
-def test_folders_of_pictures_may_be_links(tmp_path):
+def test_folders_of_images_may_be_links(tmp_path):
     """What a user links into a published layout is found there; PACO's names start above train2017/."""
     fill(tmp_path / "disk")
     (tmp_path / "paco").mkdir()
@@ -290,5 +290,5 @@ def test_folders_of_pictures_may_be_links(tmp_path):
 
 def test_candidates_of_published_layouts_may_lead_up(tmp_path):
     fill(tmp_path)
-    root = base.find(epath.Path(tmp_path / "coco"), "pictures", "../panoptic/val2017", "val2017")
+    root = base.find(epath.Path(tmp_path / "coco"), "images", "../panoptic/val2017", "val2017")
     assert (root / "a.png").exists() and "panoptic" in str(root)

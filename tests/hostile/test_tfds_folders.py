@@ -130,7 +130,7 @@ GOOD = {"conversations": TURNS, "images": [png()], "masks": [png()], "meta": b"{
     "bad, why",
     (
         ({"images": [EPS]}, r"images\[0\]: not a readable image"),
-        ({"images": [png(form="GIF")]}, "no PNG picture"),
+        ({"images": [png(form="GIF")]}, "no PNG image"),
         ({"masks": [BOMB]}, r"masks\[0\]: 9000x900 pixels; at most 1000000 are read"),
         ({"images": [png("1", (1000, 1000))] * 9}, r"images\[4\]: 1000x1000 pixels; at most 0 are read"),
         ({"meta": b"["}, "its `meta` is no valid JSON"),

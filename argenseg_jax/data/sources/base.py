@@ -1,4 +1,4 @@
-"""What sources of published layouts share: finding files, naming faults, the words of a sample."""
+"""What the sources share: the protocol, random access with located errors, finding files, ids and class names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import DATA_FAULTS, SampleError, UserError, brief, located
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-MOST_TIMES = 1e9  # that a data set is repeated; sums of weights stay finite, and none disappears beside them
+MOST_TIMES = 1e9  # limit of repeat_time; sums of weights stay finite and no weight is rounded away
 Entry, Built = TypeVar("Entry"), TypeVar("Built")
 
 
@@ -76,7 +76,7 @@ class Indexed(Generic[Entry]):
         return self.with_meta(index, self.build)
 
     def with_meta(self, index: int, build: Callable[[Entry], Sample]) -> Sample:
-        """build(entries[index]) with its source, line and id in `meta`, and where it is in the message of any fault."""
+        """build(entries[index]) with its source, line and id in `meta`, and the line in the message of any error."""
         check_index(index, len(self))
         entry = self.entries[index]
         where = self.where(entry)
@@ -107,7 +107,7 @@ class Indexed(Generic[Entry]):
 
 
 def find(root: epath.Path, what: str, *candidates: str) -> epath.Path:
-    """The first of root/candidate that exists; UserError says what was sought."""
+    """The first of root/candidate that exists; UserError lists the candidates."""
     for candidate in candidates:
         if files.kind_of(path := files.join(root, candidate)):
             return path
@@ -129,7 +129,7 @@ class Root(NamedTuple):
         """The file of a name; SampleError where it is none, or leads out of the folder.
 
         Where there is no such file, it is looked for as other programs write the name: with Windows'
-        backslashes, with the folder's own name in front, with letters composed otherwise (NFC, NFD).
+        backslashes, with the folder's own name in front, with another Unicode normalization (NFC, NFD).
         """
         if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
             raise SampleError(f"a file name is expected, not {brief(repr(name), 80)}")
@@ -153,11 +153,11 @@ class Root(NamedTuple):
 
 
 def frames(
-    root: Root, video: str, conversation: Sequence[Mapping[str, str]], most: int = 32
+    root: Root, video: str, conversation: Sequence[Mapping[str, str]], max_frames: int = 32
 ) -> tuple[list[str], list[dict[str, str]]]:
     """A folder of frames as images: (paths below root, turns with `<video>` as InternVL writes it).
 
-    At most `most` frames, evenly spaced. A text without `<video>` has it in front.
+    At most `max_frames` frames, evenly spaced. Where no turn has `<video>`, it is put before the first one.
     """
     folder = root.file(video)
     if files.kind_of(folder, SampleError) != "folder":
@@ -165,35 +165,35 @@ def frames(
     found = image_files(folder, SampleError)
     if not found:
         raise SampleError(f"video {video}: no frames; looked for {', '.join(IMAGE_SUFFIXES)}")
-    step = max(1.0, len(found) / most)
-    chosen = [found[int(k * step)] for k in range(min(len(found), most))]
-    written = "\n".join(f"Frame{k}: <image>" for k in range(1, len(chosen) + 1)) + "\n"
-    talk = [dict(turn) for turn in conversation]
-    if not any("<video>" in turn["value"] for turn in talk):
-        talk[0]["value"] = f"<video>\n{talk[0]['value']}"
-    for turn in talk:
-        turn["value"] = turn["value"].replace("<video>\n", written).replace("<video>", written)
-    return [f"{video}/{p.name}" for p in chosen], talk
+    step = max(1.0, len(found) / max_frames)
+    selected = [found[int(k * step)] for k in range(min(len(found), max_frames))]
+    frame_tags = "\n".join(f"Frame{k}: <image>" for k in range(1, len(selected) + 1)) + "\n"
+    turns = [dict(turn) for turn in conversation]
+    if not any("<video>" in turn["value"] for turn in turns):
+        turns[0]["value"] = f"<video>\n{turns[0]['value']}"
+    for turn in turns:
+        turn["value"] = turn["value"].replace("<video>\n", frame_tags).replace("<video>", frame_tags)
+    return [f"{video}/{p.name}" for p in selected], turns
 
 
 def subfolders(folder: epath.Path) -> list[epath.Path]:
-    """The folders in a folder, by name; hidden ones are left out."""
+    """The folders in a folder, by name; without hidden ones."""
     return [p for p in files.listed(folder) if files.kind_of(p) == "folder"]
 
 
 def image_files(folder: epath.Path, error: type[UserError] = UserError) -> list[epath.Path]:
-    """The image files of a folder, by name; hidden ones (macOS's ._a.png) are left out."""
+    """The image files of a folder, by name; without hidden ones (macOS's ._a.png)."""
     return [p for p in files.listed(folder, error) if p.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def by_stem(paths: Sequence[epath.Path]) -> dict[str, epath.Path]:
-    """{name without its ending, letters composed (NFC): path}; a .png goes before others of one name."""
+    """{stem: path}; a .png takes precedence over others of the same name."""
     ordered = sorted(paths, key=lambda p: (p.suffix.lower() != ".png", p))
     return {stem(p): p for p in reversed(ordered)}
 
 
 def stem(path: epath.Path) -> str:
-    """The name without its ending; macOS takes letters apart (NFD), others do not."""
+    """The name without its suffix, in NFC: macOS decomposes letters (NFD), other systems do not."""
     return unicodedata.normalize("NFC", path.stem)
 
 
@@ -210,7 +210,7 @@ def records(content: Any, key: str, path: Any) -> list[Mapping[str, Any]]:
 
 
 def each(entries: Sequence[Any], make: Callable[[Any], Built], where: str) -> list[Built]:
-    """make(entry) of all; UserError names `where` and the number of the entry that is of another form."""
+    """make(entry) of all; UserError names `where` and the index of the first entry that `make` rejects."""
     try:
         return [make(entry) for entry in entries]
     except (UserError, *DATA_FAULTS):
@@ -221,7 +221,7 @@ def each(entries: Sequence[Any], make: Callable[[Any], Built], where: str) -> li
 
 
 def an_id(value: Any) -> int | str:
-    """An id: a whole number, also one written as 139.0 (pandas does), or a text; ValueError otherwise."""
+    """An id: an integer, also one written as 139.0 (pandas does), or a string; ValueError otherwise."""
     if type(value) is float and value.is_integer():
         return int(value)
     if type(value) not in (int, str):
@@ -243,7 +243,7 @@ def by_id(entries: Sequence[Mapping[str, Any]], where: str) -> dict[int | str, M
 def classes(
     categories: Sequence[Mapping[str, Any]], where: str
 ) -> tuple[dict[int | str, str], dict[int | str, int | str]]:
-    """({category id: name}, {category id: the first id of that name}): two of one name are one question."""
+    """({category id: name}, {category id: the first id of that name}): categories of the same name are one class."""
     known = by_id(categories, where)
     names = each(list(known.values()), lambda c: sentence(text(c["name"], "the name")), where)
     return dict(zip(known, names, strict=True)), firsts(dict(zip(known, names, strict=True)))
@@ -256,7 +256,7 @@ def firsts(names: Mapping[Any, str]) -> dict[Any, Any]:
 
 
 def look_up(found: Mapping[Any, Entry], key: Any, what: str) -> Entry:
-    """found[key]; SampleError says that there is no such `what`."""
+    """found[key]; SampleError if there is no such `what`."""
     try:
         return found[key]
     except (KeyError, TypeError):
@@ -264,19 +264,19 @@ def look_up(found: Mapping[Any, Entry], key: Any, what: str) -> Entry:
 
 
 def in_order(key: Any) -> tuple[Any, ...]:
-    """Sorts ids, and tuples of them, also where some are numbers and some texts: numbers first."""
+    """Sort key of ids and tuples of ids that may mix numbers and strings: numbers first."""
     return tuple(map(in_order, key)) if isinstance(key, tuple) else (isinstance(key, str), key)
 
 
 def text(value: Any, what: str) -> str:
-    """A text that says something, as it is; ValueError otherwise."""
+    """The value, unchanged, if it is a string that is not blank; ValueError otherwise."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{what} {brief(repr(value), 60)} is no text")
     return value
 
 
 def ids_of(**ids: Any) -> dict[str, int | str]:
-    """image_id and category_id of a data set's own for `Sample.meta`, where they are ids."""
+    """The data set's own image_id and category_id for `Sample.meta`; values that are no ids are omitted."""
     found = {}
     for key, value in ids.items():
         with contextlib.suppress(ValueError):
@@ -285,7 +285,7 @@ def ids_of(**ids: Any) -> dict[str, int | str]:
 
 
 def sentence(name: str) -> str:
-    """A class name as words: 'trash_can' -> 'trash can', 'bicycle:wheel' -> 'wheel of the bicycle'."""
+    """A class name as words of a sentence: 'trash_can' -> 'trash can', 'bicycle:wheel' -> 'wheel of the bicycle'."""
     name = unicodedata.normalize("NFC", name)
-    whole, _, part = (" ".join(w.replace("_", " ").split()) for w in name.partition(":"))
-    return f"{part} of the {whole}" if part else whole
+    thing, _, part = (" ".join(w.replace("_", " ").split()) for w in name.partition(":"))
+    return f"{part} of the {thing}" if part else thing

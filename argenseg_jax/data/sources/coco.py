@@ -1,7 +1,7 @@
-"""COCO-style annotations: COCO instances, and "segment {class}" from PACO-LVIS, PASCAL-Part, one's own.
+"""COCO-style annotations: COCO instances, and "segment {class}" from PACO-LVIS, PASCAL-Part, own data.
 
 coco/{annotations/instances_val2017.json, val2017/*.jpg}
-paco/annotations/paco_lvis_v1_val.json, pictures as in COCO (val2017/*.jpg)
+paco/annotations/paco_lvis_v1_val.json, images as in COCO (val2017/*.jpg)
 pascal_part/train.json (as VLPart and LISA publish it), VOCdevkit/VOC2010/JPEGImages/*.jpg
 own: see data/sources/own.py
 """
@@ -19,7 +19,7 @@ from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources import base, templates
 
-# family -> (annotation files, folders of pictures); {split} is filled in
+# family -> (annotation files, folders of images); {split} is filled in
 LAYOUTS = {
     "coco": (("annotations/instances_{split}.json", "instances_{split}.json"), ("{split}", "images/{split}")),
     "paco": (
@@ -52,7 +52,7 @@ SPLITS = {"coco": "val2017", "paco": "val", "pascalpart": "train", "own": ""}
 
 
 class Objects(NamedTuple):
-    """The annotations of one class in one image, by place in the file. Categories of one name are one class."""
+    """The annotations of one class in one image, by index in the file. Categories of the same name are one class."""
 
     image_id: Any
     category_id: Any
@@ -62,14 +62,14 @@ class Objects(NamedTuple):
 class CocoSource(base.Indexed[Objects]):
     """One sample per class in an image.
 
-    `coco` asks for the instances: one mask each, largest first, `meta['crowds']` u8[H, W] each. The
-    others ask for the class: one mask, the union.
+    `coco` asks for the instances: one mask per instance, largest first, and `meta['crowds']`, a list of u8[H, W].
+    The others ask for the class: one mask, the union.
 
     Args:
       folder: see the module's text.
       family: a key of LAYOUTS.
       split: such as val2017.
-      image_root: folder that file names start from; by default looked for in the usual places.
+      image_root: folder that file names start from; by default the first of LAYOUTS that exists.
       prompt: how a class is asked for; see templates.question.
       reading: see data/reader.py.
     """
@@ -87,7 +87,7 @@ class CocoSource(base.Indexed[Objects]):
     ):
         templates.question([], prompt)
         split = split or SPLITS[family]
-        annotations, places = ([p.format(split=split) for p in part] for part in LAYOUTS[family])
+        annotations, image_roots = ([p.format(split=split) for p in part] for part in LAYOUTS[family])
         path = base.find(folder, f"annotations of {family}", *annotations)
         content = files.read_json(path)
         self.family, self.prompt = family, prompt
@@ -105,7 +105,7 @@ class CocoSource(base.Indexed[Objects]):
             for key in sorted(groups, key=base.in_order)
             if not all(self._anns[k].get("iscrowd") for k in groups[key])
         ]
-        root = files.to_path(image_root) if image_root else base.find(folder, f"pictures of {family}", *places)
+        root = files.to_path(image_root) if image_root else base.find(folder, f"images of {family}", *image_roots)
         self._root = base.Root(root, reading.allow_outside)
         super().__init__(str(path), entries, reading)
 
@@ -117,7 +117,7 @@ class CocoSource(base.Indexed[Objects]):
         name = base.look_up(self._names, entry.category_id, "category")
         image, height, width = self.sized(info, self._root, "of the entry")
         anns = [self._anns[k] for k in entry.anns]
-        single = [a for a in anns if not a.get("iscrowd")]
+        separate = [a for a in anns if not a.get("iscrowd")]
         meta = {
             "files": [info["file_name"]],
             "kind": name,
@@ -125,27 +125,27 @@ class CocoSource(base.Indexed[Objects]):
             **base.ids_of(image_id=entry.image_id, category_id=entry.category_id),
         }
         if self.family != "coco":
-            drawn = rle.objects(single, height, width)
+            drawn = rle.objects(separate, height, width)
             return Sample(
                 templates.turns(templates.question([name], templates.class_prompt(self.prompt))),
                 (image,),
                 (drawn.mask,),
                 {**meta, **drawn.meta(), "metric": "semantic"},
             )
-        each = rle.each(single, height, width)
+        instances = rle.each(separate, height, width)
         crowds = [
             rle.union([a["segmentation"]], height, width).mask
             for a in anns
             if a.get("iscrowd") and not rle.is_empty(a.get("segmentation"))
         ]
-        meta |= rle.Drawn(each[0].mask, sum(one.dropped for one in each)).meta()
-        asked = f"<image>\n Please segment every {name} in this image, one by one."
+        meta |= rle.Drawn(instances[0].mask, sum(one.dropped for one in instances)).meta()
+        question = f"<image>\n Please segment every {name} in this image, one by one."
         return Sample(
             templates.turns(
-                asked if self.prompt == templates.DEFAULT else templates.question([name], self.prompt),
-                f"Sure, the segmentation results: {', '.join(['<mask>'] * len(each))}.",
+                question if self.prompt == templates.DEFAULT else templates.question([name], self.prompt),
+                f"Sure, the segmentation results: {', '.join(['<mask>'] * len(instances))}.",
             ),
             (image,),
-            tuple(one.mask for one in each),
+            tuple(one.mask for one in instances),
             {**meta, "crowds": crowds, "metric": "instances"},
         )

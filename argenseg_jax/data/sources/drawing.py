@@ -1,6 +1,6 @@
-"""Polygons drawn as OpenCV 4.8 to 4.10 draws them, pixel by pixel: ReasonSeg's truth is made so.
+"""Polygons drawn as OpenCV 4.8 to 4.10 draws them, pixel by pixel: as ReasonSeg's ground truth is.
 
-LISA's requirements name 4.8.0. Versions before 4.8 and from 4.11 on leave out pixels at some right edges:
+LISA's requirements name 4.8.0. Versions before 4.8 and from 4.11 on omit pixels at some right edges:
 their polygons are smaller, by 0.7 % at a radius of 10 pixels.
 """
 
@@ -21,7 +21,7 @@ def polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
       height, width: of the image.
 
     Returns:
-      i64[R, 2], first pixel and end of the runs, as y * width + x, in order and apart from each other.
+      i64[R, 2], first pixel and end of the runs, as y * width + x, sorted and disjoint.
     """
     start, end = np.roll(points, 1, 0), points
     inner_start, inner_end, visible = _clip(start, end, height, width)
@@ -43,7 +43,7 @@ def _clip(start: np.ndarray, end: np.ndarray, height: int, width: int) -> tuple[
         return (point[:, axis] > limits[axis]).astype(np.int64) - (point[:, axis] < 0)
 
     def crossing() -> np.ndarray:
-        """Lines that are partly outside, and not as a whole on one side of the image."""
+        """Lines that are partly outside, and not entirely on one side of the image."""
         sides = np.stack([[outside(p, axis) for axis in (0, 1)] for p in ends])  # [2 ends, 2 axes, N]
         return sides.any((0, 1)) & ~((sides[0] == sides[1]) & (sides[0] != 0)).any(0)
 
@@ -51,19 +51,19 @@ def _clip(start: np.ndarray, end: np.ndarray, height: int, width: int) -> tuple[
         active = crossing()
         for moved, _other in ((0, 1), (1, 0)):
             side = outside(ends[moved], axis)
-            chosen = np.flatnonzero(active & (side != 0))
-            point, base = ends[moved][chosen], ends[0][chosen]
-            target = np.where(side[chosen] < 0, 0, limits[axis])
-            slope = ends[1][chosen] - base
+            selected = np.flatnonzero(active & (side != 0))
+            point, origin = ends[moved][selected], ends[0][selected]
+            target = np.where(side[selected] < 0, 0, limits[axis])
+            slope = ends[1][selected] - origin
             point[:, 1 - axis] += _divide((target - point[:, axis]) * slope[:, 1 - axis], slope[:, axis])
             point[:, axis] = target
-            ends[moved][chosen] = point
+            ends[moved][selected] = point
     inside = ~np.any([outside(p, axis) != 0 for p in ends for axis in (0, 1)], axis=0)
     return ends[0], ends[1], inside
 
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a / b cut towards zero, as C does."""
+    """a / b truncated towards zero, as in C."""
     return np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))
 
 
@@ -91,8 +91,8 @@ def _spans(
     An edge starts half a pixel to the right of its points, unless one of them is outside of the image.
     """
     outside = ((start < 0) | (end < 0) | (np.maximum(start, end) >= (width, height))).any(1)
-    kept = inner_start[:, 1] == inner_end[:, 1]  # what clipping leaves is level: the whole edge gives the slope
-    a, b = (np.where(kept[:, None], whole, inner) for whole, inner in ((start, inner_start), (end, inner_end)))
+    level = inner_start[:, 1] == inner_end[:, 1]  # horizontal after clipping: the unclipped edge gives the slope
+    a, b = (np.where(level[:, None], full, inner) for full, inner in ((start, inner_start), (end, inner_end)))
     rising = start[:, 1] > end[:, 1]
     upper, lower = np.where(rising[:, None], b, a), np.where(rising[:, None], a, b)
     top, bottom = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])

@@ -1,7 +1,7 @@
-"""Interactive segmentation made from any mask source: a point, box, scribble or mask as the prompt.
+"""Interactive segmentation built from any mask source: a point, box, scribble or mask as the prompt.
 
 `point` and `box` are written into the question in thousandths of the width and height; the other
-prompts, and `point-drawn` and `box-drawn`, are drawn into the picture in one colour.
+prompts, and `point-drawn` and `box-drawn`, are drawn into the image in one colour.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class InteractiveSource:
     """The samples of a source with a drawn or written prompt instead of their question.
 
     Reading by index is for evaluation: the first mask, the point in its middle. `draw` is for
-    training: any mask, any point inside it.
+    training: a random mask and a random point inside it.
 
     Args:
       inner: a source of samples with one image and grey masks at its size.
@@ -49,25 +49,25 @@ class InteractiveSource:
         return len(self.inner)
 
     def __getitem__(self, index: int) -> Sample:
-        return self._made(self.inner[index], np.random.default_rng(index), central=True)
+        return self._build(self.inner[index], np.random.default_rng(index), central=True)
 
     def draw(self, index: int, rng: np.random.Generator, change: Change | None = None) -> Sample:
-        """The sample with its prompt chosen by rng.
+        """The sample with a random prompt.
 
         Args:
           index: of the inner source.
-          rng: decides.
-          change: (sample, rng) -> sample, such as augmentation: comes before the prompt is made, which
-            then fits; left out where it would leave no object.
+          rng: chooses the mask and the prompt.
+          change: (sample, rng) -> sample, such as augmentation: applied before the prompt is drawn, so that
+            they agree; skipped where it would leave no object.
         """
         inner = self.inner
         sample = inner.draw(index, rng) if hasattr(inner, "draw") else inner[index]
         if change:
             changed = change(sample, rng)
             sample = changed if any((m >= 128).any() for m in changed.masks) else sample
-        return self._made(sample, rng, central=False)
+        return self._build(sample, rng, central=False)
 
-    def _made(self, sample: Sample, rng: np.random.Generator, central: bool) -> Sample:
+    def _build(self, sample: Sample, rng: np.random.Generator, central: bool) -> Sample:
         where = sample.meta.get("line") or sample.meta.get("id")
         masks = [m for m in sample.masks if m.ndim == 2 and (m >= 128).any()]
         if len(sample.images) != 1 or not masks:
@@ -86,35 +86,38 @@ def prompted(
 ) -> tuple[np.ndarray, str]:
     """(image u8[H, W, 3], question) that ask for the object bool[H, W].
 
-    The picture is a copy where something is drawn. `central` puts a point into the middle.
+    The image is a copy where something is drawn. `central` puts a point into the middle.
     """
     height, width = mask.shape
-    thick = max(1, round(max(height, width) / 150))
+    stroke_width = max(1, round(max(height, width) / 150))
     kind, text = prompt.removesuffix("-drawn"), QUESTIONS[prompt]
     if kind == "point":
-        x, y = innermost(mask) if central else _some(mask, rng, 1)[0]
+        x, y = innermost(mask) if central else subset(mask, rng, 1)[0]
         if prompt == kind:
             return image, text.format(_thousandths((x + 0.5, y + 0.5), width, height))
-        return _drawn(
-            image, lambda d: d.ellipse((x - 2 * thick, y - 2 * thick, x + 2 * thick, y + 2 * thick), INK)
+        return _with_stroke(
+            image,
+            lambda d: d.ellipse(
+                (x - 2 * stroke_width, y - 2 * stroke_width, x + 2 * stroke_width, y + 2 * stroke_width), INK
+            ),
         ), text
     if kind == "box":
         ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         box = (int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1)
         if prompt == kind:
             return image, text.format(_thousandths(box, width, height))
-        # Around the object, not over its outline, unless the picture ends there.
+        # Around the object, not over its outline, unless the image ends there.
         corners = (
-            max(box[0] - thick, 0),
-            max(box[1] - thick, 0),
-            min(box[2] - 1 + thick, width - 1),
-            min(box[3] - 1 + thick, height - 1),
+            max(box[0] - stroke_width, 0),
+            max(box[1] - stroke_width, 0),
+            min(box[2] - 1 + stroke_width, width - 1),
+            min(box[3] - 1 + stroke_width, height - 1),
         )
-        return _drawn(image, lambda d: d.rectangle(corners, outline=INK, width=thick)), text
+        return _with_stroke(image, lambda d: d.rectangle(corners, outline=INK, width=stroke_width)), text
     if kind == "scribble":
-        area = _scribble(mask, rng, thick)
+        area = _scribble(mask, rng, stroke_width)
     else:  # about half of the mask, around one of its pixels
-        x, y = _some(mask, rng, 1)[0]
+        x, y = subset(mask, rng, 1)[0]
         ys, xs = np.mgrid[:height, :width]
         distance = np.where(mask, (xs - x) ** 2 + (ys - y) ** 2, np.inf)
         area = mask & (distance <= np.median(distance[mask]))
@@ -124,14 +127,14 @@ def prompted(
 def peel(mask: np.ndarray) -> tuple[int, tuple[int, int] | None]:
     """(number of layers of one pixel, (x, y) of a pixel in the innermost one) of bool[H, W].
 
-    A pixel goes when one of its 8 neighbours is outside of the mask or the picture; of those that
-    go last the one nearest to their mean is taken.
+    Each layer removes the pixels with one of their 8 neighbours outside of the mask or the image; of the
+    innermost layer, the pixel nearest to its mean is returned.
     """
     layers, last, core = 0, None, np.asarray(mask, bool)
     while core.any():
         layers, last, padded = layers + 1, core, np.pad(core, 1)
-        rows = padded[:-2] & padded[1:-1] & padded[2:]
-        core = rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
+        vertical = padded[:-2] & padded[1:-1] & padded[2:]
+        core = vertical[:, :-2] & vertical[:, 1:-1] & vertical[:, 2:]
     if last is None:
         return 0, None
     y, x = np.nonzero(last)
@@ -144,29 +147,29 @@ def innermost(mask: np.ndarray) -> tuple[int, int] | None:
     return peel(mask)[1]
 
 
-def _some(mask: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
-    """i64[count, 2]: (x, y) of pixels inside the mask."""
+def subset(mask: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
+    """i64[count, 2]: (x, y) of random pixels inside the mask."""
     ys, xs = np.nonzero(mask)
-    chosen = rng.integers(len(ys), size=count)
-    return np.stack([xs[chosen], ys[chosen]], axis=1)
+    indices = rng.integers(len(ys), size=count)
+    return np.stack([xs[indices], ys[indices]], axis=1)
 
 
-def _scribble(mask: np.ndarray, rng: np.random.Generator, thick: int) -> np.ndarray:
-    """bool[H, W]: a line through pixels of the mask, kept inside it, never empty."""
-    points = _some(mask, rng, 4)
+def _scribble(mask: np.ndarray, rng: np.random.Generator, stroke_width: int) -> np.ndarray:
+    """bool[H, W]: a line through pixels of the mask, clipped to it, never empty."""
+    points = subset(mask, rng, 4)
     canvas = Image.new("L", mask.shape[::-1])
-    ImageDraw.Draw(canvas).line([tuple(map(int, p)) for p in points], fill=255, width=thick)
+    ImageDraw.Draw(canvas).line([tuple(map(int, p)) for p in points], fill=255, width=stroke_width)
     area = (np.asarray(canvas) > 0) & mask
     area[points[:, 1], points[:, 0]] = True
     return area
 
 
-def _drawn(image: np.ndarray, stroke: Any) -> np.ndarray:
-    picture = Image.fromarray(image).copy()
-    stroke(ImageDraw.Draw(picture))
-    return np.array(picture)
+def _with_stroke(image: np.ndarray, stroke: Callable[[Any], None]) -> np.ndarray:
+    drawn = Image.fromarray(image).copy()
+    stroke(ImageDraw.Draw(drawn))
+    return np.array(drawn)
 
 
 def _thousandths(values: tuple[float, ...], width: int, height: int) -> str:
-    """x and y in turn -> '12,345,...'."""
+    """x and y alternating -> '12,345,...'."""
     return ",".join(str(round(v * GRID / (height if k % 2 else width))) for k, v in enumerate(values))

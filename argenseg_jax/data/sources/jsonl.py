@@ -1,4 +1,4 @@
-"""The official data: JSONL, one sample a line, and meta JSON, which mixes such files."""
+"""The official data: JSONL, one sample per line, and meta JSON, which mixes such files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from argenseg_jax.data.sources import base, panoptic
 from argenseg_jax.errors import SampleError, UserError, brief, located
 
 _BLANK = tuple(b" \t\r\n\v\f")
-# Encodings by the first bytes of a file: (name, bytes of a unit). UTF-16's mark begins as UTF-32's.
+# Encodings by the first bytes of a file: (name, bytes of a unit). UTF-16's mark is a prefix of UTF-32's.
 _MARKS = {
     codecs.BOM_UTF32_LE: ("utf-32-le", 4),
     codecs.BOM_UTF32_BE: ("utf-32-be", 4),
     codecs.BOM_UTF16_LE: ("utf-16-le", 2),
     codecs.BOM_UTF16_BE: ("utf-16-be", 2),
 }
-_HINT = '; a JSONL file has one sample a line, {"conversations": ...}'
+_HINT = '; a JSONL file has one sample per line, {"conversations": ...}'
 
 
 class JsonlSource(base.Indexed[int]):
@@ -32,8 +32,8 @@ class JsonlSource(base.Indexed[int]):
 
     Also InternVL's chat data, whose `video` is a folder of frames; for evaluation `reference` (what
     the metrics of text compare with) and `metric` (a name in eval/metrics/registry.py) may be given. UTF-8, or
-    UTF-16 and UTF-32 with a byte order mark; lines of blanks are skipped. Only the byte offset of every
-    line is kept in memory.
+    UTF-16 and UTF-32 with a byte order mark; blank lines are skipped. Only the byte offset of every
+    line is held in memory.
 
     Args:
       path: the annotation file.
@@ -58,7 +58,7 @@ class JsonlSource(base.Indexed[int]):
         return self.draw(index, np.random.default_rng(index))
 
     def draw(self, index: int, rng: np.random.Generator) -> Sample:
-        """The sample; rng picks the class where the mask is a panoptic map."""
+        """The sample; rng selects the class where the mask is a panoptic map."""
         return self.with_meta(index, lambda entry: self._sample(self._record(entry), rng))
 
     def where(self, entry: int) -> str:
@@ -66,7 +66,7 @@ class JsonlSource(base.Indexed[int]):
 
     def _record(self, entry: int) -> Mapping[str, Any]:
         """The parsed line."""
-        start, end = (int(place) for place in self._offsets[entry])
+        start, end = (int(offset) for offset in self._offsets[entry])
         if end - start > files.MAX_LINE:
             raise SampleError(f"the line is longer than {files.MAX_LINE} bytes")
         with self.path.open("rb") as file:
@@ -88,11 +88,11 @@ class JsonlSource(base.Indexed[int]):
         turns = record["conversations"]
         if not isinstance(turns, list) or not turns:
             raise ValueError("`conversations` must be a list of turns")
-        names, targets = _listed(record.get("image"), "image"), _listed(record.get("mask"), "mask")
+        names, targets = as_list(record.get("image"), "image"), as_list(record.get("mask"), "mask")
         if record.get("video"):
             names, turns = base.frames(self._root, record["video"], turns)
-        pictures, paths = [self._root.file(n) for n in names], [self._root.file(n) for n in targets]
-        images = self.reader.images(pictures)
+        image_paths, mask_paths = [self._root.file(n) for n in names], [self._root.file(n) for n in targets]
+        images = self.reader.images(image_paths)
         for key in ("kind", "metric"):
             if record.get(key) is not None:
                 base.text(record[key], f"`{key}`")
@@ -107,15 +107,15 @@ class JsonlSource(base.Indexed[int]):
             **base.ids_of(image_id=record.get("image_id"), category_id=record.get("category_id")),
         }
         if record.get("seg_info"):
-            mask, name = panoptic.draw_official(self.reader.ids(paths[0]), record["seg_info"], rng)
+            mask, name = panoptic.draw_official(self.reader.ids(mask_paths[0]), record["seg_info"], rng)
             masks, turns = (mask,), panoptic.fill(turns, name)
             meta["kind"] = name
         elif is_generated(images, meta):
-            masks = self.reader.targets(paths)
+            masks = self.reader.targets(mask_paths)
         else:
-            masks = self.reader.masks(paths)
+            masks = self.reader.masks(mask_paths)
         if len(images) == 1:
-            transforms.check_sizes(images[0], masks, targets, [*pictures, *paths])
+            transforms.check_sizes(images[0], masks, targets, [*image_paths, *mask_paths])
         return Sample(conversations=turns, images=images, masks=masks, meta=meta)
 
 
@@ -123,7 +123,7 @@ class MetaSource:
     """The official meta JSON {name: {root, annotation, repeat_time, length, ...}}: a mixture.
 
     `root` and `annotation` are relative to the meta file or, where nothing is there, to the working
-    directory (as in the released example). Reading it in order yields the parts one after the other;
+    directory (as in the released example). Reading it in order yields the components one after the other;
     `parts` is for training.
     """
 
@@ -132,7 +132,7 @@ class MetaSource:
         if not isinstance(content, dict) or not all(isinstance(e, dict) for e in content.values()):
             raise UserError(
                 f"{path}: a meta JSON is an object {{name: {{root, annotation, ...}}}}; samples are "
-                "JSONL: one a line, in a file that ends with .jsonl"
+                "JSONL: one per line, in a file that ends with .jsonl"
             )
         for name, entry in content.items():
             with located(f"{path}: data set '{brief(name, 60)}'", "entry {root, annotation, ...}", UserError):
@@ -148,13 +148,13 @@ class MetaSource:
         if type(length) is not int or not 0 <= length < 2**40:
             raise UserError(f"length {brief(repr(length), 40)} is no number of samples")
         extra: dict[str, Any] = {"data_set": name}
-        if most := entry.get("max_dynamic_patch"):
-            if type(most) is not int or not 0 < most < 2**16:
-                raise UserError(f"max_dynamic_patch {brief(repr(most), 40)} is no number of tiles")
-            extra["max_tiles"] = most
-        if (changed := entry.get("data_augment") or False) not in (True, False):
-            raise UserError(f"data_augment {brief(repr(changed), 40)} is neither true nor false")
-        if changed:
+        if max_tiles := entry.get("max_dynamic_patch"):
+            if type(max_tiles) is not int or not 0 < max_tiles < 2**16:
+                raise UserError(f"max_dynamic_patch {brief(repr(max_tiles), 40)} is no number of tiles")
+            extra["max_tiles"] = max_tiles
+        if (augment := entry.get("data_augment") or False) not in (True, False):
+            raise UserError(f"data_augment {brief(repr(augment), 40)} is neither true nor false")
+        if augment:
             extra["augment"] = True  # data_augment: JPEG re-compression, see augment.recompress
         annotation = self._found(entry["annotation"], "file", reading)
         source = JsonlSource(annotation, self._found(entry["root"], "folder", reading), extra, reading)
@@ -164,16 +164,16 @@ class MetaSource:
         """A file or folder that an entry names."""
         if not isinstance(name, str):
             raise UserError(f"{brief(repr(name), 60)} is no path of a {kind}")
-        places = [files.inside(self.path.parent, name, reading.allow_outside)]
+        candidates = [files.inside(self.path.parent, name, reading.allow_outside)]
         if not files.is_remote(self.path):
-            places.append(files.inside("", name, reading.allow_outside))
-        for place in places:
-            if files.kind_of(place) == kind:
-                return place
-        if kind == "folder":  # what names no files needs none
-            return places[0]
-        found = files.kind_of(places[0])
-        raise UserError(f"{places[0]} is a folder" if found else f"{places[0]} does not exist")
+            candidates.append(files.inside("", name, reading.allow_outside))
+        for candidate in candidates:
+            if files.kind_of(candidate) == kind:
+                return candidate
+        if kind == "folder":  # a data set without file names needs no folder
+            return candidates[0]
+        found = files.kind_of(candidates[0])
+        raise UserError(f"{candidates[0]} is a folder" if found else f"{candidates[0]} does not exist")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -184,7 +184,7 @@ class MetaSource:
         return self.parts[k].source[int(index - (self._ends[k - 1] if k else 0))]
 
 
-def _listed(value: Any, key: str) -> list[str]:
+def as_list(value: Any, key: str) -> list[str]:
     if value in (None, ""):
         return []
     if not isinstance(value, (str, list)):
@@ -196,14 +196,14 @@ def _listed(value: Any, key: str) -> list[str]:
 
 def _index_lines(path: epath.Path, block: int = 1 << 24) -> tuple[str, np.ndarray, np.ndarray]:
     """(encoding, (start, end) i64[n, 2], line number i64[n]) of every line that is not blank."""
-    left = files.check_regular(path)  # bytes; files of /proc (kmsg) have none and may have no end
+    remaining = files.check_regular(path)  # bytes; files of /proc (kmsg) report none and may be endless
     breaks, first, size, start = [np.array([-1])], [], 0, 0
     with path.open("rb") as file:
-        mark = file.read(min(4, left))
+        mark = file.read(min(4, remaining))
         encoding, unit = next((found for bom, found in _MARKS.items() if mark.startswith(bom)), ("utf-8", 1))
         file.seek(0)
-        while content := file.read(min(block * unit, left)):
-            left -= len(content)
+        while content := file.read(min(block * unit, remaining)):
+            remaining -= len(content)
             units = np.frombuffer(content, f"{'>' if encoding.endswith('be') else '<'}u{unit}", len(content) // unit)
             at = np.flatnonzero(units == ord("\n")) + size
             starts = np.concatenate([[start], at + 1])
@@ -212,14 +212,14 @@ def _index_lines(path: epath.Path, block: int = 1 << 24) -> tuple[str, np.ndarra
             size, start = size + units.size, starts[-1]
         stops = np.concatenate([*breaks, [size]])
         spans = np.stack([stops[:-1] + 1, stops[1:]], axis=1) * unit
-        full = spans[:, 0] < spans[:, 1]
-        # Few lines begin with a blank; the first may begin with a mark.
-        doubtful = np.flatnonzero(np.isin(np.concatenate([*first, [1][:0]]), _BLANK))
-        for k in {0, *doubtful.tolist()} if full.size else ():
+        not_empty = spans[:, 0] < spans[:, 1]
+        # Only lines that begin with a blank are decoded here, and the first, which may begin with a mark.
+        maybe_blank = np.flatnonzero(np.isin(np.concatenate([*first, [1][:0]]), _BLANK))
+        for k in {0, *maybe_blank.tolist()} if not_empty.size else ():
             file.seek(int(spans[k, 0]))
             line = _text(file.read(int(spans[k, 1] - spans[k, 0])), encoding)
-            full[k] &= bool(line.strip("\ufeff \t\r\v\f"))
-    return encoding, spans[full], np.flatnonzero(full) + 1
+            not_empty[k] &= bool(line.strip("\ufeff \t\r\v\f"))
+    return encoding, spans[not_empty], np.flatnonzero(not_empty) + 1
 
 
 def _text(line: bytes, encoding: str) -> str:

@@ -1,4 +1,4 @@
-"""ADE20K, COCO-Stuff and one's own: pictures whose label maps give every pixel a class.
+"""ADE20K, COCO-Stuff and own data: images with label maps that give every pixel a class.
 
 ADEChallengeData2016/{images,annotations}/{training,validation}/*.{jpg,png}, objectInfo150.txt
 cocostuff/{train2017,val2017}/*.jpg, stuffthingmaps/{train2017,val2017}/*.png, labels.txt
@@ -9,6 +9,7 @@ own: see data/sources/own.py
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -20,7 +21,7 @@ from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources import base, templates
 from argenseg_jax.errors import SampleError, UserError
 
-# family -> (pictures, maps, class names, value of the first class, values that are no class)
+# family -> (images, maps, class names, value of the first class, values that are no class)
 LAYOUTS = {
     "ade20k": (("images/{split}",), ("annotations/{split}",), ("objectInfo150.txt",), 1, (0,)),
     "cocostuff": (
@@ -35,16 +36,19 @@ LAYOUTS = {
 SPLITS = {"ade20k": "validation", "cocostuff": "val2017", "own": ""}
 _LIMIT = 2**24  # bytes of a list of names
 _NUMBER = r"[0-9]{1,9}"
-ASKED = ("", "shown", "every")  # which classes of a picture are asked: one that is drawn, ...
+ASKED = (
+    "",
+    "shown",
+    "every",
+)  # which classes are asked for: one of the image at random, each of the image, each of the data set
 
 
 class LabelMapSource(base.Indexed[tuple]):
     """ "Segment {class}" from label maps.
 
-    One sample per picture, its class drawn among those that it shows (`draw`). Asked for `shown`: one
-    per picture and class that it shows (all maps are read to know them). Asked for `every`: one per
-    picture and class of the data set, also of absent ones (the mask is empty), which is what the mIoU
-    of semantic segmentation is made of.
+    asked="": one sample per image, of a random class of the image (`draw`). `shown`: one per image and class of
+    the image (opening reads all maps). `every`: one per image and class of the data set, absent ones included
+    (an empty mask), as the mIoU of semantic segmentation needs.
 
     Args:
       folder: see the module's text.
@@ -73,9 +77,9 @@ class LabelMapSource(base.Indexed[tuple]):
         images, maps, names, first, self._none = LAYOUTS[family]
         self._folder = base.find(folder, f"label maps of {family}", *(p.format(split=split) for p in maps))
         self._maps = base.by_stem(base.image_files(self._folder))
-        root = base.find(folder, f"pictures of {family}", *(p.format(split=split) for p in images))
+        root = base.find(folder, f"images of {family}", *(p.format(split=split) for p in images))
         self.names = read_names(base.find(folder, f"class names of {family}", *names), first)
-        self._same = base.firsts(self.names)  # two values of one name are one question
+        self._same = base.firsts(self.names)  # values of the same name are one class
         paths, every = base.image_files(root), [k for k, first in self._same.items() if k == first]
         super().__init__(str(root), [(p, None) for p in paths], reading)
         if asked:
@@ -85,7 +89,7 @@ class LabelMapSource(base.Indexed[tuple]):
         return entry[0].name
 
     def draw(self, index: int, rng: np.random.Generator) -> Sample:
-        """The sample; rng picks the class where the index does not."""
+        """The sample; rng selects the class where the index does not."""
         return self.with_meta(index, lambda entry: self._class_of(entry, rng))
 
     def build(self, entry: tuple) -> Sample:
@@ -93,10 +97,10 @@ class LabelMapSource(base.Indexed[tuple]):
 
     def _class_of(self, entry: tuple, rng: np.random.Generator) -> Sample:
         path, value = entry
-        image, labels, of = self.reader.image(path), self._labels(path), self._map(path)
-        transforms.check_sizes(image, [labels], [of.name], [path, of])
+        image, labels, map_path = self.reader.image(path), self._labels(path), self._map(path)
+        transforms.check_sizes(image, [labels], [map_path.name], [path, map_path])
         if value is None:
-            shown = self._classes(labels, of)
+            shown = self._classes(labels, map_path)
             value = shown[rng.integers(len(shown))]
         name, ignored = self.names[value], np.isin(labels, self._none)
         mask = np.isin(labels, [k for k, first in self._same.items() if first == value])
@@ -113,20 +117,20 @@ class LabelMapSource(base.Indexed[tuple]):
             },
         )
 
-    def _map(self, picture: epath.Path) -> epath.Path:
-        """The label map of a picture."""
-        return self._maps.get(base.stem(picture)) or self._folder / f"{picture.stem}.png"
+    def _map(self, image: epath.Path) -> epath.Path:
+        """The label map of an image."""
+        return self._maps.get(base.stem(image)) or self._folder / f"{image.stem}.png"
 
-    def _labels(self, picture: epath.Path) -> np.ndarray:
-        """The values of a label map: whole numbers [H, W]."""
-        path = self._map(picture)
+    def _labels(self, image: epath.Path) -> np.ndarray:
+        """The values of a label map: integers [H, W]."""
+        path = self._map(image)
         labels = self.reader.ids(path)
         if labels.ndim != 2:
             raise SampleError(f"{path.name} is coloured; a label map has one channel")
         return labels
 
     def _classes(self, labels: np.ndarray, path: epath.Path) -> list[int]:
-        """The classes that a map shows, each by the first value of its name."""
+        """The classes in a map, each as the first value of its name."""
         shown = [int(v) for v in np.unique(labels) if v not in self._none]
         if unknown := [v for v in shown if v not in self.names]:
             raise SampleError(f"{path.name}: value {unknown[0]} has no class name")
@@ -134,10 +138,10 @@ class LabelMapSource(base.Indexed[tuple]):
             raise SampleError(f"{path.name} shows no class")
         return list(dict.fromkeys(self._same[v] for v in shown))
 
-    def _shown(self, picture: epath.Path) -> list[int | None]:
-        """As `_classes`; [None] of a map that cannot be used: reading the sample says why."""
+    def _shown(self, image: epath.Path) -> Sequence[int | None]:
+        """As `_classes`; [None] for a map that cannot be read: reading the sample raises the error."""
         try:
-            return self._classes(self._labels(picture), self._map(picture))
+            return self._classes(self._labels(image), self._map(image))
         except SampleError:
             return [None]
 
@@ -153,7 +157,7 @@ def read_names(path: epath.Path, first: int) -> dict[int, str]:
 
     objectInfo150.txt is a table with the columns Idx and Name (of several names, between commas or
     semicolons, the first is used); labels.txt has lines `1: person` with 0 for unlabeled, one above the
-    values in the maps; cocostuff_classes.txt has one name a line.
+    values in the maps; cocostuff_classes.txt has one name per line.
 
     Raises:
       UserError: none of them, no text, or a value that is named twice.
@@ -162,7 +166,9 @@ def read_names(path: epath.Path, first: int) -> dict[int, str]:
     table = [line.split("\t") for line in lines]
     if table and "Idx" in table[0] and "Name" in table[0]:
         idx, name = table[0].index("Idx"), table[0].index("Name")
-        pairs = [(row[idx].strip(), re.split("[,;]", row[name])[0]) for row in table[1:] if len(row) > max(idx, name)]
+        pairs = [
+            (cells[idx].strip(), re.split("[,;]", cells[name])[0]) for cells in table[1:] if len(cells) > max(idx, name)
+        ]
         found = [(int(k), n) for k, n in pairs if re.fullmatch(_NUMBER, k)]
     elif all(re.match(rf"{_NUMBER}:\s*\S", line) for line in lines):
         pairs = [line.split(":", 1) for line in lines]
@@ -171,11 +177,11 @@ def read_names(path: epath.Path, first: int) -> dict[int, str]:
         found = list(enumerate(lines, 1))
     if not found:
         raise UserError(
-            f"{path}: no class names; looked for a table with Idx and Name, lines `1: person`, or one name a line"
+            f"{path}: no class names; looked for a table with Idx and Name, lines `1: person`, or one name per line"
         )
     names: dict[int, str] = {}
     for value, name in found:
-        spoken = base.sentence(name.replace(":", " "))
-        if not spoken or names.setdefault(value - 1 + first, spoken) != spoken:
-            raise UserError(f"{path}: class {value} has {'two names' if spoken else 'no name'}")
+        sentence = base.sentence(name.replace(":", " "))
+        if not sentence or names.setdefault(value - 1 + first, sentence) != sentence:
+            raise UserError(f"{path}: class {value} has {'two names' if sentence else 'no name'}")
     return names

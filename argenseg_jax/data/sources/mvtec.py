@@ -20,20 +20,20 @@ from argenseg_jax.errors import SampleError, UserError
 QUESTION = "<image>\n Please segment the defect of the {} in this image."
 
 
-class Part(NamedTuple):
-    """A picture of a product and the kind of its defect (`good`: none)."""
+class ProductImage(NamedTuple):
+    """An image of a product and the kind of its defect (`good`: none)."""
 
     category: epath.Path
     defect: str
     path: epath.Path
 
 
-class AnomalySource(base.Indexed[Part]):
-    """One sample per picture; the mask of a good one is empty.
+class AnomalySource(base.Indexed[ProductImage]):
+    """One sample per image; the mask of a good one is empty.
 
     Args:
       folder: of all categories, or of one.
-      split: train (good pictures only) or test.
+      split: train (good images only) or test.
       category: only this one, such as bottle.
       prompt: how a defect is asked for; see templates.question.
     """
@@ -56,21 +56,21 @@ class AnomalySource(base.Indexed[Part]):
             else ([folder] if files.kind_of(folder / split) == "folder" else base.subfolders(folder))
         )
         entries = [
-            Part(root, kind.name, picture)
+            ProductImage(root, kind.name, path)
             for root in roots
             if files.kind_of(root / split) == "folder"
             for kind in base.subfolders(root / split)
-            for picture in base.image_files(kind)
+            for path in base.image_files(kind)
         ]
         if not entries:
             looked = f"{category or 'CATEGORY'}/{split}/good/*.png"
-            raise UserError(f"{folder}: no pictures of anomaly detection; looked for {looked}")
+            raise UserError(f"{folder}: no images of anomaly detection; looked for {looked}")
         super().__init__(str(folder), entries, reading)
 
-    def describe(self, entry: Part) -> str:
+    def describe(self, entry: ProductImage) -> str:
         return str(entry.path)
 
-    def build(self, entry: Part) -> Sample:
+    def build(self, entry: ProductImage) -> Sample:
         image = self.reader.image(entry.path)
         if entry.defect == "good":
             mask = np.zeros(image.shape[:2], np.uint8)
@@ -82,9 +82,11 @@ class AnomalySource(base.Indexed[Part]):
             if not mask.any():
                 raise SampleError(f"{path.name} shows no defect")
         name = base.sentence(entry.category.name)
-        asked = QUESTION.format(name) if self.prompt == templates.DEFAULT else templates.question([name], self.prompt)
+        question = (
+            QUESTION.format(name) if self.prompt == templates.DEFAULT else templates.question([name], self.prompt)
+        )
         return Sample(
-            templates.turns(asked),
+            templates.turns(question),
             (image,),
             (mask,),
             {

@@ -1,9 +1,9 @@
-"""A folder of one's own pictures and masks, in any of three forms, as "segment {class}".
+"""A folder of own images and masks, in any of three forms, as "segment {class}".
 
 FOLDER/images/*.{jpg,png,...}    and one of
-FOLDER/masks/CLASS/NAME.png      a black and white mask per class and picture images/NAME.jpg
+FOLDER/masks/CLASS/NAME.png      a black and white mask per class and image images/NAME.jpg
 FOLDER/labels/NAME.png           a class number per pixel (0 and 255: none), and the names of
-FOLDER/classes.txt               1, 2, ..., one a line (or lines `3: river`)
+FOLDER/classes.txt               1, 2, ..., one per line (or lines `3: river`)
 FOLDER/annotations.json          polygons or run lengths of COCO; file names as in images/
 """
 
@@ -23,49 +23,49 @@ from argenseg_jax.data.sources.label_maps import LabelMapSource
 from argenseg_jax.errors import UserError
 
 
-class Masked(NamedTuple):
-    """A picture, a class, and the mask of the one in the other."""
+class MaskFile(NamedTuple):
+    """An image, a class, and the mask of the class in the image."""
 
-    picture: epath.Path
+    image: epath.Path
     name: str
     mask: epath.Path
 
 
-class MaskFolders(base.Indexed[Masked]):
-    """One sample per mask file of masks/CLASS/; black ones too: they teach that a class is absent."""
+class MaskFolders(base.Indexed[MaskFile]):
+    """One sample per mask file of masks/CLASS/; also of black ones: examples of an absent class."""
 
     takes_prompt = True
 
     def __init__(self, folder: epath.Path, prompt: str = templates.DEFAULT, reading: Reading = Reading()):
         templates.question([], prompt)
         self.prompt = prompt
-        pictures: dict[str, list[epath.Path]] = {}
+        images: dict[str, list[epath.Path]] = {}
         for path in base.image_files(_images(folder)):
-            pictures.setdefault(base.stem(path), []).append(path)
+            images.setdefault(base.stem(path), []).append(path)
         entries = []
         for kind in base.subfolders(folder / "masks"):
             for mask in base.image_files(kind):
-                found = pictures.get(base.stem(mask), ())
+                found = images.get(base.stem(mask), ())
                 if len(found) != 1:
                     raise UserError(
-                        f"{mask}: {'several pictures' if found else 'no picture'} of this name in {folder / 'images'}"
+                        f"{mask}: {'several images' if found else 'no image'} of this name in {folder / 'images'}"
                     )
-                entries.append(Masked(found[0], base.sentence(kind.name), mask))
+                entries.append(MaskFile(found[0], base.sentence(kind.name), mask))
         if not entries:
             raise UserError(f"{folder}: no masks; looked for masks/CLASS/*.png")
         super().__init__(str(folder), sorted(entries), reading)
 
-    def describe(self, entry: Masked) -> str:
+    def describe(self, entry: MaskFile) -> str:
         return str(entry.mask)
 
-    def build(self, entry: Masked) -> Sample:
-        image, mask = self.reader.image(entry.picture), self.reader.mask(entry.mask)
-        transforms.check_sizes(image, [mask], [entry.mask.name], [entry.picture, entry.mask])
+    def build(self, entry: MaskFile) -> Sample:
+        image, mask = self.reader.image(entry.image), self.reader.mask(entry.mask)
+        transforms.check_sizes(image, [mask], [entry.mask.name], [entry.image, entry.mask])
         return Sample(
             templates.turns(templates.question([entry.name], templates.class_prompt(self.prompt))),
             (image,),
             (mask,),
-            {"files": [entry.picture.name], "kind": entry.name, "sents": [entry.name], "metric": "semantic"},
+            {"files": [entry.image.name], "kind": entry.name, "sents": [entry.name], "metric": "semantic"},
         )
 
 
@@ -88,4 +88,4 @@ def open_own(folder: epath.Path, prompt: str = templates.DEFAULT, reading: Readi
 
 
 def _images(folder: epath.Path) -> epath.Path:
-    return base.find(folder, "pictures", "images")
+    return base.find(folder, "images", "images")

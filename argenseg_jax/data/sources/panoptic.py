@@ -1,6 +1,6 @@
-"""Panoptic id maps: one class that is present is drawn, and its name fills the question's `{}`.
+"""Panoptic id maps: one of its classes is drawn at random, and its name fills the question's `{}`.
 
-In the official JSONL such maps come with `seg_info`; COCO's own layout is a source by itself:
+In the official JSONL such maps come with `seg_info`; COCO's own layout is a separate source:
 
     coco/annotations/panoptic_val2017.json, annotations/panoptic_val2017/*.png, val2017/*.jpg
 """
@@ -89,7 +89,7 @@ CONTIGUOUS = [COCO_NAMES[k] for k in sorted(COCO_NAMES)]  # the 133 names by the
 
 
 class Map(NamedTuple):
-    """A panoptic map, its picture, and the class that is asked for (None: one is drawn)."""
+    """A panoptic map, its image, and the class that is asked for (None: a random one)."""
 
     image_id: int | str
     image: Mapping[str, Any]
@@ -101,14 +101,14 @@ class Map(NamedTuple):
 class PanopticSource(base.Indexed[Map]):
     """ "Segment {class}" from COCO panoptic: things and stuff, all segments of a class together.
 
-    One sample per picture, its class drawn among those that it shows (`draw`), or as label_maps.ASKED
-    says. Crowds are to be ignored: `meta['ignore_mask']`.
+    One sample per image, of a random class of the image (`draw`), or as chosen by label_maps.ASKED. Crowds
+    are to be ignored: `meta['ignore_mask']`.
 
     Args:
       folder: see the module's text.
       split: such as val2017.
       asked: one of label_maps.ASKED.
-      image_root: folder of the pictures; by default looked for in the usual places.
+      image_root: folder of the images; by default looked for in the usual folders.
       prompt: how a class is asked for; see templates.question.
       reading: see data/reader.py.
     """
@@ -134,7 +134,7 @@ class PanopticSource(base.Indexed[Map]):
         images = base.by_id(base.records(content, "images", path), f"{path}: images")
         self.names, self._same = _classes(base.records(content, "categories", path), f"{path}: categories")
         annotations = base.records(content, "annotations", path)
-        shown = base.each(annotations, _segments, f"{path}: annotations")
+        segments_of = base.each(annotations, _segments, f"{path}: annotations")
         entries = [
             Map(
                 a["image_id"],
@@ -143,13 +143,13 @@ class PanopticSource(base.Indexed[Map]):
                 segments,
                 category,
             )
-            for k, (a, segments) in enumerate(zip(annotations, shown, strict=True))
+            for k, (a, segments) in enumerate(zip(annotations, segments_of, strict=True))
             for category in self._asked(asked, segments)
         ]
         root = (
             files.to_path(image_root)
             if image_root
-            else base.find(folder, "pictures of COCO", split, f"images/{split}", f"../{split}")
+            else base.find(folder, "images of COCO", split, f"images/{split}", f"../{split}")
         )
         self._maps, self._root = (base.Root(f, reading.allow_outside) for f in (maps, root))
         super().__init__(str(path), entries, reading)
@@ -164,28 +164,28 @@ class PanopticSource(base.Indexed[Map]):
         return str(entry.file)
 
     def draw(self, index: int, rng: np.random.Generator) -> Sample:
-        """The sample; rng picks the class where the index does not."""
+        """The sample; rng selects the class where the index does not."""
         return self.with_meta(index, lambda entry: self._class_of(entry, rng))
 
     def build(self, entry: Map) -> Sample:
         return self._class_of(entry, np.random.default_rng(0))
 
     def _class_of(self, entry: Map, rng: np.random.Generator) -> Sample:
-        picture, file = self._root.file(entry.image["file_name"]), self._maps.file(entry.file)
-        image = self.reader.image(picture)
-        ids = as_ids(self.reader.ids(file))
-        transforms.check_sizes(image, [ids], [entry.file], [picture, file])
-        single = [
+        image_path, map_path = self._root.file(entry.image["file_name"]), self._maps.file(entry.file)
+        image = self.reader.image(image_path)
+        ids = as_ids(self.reader.ids(map_path))
+        transforms.check_sizes(image, [ids], [entry.file], [image_path, map_path])
+        separate = [
             {"id": s["id"], "category_id": self._same.get(s["category_id"], s["category_id"])}
             for s in entry.segments
             if not s.get("iscrowd")
         ]
-        names = {s["category_id"]: base.look_up(self.names, s["category_id"], "category") for s in single}
+        names = {s["category_id"]: base.look_up(self.names, s["category_id"], "category") for s in separate}
         if entry.category is None:
-            mask, category = draw_class(ids, single, rng)
+            mask, category = draw_class(ids, separate, rng)
         else:
             category = entry.category
-            mask = _union(ids, [s["id"] for s in single if s["category_id"] == category])
+            mask = _union(ids, [s["id"] for s in separate if s["category_id"] == category])
         name = names[category] if category in names else base.look_up(self.names, category, "category")
         crowds = [s["id"] for s in entry.segments if s.get("iscrowd")]
         return Sample(
@@ -204,7 +204,7 @@ class PanopticSource(base.Indexed[Map]):
 
 
 def _classes(categories: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[Any, str], dict[Any, Any]]:
-    """As base.classes; of COCO's own categories the plainer names of COCO_NAMES ('wall-brick')."""
+    """As base.classes; for COCO's own categories the plainer names of COCO_NAMES ('wall-brick')."""
     own, same = base.classes(categories, where)
     return (COCO_NAMES, {k: k for k in COCO_NAMES}) if set(own) == set(COCO_NAMES) else (own, same)
 
@@ -223,7 +223,7 @@ def _segments(annotation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _segment_id(value: Any) -> int:
     if type(value) is not int:
-        raise ValueError(f"{brief(repr(value), 40)} is no id of a segment, which is a whole number")
+        raise ValueError(f"{brief(repr(value), 40)} is no id of a segment, which is an integer")
     return value
 
 
@@ -232,26 +232,26 @@ def as_ids(ids: np.ndarray) -> np.ndarray:
     return ids.astype(np.int32) @ np.array([1, 256, 65536], np.int32) if ids.ndim == 3 else ids
 
 
-def _union(ids: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
-    return np.isin(ids, chosen).astype(np.uint8) * 255
+def _union(ids: np.ndarray, segment_ids: Sequence[int]) -> np.ndarray:
+    return np.isin(ids, segment_ids).astype(np.uint8) * 255
 
 
 def draw_class(
     ids: np.ndarray, segments: Sequence[Mapping[str, Any]], rng: np.random.Generator
 ) -> tuple[np.ndarray, Any]:
-    """Draws one class that the map shows.
+    """Draws one class of the map at random.
 
     Args:
       ids: u8[H, W], or u8[H, W, 3] where the id is R + 256·G + 65536·B.
       segments: [{'id', 'category_id'}].
-      rng: decides which.
+      rng: selects the class.
 
     Returns:
       (mask u8[H, W] of all its segments, 0 and 255; its category_id).
     """
     ids = as_ids(ids)
-    shown = set(np.unique(ids).tolist())
-    classes = sorted({s["category_id"] for s in segments if s["id"] in shown}, key=base.in_order)
+    present = set(np.unique(ids).tolist())
+    classes = sorted({s["category_id"] for s in segments if s["id"] in present}, key=base.in_order)
     if not classes:
         raise SampleError("no segment of seg_info occurs in the panoptic map")
     chosen = classes[rng.integers(len(classes))]
@@ -262,15 +262,15 @@ def draw_official(ids: np.ndarray, seg_info: Any, rng: np.random.Generator) -> t
     """As draw_class, for `seg_info` of the official JSONL: (mask, name of the class).
 
     Its category ids are the contiguous ones of detectron2 and PSALM: 0..132, in the order of COCO's. A
-    segment may have a `name` of its own.
+    segment may have its own `name`.
     """
     if not isinstance(seg_info, list):
         raise SampleError(f"seg_info {brief(repr(seg_info), 40)} is no list of {{id, category_id}}")
     segments = [{"id": _segment_id(s["id"]), "category_id": base.an_id(s["category_id"])} for s in seg_info]
     mask, chosen = draw_class(ids, segments, rng)
-    named = next(s.get("name") for s in seg_info if s["category_id"] == chosen)
-    if named:
-        return mask, base.text(named, "the name")
+    own_name = next(s.get("name") for s in seg_info if s["category_id"] == chosen)
+    if own_name:
+        return mask, base.text(own_name, "the name")
     if not isinstance(chosen, int) or not 0 <= chosen < len(CONTIGUOUS):
         raise SampleError(
             f"category_id {chosen} is none of the contiguous ids 0..{len(CONTIGUOUS) - 1} of "

@@ -1,9 +1,9 @@
 """Reads pickle files of plain data without unpickling: the opcodes are listed, not run.
 
-Only containers, numbers, texts and None are understood. Whatever names a class or a function, and
-so could run code, is refused; that is what makes files from strangers readable. The value is a tree of
-bounded size and depth when it is given out: a pickle of 250 bytes can refer to the same tuple 2**40
-times, which whoever walks, hashes or prints it would follow.
+Only containers, numbers, strings and None are accepted. An opcode that names a class or a function, and
+so could run code, is refused; so untrusted files can be read. The returned value is a tree of
+bounded size and depth: a pickle of 250 bytes can refer to the same tuple 2**40 times, which code that
+walks, hashes or prints it would follow.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from argenseg_jax.errors import UserError, brief
 MAX_BYTES = 256 * 2**20  # refs(unc).p of RefCOCO has about 50 MB
 MAX_VALUES = 10_000_000  # values of the tree, and of the pickle; RefCOCO's have about 3 million
 MAX_DEPTH = 100
-_TEXT = 64  # letters that count as one more value
-_BITS = 128  # of a whole number
+_TEXT = 64  # characters that count as one more value
+_BITS = 128  # of an integer
 _KEYS = (str, bytes, int, float, bool, type(None))
 _CONTAINERS = frozenset((list, tuple, dict))
 _MARK = object()
@@ -83,15 +83,15 @@ def loads(content: bytes) -> Any:
             _step(code.name, argument, stack, memo)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"not a readable pickle ({type(error).__name__}: {brief(error, 100)})") from None
-    raise UserError("not a readable pickle (it ends too early)")
+    raise UserError("not a readable pickle (truncated)")
 
 
 def _check_tree(value: Any) -> None:
-    """ValueError unless the value, written out, has at most MAX_VALUES values and MAX_DEPTH levels.
+    """ValueError unless the value, expanded, has at most MAX_VALUES values and MAX_DEPTH levels.
 
-    What is referred to several times is looked at once, and counts each time.
+    A value that is referred to several times is visited once and counted each time.
     """
-    sizes: dict[int, tuple[int, int] | None] = {}  # id -> (values, levels); None: its parts are looked at
+    sizes: dict[int, tuple[int, int] | None] = {}  # id -> (values, levels); None: its items are being visited
     pending = [((value,), False)]
     while pending:
         node, counted = pending.pop()
@@ -100,33 +100,33 @@ def _check_tree(value: Any) -> None:
         elif id(node) not in sizes:
             sizes[id(node)] = None
             pending.append((node, True))
-            pending += [(part, False) for part in _parts(node) if type(part) in _CONTAINERS]
+            pending += [(item, False) for item in _items(node) if type(item) in _CONTAINERS]
         elif sizes[id(node)] is None:
             raise ValueError("a value that contains itself")
 
 
 def _size(node: list | tuple | dict, sizes: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """(values, levels) of a container whose parts are known."""
+    """(values, levels) of a container whose items are known."""
     size, depth = 1, 0
-    for part in _parts(node):
-        kind = type(part)
+    for item in _items(node):
+        kind = type(item)
         if kind in _CONTAINERS:
-            inner, below = sizes[id(part)]
+            inner, below = sizes[id(item)]
             size, depth = size + inner, max(depth, below)
         elif kind is str or kind is bytes:
-            size += 1 + len(part) // _TEXT
-        elif kind is int and part.bit_length() > _BITS:
-            raise ValueError(f"a whole number of more than {_BITS} bits")
-        elif part is _MARK:
-            raise ValueError("a mark that is left over")
+            size += 1 + len(item) // _TEXT
+        elif kind is int and item.bit_length() > _BITS:
+            raise ValueError(f"an integer of more than {_BITS} bits")
+        elif item is _MARK:
+            raise ValueError("an unmatched mark")
         else:
             size += 1
-    if size > MAX_VALUES or depth >= MAX_DEPTH + 1:  # one level is the list around the whole
+    if size > MAX_VALUES or depth >= MAX_DEPTH + 1:  # one level is the tuple around the value
         raise ValueError(f"more than {MAX_VALUES} values, or nested more than {MAX_DEPTH} deep")
     return size, depth + 1
 
 
-def _parts(node: list | tuple | dict) -> Iterable[Any]:
+def _items(node: list | tuple | dict) -> Iterable[Any]:
     return itertools.chain(node, node.values()) if type(node) is dict else node
 
 

@@ -1,4 +1,4 @@
-"""A folder that `prepare` has written, as a source: checked, read at random, a mixture if it was one."""
+"""A folder that `prepare` has written, as a source: verified, with random access, a mixture if it was one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PreparedSource:
       manifest: the content of prepared.json.
 
     Raises:
-      UserError: not prepared to the end, a shard missing, or other bytes than were written.
+      UserError: preparation not finished, a shard missing, or bytes other than those written.
     """
 
     def __init__(self, folder: epath.PathLike, max_pixels: int = images.MAX_PIXELS):
@@ -61,17 +61,17 @@ class PreparedSource:
 
     @property
     def codes(self) -> Mapping[str, Any] | None:
-        """What the kept codes depend on (decode/mask_tokenizer.py); None where none were kept."""
+        """What the stored codes depend on (decode/mask_tokenizer.py); None if none are stored."""
         return self.manifest["codes"]
 
     @property
     def window(self) -> tuple[float, float] | None:
-        """The window of levels by which images were made; None where none was needed."""
+        """The window of levels with which images were converted; None where none was needed."""
         window = self.manifest.get("window")
         return tuple(window) if window else None
 
     def spans(self) -> Iterator[tuple[Span, float]]:
-        """(samples, weight) of each part of the mixture that was prepared."""
+        """(samples, weight) of each component of the mixture that was prepared."""
         first = 0
         for part in self.manifest["parts"]:
             if part["samples"]:
@@ -114,7 +114,7 @@ def is_prepared(folder: epath.Path) -> bool:
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """The content of prepared.json; UserError where there is none, or a part of it is missing."""
+    """The content of prepared.json; UserError where there is none, or a key of it is missing."""
     if not (folder / MANIFEST).exists():
         done = len(list((folder / SHARDS).glob("*.json"))) if (folder / SHARDS).exists() else 0
         begun = (
@@ -162,13 +162,13 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _check(right: bool, key: str) -> None:
-    if not right:
+def _check(valid: bool, key: str) -> None:
+    if not valid:
         raise UserError(f"key `{key}` is not as `prepare` writes it")
 
 
 def faults(folder: epath.Path, manifest: Mapping[str, Any], *, checksums: bool) -> Iterator[str]:
-    """What is wrong with the shards, one line each."""
+    """The problems of the shards, one line each."""
     for shard in manifest["shards"]:
         path = folder / shard["file"]
         if not path.exists():

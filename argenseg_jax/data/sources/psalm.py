@@ -21,7 +21,7 @@ from argenseg_jax.errors import SampleError, UserError
 class PsalmSource(base.Indexed[int]):
     """One sample per entry of a PSALM file; the mask is the union of an entry's anns.
 
-    Entries without an expression are left out, as by the reference's evaluation (gRefCOCO's published
+    Entries without an expression are skipped, as by the reference's evaluation (gRefCOCO's published
     files have some); a line on stderr counts them.
     """
 
@@ -42,13 +42,13 @@ class PsalmSource(base.Indexed[int]):
         templates.question([], prompt)
         self.path, self.prompt, self._content = path, prompt, content
         self._root = base.Root(epath.Path(image_root), reading.allow_outside)
-        asked = [k for k, entry in enumerate(content) if not _is_silent(entry)]
-        if len(asked) < len(content):
+        used = [k for k, entry in enumerate(content) if not _has_no_expression(entry)]
+        if len(used) < len(content):
             print(
-                f"{path}: {len(content) - len(asked)} of {len(content)} entries have no expression and are left out",
+                f"{path}: {len(content) - len(used)} of {len(content)} entries have no expression and are left out",
                 file=sys.stderr,
             )
-        super().__init__(str(path), asked, reading)
+        super().__init__(str(path), used, reading)
 
     def describe(self, entry: int) -> str:
         return f"entry {entry}"
@@ -58,7 +58,7 @@ class PsalmSource(base.Indexed[int]):
         if not isinstance(content, Mapping) or "image_info" not in content:
             raise SampleError(
                 "not a PSALM entry, {image_info, instruction, anns}; data of one conversation each "
-                "are JSONL: one sample a line, in a file that ends with .jsonl"
+                "are JSONL: one sample per line, in a file that ends with .jsonl"
             )
         info, sents = content["image_info"], [base.text(i["sent"], "`sent`") for i in content["instruction"]]
         image, height, width = self.sized(info, self._root, "of image_info")
@@ -77,7 +77,7 @@ class PsalmSource(base.Indexed[int]):
         )
 
 
-def _is_silent(entry: Any) -> bool:
-    """Whether an entry asks nothing."""
+def _has_no_expression(entry: Any) -> bool:
+    """Whether an entry has no expression."""
     asked = entry.get("instruction") if isinstance(entry, Mapping) else None
     return isinstance(asked, list) and not any(not isinstance(i, Mapping) or i.get("sent", "?") != "" for i in asked)

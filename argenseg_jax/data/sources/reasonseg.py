@@ -1,4 +1,4 @@
-"""ReasonSeg (LISA): SPLIT/*.jpg beside SPLIT/*.json with a question and polygons.
+"""ReasonSeg (LISA): SPLIT/*.jpg and SPLIT/*.json with a question and polygons.
 
 {shapes: [{label: target | ignore..., points: [[x, y], ...]}], text: [...], is_sentence: bool}
 """
@@ -21,15 +21,15 @@ from argenseg_jax.errors import SampleError, UserError
 IGNORED = 255
 
 
-class Pair(NamedTuple):
-    """A picture and the file of its question."""
+class Annotated(NamedTuple):
+    """An image and the file of its question."""
 
-    picture: epath.Path
+    image: epath.Path
     record: epath.Path
 
 
-class ReasonSegSource(base.Indexed[Pair]):
-    """One sample per picture; `meta['ignore_mask']` u8[H, W] marks what no score may count."""
+class ReasonSegSource(base.Indexed[Annotated]):
+    """One sample per image; `meta['ignore_mask']` u8[H, W] marks the pixels that no score counts."""
 
     takes_prompt = True
 
@@ -43,29 +43,29 @@ class ReasonSegSource(base.Indexed[Pair]):
         records = {base.stem(p): p for p in files.listed(path) if p.suffix == ".json"}
         if not records:
             raise UserError(f"{folder}: no split '{split}' of ReasonSeg; looked for {split}/*.json")
-        entries = [Pair(p, records[base.stem(p)]) for p in base.image_files(path) if base.stem(p) in records]
+        entries = [Annotated(p, records[base.stem(p)]) for p in base.image_files(path) if base.stem(p) in records]
         if not entries:
-            raise UserError(f"{path}: no picture beside its .json; looked for *.jpg with *.json")
+            raise UserError(f"{path}: no image with its .json; looked for *.jpg with *.json")
         super().__init__(str(path), entries, reading)
 
-    def describe(self, entry: Pair) -> str:
+    def describe(self, entry: Annotated) -> str:
         return entry.record.name
 
-    def build(self, entry: Pair) -> Sample:
+    def build(self, entry: Annotated) -> Sample:
         record = _read(entry.record)
-        image = self.reader.image(entry.picture)
+        image = self.reader.image(entry.image)
         labels = draw_shapes(record["shapes"], *image.shape[:2])
         texts = [record["text"]] if isinstance(record["text"], str) else list(record["text"])
         sentence = bool(record.get("is_sentence", True))
         base.text(*texts[:1], "the text")
-        own = "reasoning" if sentence else "semantic"
-        question = templates.question(texts[:1], own if self.prompt == templates.DEFAULT else self.prompt)
+        default = "reasoning" if sentence else "semantic"
+        question = templates.question(texts[:1], default if self.prompt == templates.DEFAULT else self.prompt)
         return Sample(
             templates.turns(question),
             (image,),
             ((labels == 1).astype(np.uint8) * 255,),
             {
-                "files": [entry.picture.name],
+                "files": [entry.image.name],
                 "sents": texts[:1],
                 "metric": "referring",
                 "kind": "long query" if sentence else "short query",
@@ -75,9 +75,9 @@ class ReasonSegSource(base.Indexed[Pair]):
 
 
 def draw_shapes(shapes: Sequence[Mapping[str, Any]], height: int, width: int) -> np.ndarray:
-    """u8[H, W]: 1 inside of targets, IGNORED where a label says ignore; shapes of few pixels on top.
+    """u8[H, W]: 1 inside targets, IGNORED where a label contains `ignore`; smaller shapes are drawn over larger ones.
 
-    As LISA's `get_mask_from_json`: points are cut to whole numbers, outlines belong to their shape, and
+    As LISA's `get_mask_from_json`: points are truncated to integers, outlines belong to their shape, and
     a shape labelled `flag` is not drawn.
     """
     rle.check_size(height, width)

@@ -1,4 +1,4 @@
-"""Samples in TFDS form, as ArrayRecord shards of PNGs: write any source, read it back at random.
+"""Samples in TFDS form, as ArrayRecord shards of PNGs: write any source, read it back with random access.
 
 TensorFlow is not needed for either. `Samples` is the builder that TFDS drives by itself; the command
 `prepare` (data/prepare.py) writes the same records shard by shard.
@@ -29,27 +29,27 @@ COLOURS = "colour_masks"  # in meta: which masks have three channels, though the
 
 
 def features(num_codes: int = 0) -> tfds.features.FeaturesDict:
-    """The columns of a record. Grey masks are kept as three equal channels.
+    """The columns of a record. Grey masks are stored as three equal channels.
 
     Args:
-      num_codes: N, codes of a mask, where the records hold them: i32[M, N] under `codes`.
+      num_codes: N, codes per mask, where the records hold them: i32[M, N] under `codes`.
     """
-    text, pictures = tfds.features.Text(), tfds.features.Sequence(tfds.features.Image(encoding_format="png"))
+    text, pngs = tfds.features.Text(), tfds.features.Sequence(tfds.features.Image(encoding_format="png"))
     codes = {CODES: tfds.features.Tensor(shape=(None, num_codes), dtype=np.int32)} if num_codes else {}
     return tfds.features.FeaturesDict(
         {
             "conversations": tfds.features.Sequence({"from": text, "value": text}),
-            "images": pictures,
-            "masks": pictures,
+            "images": pngs,
+            "masks": pngs,
             "meta": text,  # JSON
-            META_IMAGES: pictures,  # the arrays of meta; the JSON says {key: how many, None = not a list}
+            META_IMAGES: pngs,  # the arrays of meta; the JSON says {key: how many, None = not a list}
             **codes,
         }
     )
 
 
 def encode(sample: Sample) -> dict[str, Any]:
-    """A sample -> a record of `features`; its pictures and masks become PNG bytes."""
+    """A sample -> a record of `features`; its images and masks become PNG bytes."""
     arrays = {name: value for name, value in sample.meta.items() if _holds_arrays(value)}
     meta = {name: value for name, value in sample.meta.items() if name not in arrays}
     if arrays:
@@ -70,20 +70,20 @@ def encode(sample: Sample) -> dict[str, Any]:
 
 
 def decode(record: Mapping[str, Any], max_pixels: int = images.MAX_PIXELS) -> Sample:
-    """A record, its pictures as the bytes that `encode` made -> the sample."""
+    """A record, whose images are PNG bytes as from `encode` -> the sample."""
     turns = record["conversations"]
     meta = files.parse_json(record["meta"], "its `meta`", SampleError)
-    arrays = iter([_grey(array) for array in _pictures(record[META_IMAGES], META_IMAGES, max_pixels)])
+    arrays = iter([_grey(array) for array in _decode_images(record[META_IMAGES], META_IMAGES, max_pixels)])
     for name, count in meta.pop(META_IMAGES, {}).items():
         meta[name] = next(arrays) if count is None else [next(arrays) for _ in range(count)]
     colours = set(meta.pop(COLOURS, ()))
-    shown, masks = (tuple(_pictures(record[c], c, max_pixels)) for c in ("images", "masks"))
+    decoded, masks = (tuple(_decode_images(record[c], c, max_pixels)) for c in ("images", "masks"))
     return Sample(
         conversations=[
             {"from": who.decode(), "value": value.decode()}
             for who, value in zip(turns["from"], turns["value"], strict=True)
         ],
-        images=shown,
+        images=decoded,
         masks=tuple(mask if k in colours else _grey(mask) for k, mask in enumerate(masks)),
         meta=meta,
         codes=record.get(CODES),
@@ -91,18 +91,18 @@ def decode(record: Mapping[str, Any], max_pixels: int = images.MAX_PIXELS) -> Sa
 
 
 class _Info(tfds.core.DatasetInfo):
-    """A description of a data set that is nowhere but here."""
+    """A description of a data set that is only local."""
 
     def initialize_from_bucket(self) -> None:
-        """Looks for nothing at Google's; TFDS would also leave an empty folder in /tmp each time."""
+        """Does not query Google's bucket; TFDS would also leave an empty folder in /tmp each time."""
 
 
 class Samples(tfds.core.GeneratorBasedBuilder):
-    """Writes sources, one a split, to data_dir, in their order; broken samples are left out.
+    """Writes sources, one per split, to data_dir, in order; samples that cannot be read are skipped.
 
     Args:
       sources: {split: source}.
-      data_dir: where the data set's folder is made.
+      data_dir: where the data set's folder is created.
       num_codes: as for `features`.
 
     Attributes:
@@ -111,7 +111,7 @@ class Samples(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.1.0")
-    url_infos = {}  # nothing is downloaded; to look for checksums TFDS would need a further package
+    url_infos = {}  # nothing is downloaded; TFDS would need another package to look up checksums
 
     def __init__(
         self, *, sources: Mapping[str, Sequence[Sample]], data_dir: epath.PathLike, num_codes: int = 0, **kwargs: Any
@@ -143,7 +143,7 @@ class TfdsSource:
     Args:
       path: the folder with dataset_info.json.
       split: a split's name; TFDS slices such as 'train[:10%]' also work.
-      max_pixels: most pixels of an image.
+      max_pixels: limit of the pixels of an image.
     """
 
     def __init__(self, path: epath.PathLike, split: str = "train", max_pixels: int = images.MAX_PIXELS):
@@ -176,11 +176,11 @@ class TfdsSource:
 
 
 def _raw_features(num_codes: int) -> tfds.features.FeaturesDict:
-    """As `features`, but pictures stay bytes: they are decoded here, with limits, and as nothing but PNG."""
-    pictures = tfds.features.Sequence(tfds.features.Text())
+    """As `features`, but images stay bytes: they are decoded here, with limits, and only as PNG."""
+    encoded = tfds.features.Sequence(tfds.features.Text())
     return tfds.features.FeaturesDict(
         {
-            name: pictures if name in ("images", "masks", META_IMAGES) else column
+            name: encoded if name in ("images", "masks", META_IMAGES) else column
             for name, column in features(num_codes).items()
         }
     )
@@ -193,25 +193,25 @@ def _num_codes(columns: Mapping[str, Any], path: epath.Path) -> int:
     with located(f"{path / tfds_folder.FEATURES}: column `{CODES}`", "column of codes", UserError):
         _, count = columns[CODES]["tensor"]["shape"]["dimensions"]
         if not 0 < int(count) < 2**20:
-            raise ValueError(f"{brief(count, 40)} codes of a mask")
+            raise ValueError(f"{brief(count, 40)} codes per mask")
         return int(count)
 
 
-def _pictures(contents: Sequence[bytes], column: str, max_pixels: int) -> list[np.ndarray]:
-    """PNGs -> u8[H, W, 3] each; all of a column together are bounded as in data/reader.py."""
-    pictures, room = [], PER_SAMPLE * max_pixels
+def _decode_images(contents: Sequence[bytes], column: str, max_pixels: int) -> list[np.ndarray]:
+    """PNGs -> u8[H, W, 3] each; the pixels of a column together are bounded as in data/reader.py."""
+    decoded, budget = [], PER_SAMPLE * max_pixels
     for k, content in enumerate(contents):
-        pictures.append(decode_picture(content, f"{column}[{k}]", min(room, max_pixels), ("PNG",)))
-        room -= pictures[-1].shape[0] * pictures[-1].shape[1]
-    return pictures
+        decoded.append(decode_image(content, f"{column}[{k}]", min(budget, max_pixels), ("PNG",)))
+        budget -= decoded[-1].shape[0] * decoded[-1].shape[1]
+    return decoded
 
 
-def decode_picture(content: bytes, name: str, max_pixels: int, formats: Sequence[str]) -> np.ndarray:
-    """The u8[H, W, 3] of a picture in a record, as it is stored; SampleError names what it is not."""
-    picture = images.open_bytes(content, name, max_pixels)
-    if picture.format not in formats or images.is_deep(picture):
-        raise SampleError(f"{name}: no {' or '.join(formats)} picture of 8 bits")
-    return images.image_levels(picture, name, upright=False)
+def decode_image(content: bytes, name: str, max_pixels: int, formats: Sequence[str]) -> np.ndarray:
+    """The u8[H, W, 3] of an image in a record; SampleError where it is none of the formats."""
+    image = images.open_bytes(content, name, max_pixels)
+    if image.format not in formats or images.is_deep(image):
+        raise SampleError(f"{name}: no {' or '.join(formats)} image of 8 bits")
+    return images.image_levels(image, name, upright=False)
 
 
 def _holds_arrays(value: Any) -> bool:

@@ -29,23 +29,23 @@ _IMAGES = (
 )
 
 
-class Expression(NamedTuple):
+class ReferringExpression(NamedTuple):
     """One sentence about the objects of an image (`anns` may be none: no target)."""
 
     ref_id: Any
     sent: str
-    image_id: int
-    anns: tuple[int, ...]
+    image_id: int | str
+    anns: tuple[int | str, ...]
 
 
-class ReferSource(base.Indexed[Expression]):
-    """One sample per sentence of a split; the mask is the union of the objects it names.
+class ReferSource(base.Indexed[ReferringExpression]):
+    """One sample per sentence of a split; the mask is the union of the objects it refers to.
 
     Args:
       folder: of one data set, such as refer_seg/refcoco.
       split: train, val, testA, testB, test.
       split_by: unc, umd, google; needed where the folder holds several refs files.
-      image_root: folder of the pictures; by default looked for in the usual places.
+      image_root: folder of the images; by default looked for in the usual folders.
       prompt: see templates.question.
       reading: see data/reader.py.
     """
@@ -66,24 +66,24 @@ class ReferSource(base.Indexed[Expression]):
         path = _refs_file(folder, split_by)
         self._general = path.suffix == ".json"
         content = files.read_json(path) if self._general else plain_pickle.read(path)
-        whole = files.read_json(base.find(folder, "instances", "instances.json"))
+        instances = files.read_json(base.find(folder, "instances", "instances.json"))
         where = folder / "instances.json"
-        self._images = base.by_id(base.records(whole, "images", where), f"{where}: images")
-        self._anns = base.by_id(base.records(whole, "annotations", where), f"{where}: annotations")
+        self._images = base.by_id(base.records(instances, "images", where), f"{where}: images")
+        self._anns = base.by_id(base.records(instances, "annotations", where), f"{where}: annotations")
         refs = base.records({"refs": content}, "refs", path)
         found = base.each(refs, lambda ref: (base.text(ref["split"], "the split"), _expressions(ref)), f"{path}: refs")
         entries = [expression for name, mine in found if name == split for expression in mine]
         if not entries:
             known = sorted({name for name, _ in found})
             raise UserError(f"{path}: no split '{split}'; there are {brief(', '.join(known))}")
-        root = files.to_path(image_root) if image_root else base.find(folder, "pictures", *_IMAGES)
+        root = files.to_path(image_root) if image_root else base.find(folder, "images", *_IMAGES)
         self._root = base.Root(root, reading.allow_outside)
         super().__init__(str(path), entries, reading)
 
-    def describe(self, entry: Expression) -> str:
+    def describe(self, entry: ReferringExpression) -> str:
         return f"ref {entry.ref_id}"
 
-    def build(self, entry: Expression) -> Sample:
+    def build(self, entry: ReferringExpression) -> Sample:
         info = base.look_up(self._images, entry.image_id, "image")
         image, height, width = self.sized(info, self._root, "in instances.json")
         anns = [base.look_up(self._anns, k, "annotation") for k in entry.anns]
@@ -120,9 +120,9 @@ def _refs_file(folder: epath.Path, split_by: str) -> epath.Path:
     return names[split_by] if split_by else next(iter(names.values()))
 
 
-def _expressions(ref: Mapping[str, Any]) -> list[Expression]:
-    """Those of a ref; -1 (gRefCOCO) and `no_target` stand for no object."""
+def _expressions(ref: Mapping[str, Any]) -> list[ReferringExpression]:
+    """The expressions of a ref; -1 (gRefCOCO) and `no_target` mean no object."""
     ids = ref["ann_id"]
     ids = ids if isinstance(ids, list) else [ids]
     anns = () if ref.get("no_target") else tuple(base.an_id(k) for k in ids if k != -1)
-    return [Expression(ref["ref_id"], s["sent"], base.an_id(ref["image_id"]), anns) for s in ref["sentences"]]
+    return [ReferringExpression(ref["ref_id"], s["sent"], base.an_id(ref["image_id"]), anns) for s in ref["sentences"]]

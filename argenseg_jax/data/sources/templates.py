@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from argenseg_jax.errors import UserError
 
 ANSWER = "Sure, the segmentation result: <mask>."
-# {sents} is every expression as " s."; {sent} has them as "s. s", fit for the middle of a sentence.
+# {sents} is every expression as " s."; {sent} has them as "s. s", for use within a sentence.
 PROMPTS = {
     "referring": "<image>\n Given the following instructions: {sents}; please perform referring "
     "segmentation on this image.",
@@ -23,12 +23,12 @@ def question(sents: Sequence[str], prompt: str = "referring") -> str:
     template = PROMPTS.get(prompt, prompt)
     if not isinstance(template, str) or not re.search(r"\{sents?\}", template):
         raise UserError(f"eval.prompt: '{prompt}' is none of {', '.join(PROMPTS)} and has no {{sent}}")
-    whole = "".join(f" {s}." for s in sents)
-    return template.replace("{sents}", whole).replace("{sent}", ". ".join(sents))
+    listed = "".join(f" {s}." for s in sents)
+    return template.replace("{sents}", listed).replace("{sent}", ". ".join(sents))
 
 
 def class_prompt(prompt: str) -> str:
-    """The prompt of data that ask for a class: its own wording, unless another one was asked for."""
+    """The prompt of data sets of classes: `semantic`, unless another than the default was chosen."""
     return "semantic" if prompt == DEFAULT else prompt
 
 

@@ -1,4 +1,4 @@
-"""Text-to-image pairs: `<mask>` holds a picture. A caption beside each picture, or a folder per class.
+"""Text-to-image pairs: `<mask>` holds an image. A caption file per image, or a folder per class.
 
 FOLDER[/00000]/000.jpg with 000.txt (as img2dataset writes its `files` output)
 FOLDER/CLASS/*.jpg, optionally LOC_synset_mapping.txt (`n01440764 tench, Tinca tinca`), as ImageNet
@@ -20,19 +20,19 @@ QUESTION = "Please generate a picture about {}."  # the wording of prompt.UNCOND
 ANSWER = "Sure, the picture: <mask>."
 MAPPING = "LOC_synset_mapping.txt"
 _LONGEST = 2**20  # bytes of a caption
-_FILES = (*base.IMAGE_SUFFIXES, ".txt", ".json", ".parquet", ".tar")  # what img2dataset writes is no folder
+_FILES = (*base.IMAGE_SUFFIXES, ".txt", ".json", ".parquet", ".tar")  # files that img2dataset writes: not folders
 
 
-class Pair(NamedTuple):
-    """A picture with the file of its caption, or the name of its class."""
+class Captioned(NamedTuple):
+    """An image with the file of its caption, or the name of its class."""
 
-    picture: epath.Path
+    image: epath.Path
     caption: epath.Path | None
     name: str
 
 
-class PairSource(base.Indexed[Pair]):
-    """One sample per picture, its caption or class in the question. No image goes in.
+class PairSource(base.Indexed[Captioned]):
+    """One sample per image, with its caption or class in the question and no input image.
 
     Args:
       folder: see the module's text.
@@ -48,20 +48,24 @@ class PairSource(base.Indexed[Pair]):
         paths = sorted([*first, *(p for f in inner for p in files.listed(f))])  # no layout is deeper
         found = [p for p in paths if p.suffix.lower() in base.IMAGE_SUFFIXES]
         captions = {(p.parent, base.stem(p)): p for p in paths if p.suffix == ".txt"}
-        entries = [Pair(p, captions[p.parent, base.stem(p)], "") for p in found if (p.parent, base.stem(p)) in captions]
+        entries = [
+            Captioned(p, captions[p.parent, base.stem(p)], "") for p in found if (p.parent, base.stem(p)) in captions
+        ]
         if not entries:
             names = _class_names(root, folder)
             entries = [
-                Pair(p, None, names.get(p.parent.name, base.sentence(p.parent.name))) for p in found if p.parent != root
+                Captioned(p, None, names.get(p.parent.name, base.sentence(p.parent.name)))
+                for p in found
+                if p.parent != root
             ]
         if not entries:
-            raise UserError(f"{root}: no text-to-image pairs; looked for X.jpg beside X.txt, and for CLASS/*.jpg")
+            raise UserError(f"{root}: no text-to-image pairs; looked for X.jpg with X.txt, and for CLASS/*.jpg")
         super().__init__(str(root), entries, reading)
 
-    def describe(self, entry: Pair) -> str:
-        return str(entry.picture)
+    def describe(self, entry: Captioned) -> str:
+        return str(entry.image)
 
-    def build(self, entry: Pair) -> Sample:
+    def build(self, entry: Captioned) -> Sample:
         caption = entry.caption
         text = files.read_text(caption, _LONGEST, SampleError) if caption else entry.name
         text = " ".join(text.split()).rstrip(".")
@@ -70,8 +74,8 @@ class PairSource(base.Indexed[Pair]):
         return Sample(
             templates.turns(QUESTION.format(text), ANSWER),
             (),
-            (self.reader.image(entry.picture),),
-            {"files": [entry.picture.name], "kind": entry.name or None, "sents": [text], "metric": "fidelity"},
+            (self.reader.image(entry.image),),
+            {"files": [entry.image.name], "kind": entry.name or None, "sents": [text], "metric": "fidelity"},
         )
 
 
@@ -79,6 +83,6 @@ def _class_names(*folders: epath.Path) -> dict[str, str]:
     """{folder name: first class name} of ImageNet's mapping, where there is one."""
     for folder in folders:
         if files.kind_of(folder / MAPPING) == "file":
-            rows = [line.split(" ", 1) for line in files.read_text(folder / MAPPING).splitlines()]
-            return {row[0]: row[1].split(",")[0].strip() for row in rows if len(row) == 2}
+            lines = [line.split(" ", 1) for line in files.read_text(folder / MAPPING).splitlines()]
+            return {line[0]: line[1].split(",")[0].strip() for line in lines if len(line) == 2}
     return {}

@@ -5,7 +5,7 @@
     NAME-SPLIT.array_record-00000-of-00004, ...   the records
 
 Nothing is imported for a folder here: the two files are read as JSON, the classes are compared with
-those that are in use, and the records are decoded by features that the caller brings.
+KNOWN, and the records are decoded by features that the caller passes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def columns(folder: epath.PathLike) -> dict[str, Any]:
 
 
 def _class_names(tree: Any) -> Iterator[Any]:
-    """Whatever stands where a class may be named."""
+    """The values of all keys that name a class."""
     entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in entries:
         if key in _CLASS_KEYS and not isinstance(value, dict):  # a column may be called `type`
@@ -74,14 +74,14 @@ def open_split(folder: epath.PathLike, split: str) -> Records:
     """Random access to the records of a split, or of a slice of it such as 'train[:10%]'.
 
     Raises:
-      UserError: no such folder or split, no ArrayRecord shards, or a description of another form.
+      UserError: no such folder or split, no ArrayRecord shards, or an invalid description.
     """
     folder = epath.Path(folder)
     path = folder / INFO
     if not path.exists():
         raise UserError(
             f"{folder}: no data set; looked for {INFO} (the version folder of a TFDS data set) "
-            "and prepared.json (of `prepare`); other layouts need their name in front, such as "
+            "and prepared.json (of `prepare`); other layouts need their prefix, such as "
             "own:FOLDER"
         )
     info = files.read_json(path)
@@ -127,8 +127,8 @@ def _named(name: Any, what: str) -> str:
     return name
 
 
-class _Whole(NamedTuple):
-    """A shard up to the last record in use, as ArrayRecord wants to be told."""
+class _ShardPrefix(NamedTuple):
+    """A shard up to the last record in use, in the form that ArrayRecord expects."""
 
     filename: str
     skip: int
@@ -140,7 +140,7 @@ class Records(Sequence):
     """Random access to the bytes of records in ArrayRecord shards, each shard opened when first needed.
 
     ArrayRecord's reader opens local files, and buckets of Google with its own client. A shard in any
-    other file system is copied to a temporary folder first, which ends with the process.
+    other file system is copied to a temporary folder first, which is deleted when the process ends.
 
     Args:
       spans: (shard, records to skip, records to take) each.
@@ -172,7 +172,9 @@ class Records(Sequence):
                 from array_record.python import array_record_data_source as shards  # compiled code
 
                 path, skip, take = self.spans[k]
-                self._opened[k] = shards.ArrayRecordDataSource([_Whole(self._local(path), 0, skip + take, skip + take)])
+                self._opened[k] = shards.ArrayRecordDataSource(
+                    [_ShardPrefix(self._local(path), 0, skip + take, skip + take)]
+                )
             return self._opened[k]
 
     def _local(self, path: str) -> str:
@@ -187,7 +189,7 @@ class Records(Sequence):
         return os.fspath(target)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"spans": self.spans}  # another process opens its own
+        return {"spans": self.spans}  # another process opens the shards again
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__init__(state["spans"])

@@ -17,14 +17,14 @@ from argenseg_jax.data import transforms
 from argenseg_jax.data.reader import Reading
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.sources import base, templates, tfds_folder
-from argenseg_jax.data.sources.records import decode_picture
+from argenseg_jax.data.sources.records import decode_image
 from argenseg_jax.errors import UserError, located
 
 _F = tfds.features
 _REFEXP = {"refexp": _F.Sequence({"refexp_id": np.int64, "raw": _F.Text()})}
-# The part of a record that says how many expressions there are; and all that is read, pictures as bytes.
-WORDS = _F.FeaturesDict({"objects": _F.Sequence(_REFEXP)})
-WHOLE = _F.FeaturesDict(
+# The columns that list the expressions, and all columns that are read; images stay bytes.
+EXPRESSION_COLUMNS = _F.FeaturesDict({"objects": _F.Sequence(_REFEXP)})
+COLUMNS = _F.FeaturesDict(
     {
         "image": _F.Text(),
         "image/id": np.int64,
@@ -34,15 +34,15 @@ WHOLE = _F.FeaturesDict(
 
 
 class Phrase(NamedTuple):
-    """One expression: place of the record, of the object in it, and its words."""
+    """One expression: index of the record, of the object in it, and its text."""
 
     record: int
     object: int
-    words: str
+    text: str
 
 
 class RefCocoSource(base.Indexed[Phrase]):
-    """One sample per expression; opening it reads all records, without their pictures.
+    """One sample per expression; opening it reads all records, without their images.
 
     Args:
       folder: the version folder.
@@ -63,7 +63,7 @@ class RefCocoSource(base.Indexed[Phrase]):
         entries = []
         for i in range(len(self._records)):
             with located(f"{folder} ({split}): record {i}", "record of `ref_coco`", UserError, Exception):
-                record = WORDS.deserialize_example_np(self._records[i])
+                record = EXPRESSION_COLUMNS.deserialize_example_np(self._records[i])
                 entries += [
                     Phrase(i, k, text.decode())
                     for k, texts in enumerate(record["objects"]["refexp"]["raw"])
@@ -72,22 +72,22 @@ class RefCocoSource(base.Indexed[Phrase]):
         super().__init__(f"{folder} ({split})", entries, reading)
 
     def describe(self, entry: Phrase) -> str:
-        return f"record {entry.record}, '{entry.words}'"
+        return f"record {entry.record}, '{entry.text}'"
 
     def build(self, entry: Phrase) -> Sample:
-        record = WHOLE.deserialize_example_np(self._records[entry.record])
+        record = COLUMNS.deserialize_example_np(self._records[entry.record])
         objects = record["objects"]
-        image = decode_picture(record["image"], "image", self.reader.max_pixels, ("JPEG", "PNG"))
-        shown = decode_picture(objects["mask"][entry.object], "mask", self.reader.max_pixels, ("PNG",))[..., 0]
-        transforms.check_sizes(image, [shown], ["of the object"])
+        image = decode_image(record["image"], "image", self.reader.max_pixels, ("JPEG", "PNG"))
+        levels = decode_image(objects["mask"][entry.object], "mask", self.reader.max_pixels, ("PNG",))[..., 0]
+        transforms.check_sizes(image, [levels], ["of the object"])
         image_id, category_id = int(record["image/id"]), int(objects["label"][entry.object])
         return Sample(
-            templates.turns(templates.question([entry.words], self.prompt)),
+            templates.turns(templates.question([entry.text], self.prompt)),
             (image,),
-            ((shown > 0).astype(np.uint8) * 255,),
+            ((levels > 0).astype(np.uint8) * 255,),
             {
                 "files": [f"image {image_id}"],
-                "sents": [entry.words],
+                "sents": [entry.text],
                 "metric": "referring",
                 "image_id": image_id,
                 "category_id": category_id,

@@ -1,6 +1,6 @@
 """The synthetic `shapes` scenes: coloured shapes on a 64x64 canvas, with referring expressions.
 
-Numpy only, and quick enough (well under a millisecond a sample) to be drawn while training.
+Numpy only, and quick enough (well under a millisecond per sample) to be drawn while training.
 A sample is a pure function of (level, split, seed, index).
 
 Levels: `simple` has 2-3 objects of 4 colours and 3 shapes; `full` has 2-5 objects of 6 colours and
@@ -101,7 +101,7 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A picture u8[H, W, 3] of N objects, with their visible parts bool[N, H, W]."""
+    """An image u8[H, W, 3] of N objects, with their visible parts bool[N, H, W]."""
 
     level: Level
     image: np.ndarray
@@ -137,7 +137,7 @@ def _inside(obj: Object, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (np.abs(cos * x + sin * y) <= half) & (np.abs(cos * y - sin * x) <= half)
     points = 3 if obj.shape == "triangle" else 5
     angles = obj.angle - np.pi / 2 + 2 * np.pi / points * np.arange(points)  # the tips; first is up
-    if obj.shape == "triangle":  # each side lies opposite a tip, at half its distance
+    if obj.shape == "triangle":  # each side is opposite a tip, at half its distance
         sides = [math.cos(a) * x + math.sin(a) * y for a in angles]
         return np.minimum(np.minimum(sides[0], sides[1]), sides[2]) >= -TRIANGLE_TIP * obj.r / 2
     # A star folds onto half a point: `along` the nearest tip's axis and `aside` of it.
@@ -167,7 +167,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     colour = 0.35 * rng.uniform(60, 200, 3) + 0.65 * rng.uniform(70, 170)
     blocks = rng.normal(0, rng.uniform(0, 8), (8, 8)).astype(np.float32)
     amplitude, phase, angle = rng.uniform(0, 14), rng.uniform(0, 2 * np.pi), rng.uniform(0, np.pi)
-    wave = 2 * np.pi * rng.uniform(0.02, 0.08)  # radians a pixel
+    wave = 2 * np.pi * rng.uniform(0.02, 0.08)  # radians per pixel
     t = np.arange(CANVAS, dtype=np.float32)
     across, down = wave * math.cos(angle) * t[None], wave * math.sin(angle) * t[:, None]
     bright = np.float32(amplitude) * np.sin(across + (down + phase))
@@ -177,16 +177,16 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 @functools.cache
 def _noise_table() -> np.ndarray:
-    """f32[4096]: quantiles of the pixel noise; looking up is thrice as fast as drawing normals."""
+    """f32[4096]: quantiles of the pixel noise; lookup is three times as fast as drawing normals."""
     normal = statistics.NormalDist(0, NOISE_SD)
     return np.array([normal.inv_cdf((i + 0.5) / 4096) for i in range(4096)], np.float32)
 
 
-def _place(rng: np.random.Generator, level: Level, held_out: bool) -> list[Object]:
+def _draw_objects(rng: np.random.Generator, level: Level, held_out: bool) -> list[Object]:
     """Draws 2 or more objects, inside and apart; the first is a held-out pair if asked."""
     count = int(rng.integers(2, level.max_objects + 1))
     objects: list[Object] = []
-    while len(objects) < 2:  # a crowded draw may find no room for the second: start again
+    while len(objects) < 2:  # the second object may not fit: start again
         objects = []
         for i in range(count):
             pairs = sorted(level.held_out) if held_out and i == 0 else level.seen
@@ -205,15 +205,15 @@ def _place(rng: np.random.Generator, level: Level, held_out: bool) -> list[Objec
 def scene(rng: np.random.Generator, level: str | Level, held_out: bool = False) -> Scene:
     """Draws one scene; with `held_out` one of its objects is a pair never drawn otherwise."""
     level = level_of(level) if isinstance(level, str) else level
-    objects = _place(rng, level, held_out)
-    if held_out:  # which object lies on top must not tell the held-out one
+    objects = _draw_objects(rng, level, held_out)
+    if held_out:  # the order of drawing must not tell the held-out one
         objects = [objects[i] for i in rng.permutation(len(objects))]
     canvas = _background(rng)
     masks = np.zeros((len(objects), CANVAS, CANVAS), bool)
     for i, obj in enumerate(objects):
-        room = _reach(obj.shape, obj.r)
-        left, right = max(0, math.floor(obj.x - room)), math.ceil(obj.x + room) + 1
-        top, bottom = max(0, math.floor(obj.y - room)), math.ceil(obj.y + room) + 1
+        reach = _reach(obj.shape, obj.r)
+        left, right = max(0, math.floor(obj.x - reach)), math.ceil(obj.x + reach) + 1
+        top, bottom = max(0, math.floor(obj.y - reach)), math.ceil(obj.y + reach) + 1
         x = np.arange(left, min(right, CANVAS), dtype=np.float32)[None] - np.float32(obj.x)
         y = np.arange(top, min(bottom, CANVAS), dtype=np.float32)[:, None] - np.float32(obj.y)
         inside = _inside(obj, x, y)
@@ -237,7 +237,7 @@ RELATIONS = {"above": ("y", -1), "below": ("y", 1), "left of": ("x", -1), "right
 
 
 def unique(scene: Scene, *fields: str) -> Candidates:
-    """ "the {fields}" for every object that no other equals in these fields."""
+    """ "the {fields}" for every object that is unique in these fields."""
     names = [" ".join(getattr(o, f) for f in fields) for o in scene.objects]
     return [(f"the {name}", (i,)) for i, name in enumerate(names) if names.count(name) == 1]
 
@@ -252,7 +252,7 @@ def groups(scene: Scene, field: str) -> dict[str, tuple[int, ...]]:
 
 
 def extremes(scene: Scene) -> Candidates:
-    """ "the leftmost {shape}", or "... object" over everything where the shape occurs once."""
+    """ "the leftmost {shape}", or "... object" over all objects where the shape occurs once."""
     found = []
     everything = tuple(range(len(scene.objects)))
     for shape, group in groups(scene, "shape").items():
@@ -267,7 +267,7 @@ def extremes(scene: Scene) -> Candidates:
 
 def _relations(scene: Scene) -> Candidates:
     """ "the {colour} shape {relation} the {colour} one": the second colour occurs once, and exactly
-    one object of the first stands so, by a clear margin."""
+    one object of the first has the relation, by a clear margin."""
     found = []
     by_colour = groups(scene, "colour")
     for other, (anchor, *more) in by_colour.items():
@@ -295,7 +295,7 @@ def _excepts(scene: Scene) -> Candidates:
 
 
 def _absent(scene: Scene) -> Candidates:
-    """Pairs that are not there; those that share a colour or shape with the scene weigh most."""
+    """Pairs that are not there; those that share a colour or shape with the scene have the largest weight."""
     present = {(o.colour, o.shape) for o in scene.objects}
     colours, shapes = {c for c, _ in present}, {s for _, s in present}
     found = []
@@ -332,7 +332,7 @@ def draw_expression(
     """Draws a kind by its weight, then a phrase of it; None where the scene allows no kind.
 
     In `unseen` a held-out pair is among the targets. Elsewhere no phrase names one, except that
-    `val` and `test` may ask in vain for it: in training that would teach that it never exists.
+    `val` and `test` may ask for an absent one: in training that would teach that it never exists.
     """
     held_out = [" ".join(pair) for pair in scene.level.held_out]
     wanted = {i for i, o in enumerate(scene.objects) if (o.colour, o.shape) in scene.level.held_out}
@@ -373,7 +373,7 @@ class ShapesSource:
       split: 'train', 'val', 'test' or 'unseen' (the target is a pair never drawn elsewhere).
       size: number of samples; by default 2**31 - 1 for train, a few hundred otherwise.
       seed: another seed gives other samples.
-      image_last: puts `<image>` behind the question.
+      image_last: puts `<image>` after the question.
       kind_weights: relative frequency of each expression kind, replacing the level's own.
     """
 
@@ -427,7 +427,7 @@ class ShapesSource:
 
 
 def corpus() -> list[str]:
-    """All sentences of the grammar's words, for building a small tokenizer."""
+    """Sentences with every word of the grammar, to train a small tokenizer."""
     sentences = [turn["value"] for turn in conversation("the object")]
     for colour in COLOURS:
         sentences.append(f"all {colour} shapes")

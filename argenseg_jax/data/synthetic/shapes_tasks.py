@@ -1,11 +1,11 @@
-"""What else may be asked about the drawn scenes of data/synthetic/shapes.py: the other tasks of a nano mixture.
+"""The other tasks of a nano mixture, on the scenes of data/synthetic/shapes.py.
 
     object     any one object; `interactive:PROMPT:shapes-object:...` prompts for it
     semantic   "Please segment circle in this image.": a class; the empty mask of one that is absent
-    instances  "Segment circle 2 from the left.": the objects of a class as a list, one mask a question,
-               empty behind the last; places LIST * i ... LIST * i + LIST - 1 of a source ask for one list
-    chat       counts, yes or no, colours, shapes, answered by one word
-    draw       a described scene -> its picture, black and white; no image goes in
+    instances  "Segment circle 2 from the left.": the objects of a class as a list, one mask per question,
+               empty after the last; samples LIST * i ... LIST * i + LIST - 1 of a source ask for one list
+    chat       counts, yes or no, colours, shapes, answered with one word
+    draw       a described scene -> its image, black and white; no input image
 
 A sample is a pure function of (task, level, split, seed, index). As in data/synthetic/shapes.py, held-out pairs are
 drawn, and named, in the split `unseen` only.
@@ -14,7 +14,7 @@ drawn, and named, in the split `unseen` only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -24,41 +24,41 @@ from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.synthetic.shapes import Scene
 from argenseg_jax.errors import UserError
 
-LIST = 3  # questions about one list of instances, and so the most of them
+LIST = 3  # questions about one list of instances, and so their maximum number
 ABSENT = 0.2  # share of the semantic questions that name an absent class
 CHAT = {"count": 6, "exist": 1.5, "colour": 1.25, "shape": 1.25}  # relative frequencies
 COUNTED = {"colour": 3, "shape": 3, "pair": 2, "all": 1}  # of what counting asks for
-MOST_DRAWN = 3  # objects of a described scene
-RADII = {"small": 6.5, "large": 9.5}  # of its objects: half of one covers no neighbour
-ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
+MAX_DRAWN = 3  # objects of a described scene
+RADII = {"small": 6.5, "large": 9.5}  # of its objects: less than half of the cells' spacing
+GRID_ROWS, GRID_COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 CELLS = (11.0, 31.5, 52.0)  # centres of its rows and columns, in pixels
 
 
 # ---------------------------------------------------------------------------------- masks of a scene
 
 
-def _object(rng: np.random.Generator, scene: Scene, unseen: bool, place: int) -> Sample | None:
-    choice = _named(scene) if unseen else range(len(scene.objects))
+def _object(rng: np.random.Generator, scene: Scene, unseen: bool, position: int) -> Sample | None:
+    choice = _held_out(scene) if unseen else range(len(scene.objects))
     target = int(rng.choice(choice))
     obj = scene.objects[target]
     return _masked(scene, f"<image>\nSegment the {obj.colour} {obj.shape}.", [target], kind="object")
 
 
-def _semantic(rng: np.random.Generator, scene: Scene, unseen: bool, place: int) -> Sample | None:
+def _semantic(rng: np.random.Generator, scene: Scene, unseen: bool, position: int) -> Sample | None:
     groups = shapes.groups(scene, "shape")
     absent = [shape for shape in scene.level.shapes if shape not in groups]
-    present = sorted({scene.objects[i].shape for i in _named(scene)} if unseen else groups)
+    present = sorted({scene.objects[i].shape for i in _held_out(scene)} if unseen else groups)
     name = str(rng.choice(absent if absent and not unseen and rng.random() < ABSENT else present))
     return _masked(
         scene, f"<image>\n Please segment {name} in this image.", groups.get(name, ()), kind=name, metric="semantic"
     )
 
 
-def _instances(rng: np.random.Generator, scene: Scene, unseen: bool, place: int) -> Sample | None:
-    """Number `place` of the largest class, from the left; None where the order is not clear."""
+def _instances(rng: np.random.Generator, scene: Scene, unseen: bool, position: int) -> Sample | None:
+    """Number `position` of the largest class, from the left; None where the order is not clear."""
     groups = shapes.groups(scene, "shape")
     if unseen:
-        groups = {scene.objects[i].shape: groups[scene.objects[i].shape] for i in _named(scene)}
+        groups = {scene.objects[i].shape: groups[scene.objects[i].shape] for i in _held_out(scene)}
     name = max(groups, key=lambda shape: (len(groups[shape]), rng.random()))
     order = sorted(groups[name], key=lambda i: scene.objects[i].x)
     across = [scene.objects[i].x for i in order]
@@ -66,8 +66,8 @@ def _instances(rng: np.random.Generator, scene: Scene, unseen: bool, place: int)
         return None
     return _masked(
         scene,
-        f"<image>\nSegment {name} {place + 1} from the left.",
-        order[place : place + 1],
+        f"<image>\nSegment {name} {position + 1} from the left.",
+        order[position : position + 1],
         kind=name,
         metric="instances",
     )
@@ -80,7 +80,7 @@ def _masked(scene: Scene, question: str, targets, **meta) -> Sample:
     )
 
 
-def _named(scene: Scene) -> list[int]:
+def _held_out(scene: Scene) -> list[int]:
     """The objects that are held-out pairs."""
     return [i for i, o in enumerate(scene.objects) if (o.colour, o.shape) in scene.level.held_out]
 
@@ -88,7 +88,7 @@ def _named(scene: Scene) -> list[int]:
 # ---------------------------------------------------------------------------------- chat
 
 
-def _chat(rng: np.random.Generator, scene: Scene, unseen: bool, place: int) -> Sample | None:
+def _chat(rng: np.random.Generator, scene: Scene, unseen: bool, position: int) -> Sample | None:
     kind = _weighted(rng, CHAT)
     found = {"count": _counts, "exist": _exists, "colour": _colours, "shape": _shapes}[kind](rng, scene, unseen)
     if not found:
@@ -103,7 +103,7 @@ def _chat(rng: np.random.Generator, scene: Scene, unseen: bool, place: int) -> S
 
 
 def _counts(rng: np.random.Generator, scene: Scene, unseen: bool) -> list[tuple[str, str]]:
-    """Questions that have one answer, drawn among those that there are: 0 is not always right."""
+    """Questions that have one answer, drawn among the counts that occur: 0 is not always right."""
     level, objects, what = scene.level, scene.objects, _weighted(rng, COUNTED)
     names = {
         "colour": {f"{c} shapes": (c, None) for c in level.colours},
@@ -145,29 +145,29 @@ def _pairs(scene: Scene, unseen: bool) -> list[tuple[str, str]]:
     return [(c, s) for c in level.colours for s in level.shapes if unseen or (c, s) not in level.held_out]
 
 
-def _weighted(rng: np.random.Generator, weights: dict[str, float]) -> str:
+def _weighted(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
     ends = np.cumsum(list(weights.values()))
     return list(weights)[int(np.searchsorted(ends, rng.random() * ends[-1], "right"))]
 
 
-# ---------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------- images
 
 
-def _drawn(rng: np.random.Generator, level: shapes.Level) -> Sample:
-    """A description of 1 to MOST_DRAWN objects in different cells of a 3x3 grid, and its picture."""
-    cells = rng.permutation(9)[: rng.integers(1, MOST_DRAWN + 1)]
-    parts, picture = [], np.zeros((shapes.CANVAS, shapes.CANVAS), bool)
+def _draw_task(rng: np.random.Generator, level: shapes.Level) -> Sample:
+    """A description of 1 to MAX_DRAWN objects in different cells of a 3x3 grid, and its image."""
+    cells = rng.permutation(9)[: rng.integers(1, MAX_DRAWN + 1)]
+    parts, canvas = [], np.zeros((shapes.CANVAS, shapes.CANVAS), bool)
     for cell in sorted(cells.tolist()):
         size, shape = str(rng.choice(list(RADII))), str(rng.choice(level.shapes))
         row, column = divmod(cell, 3)
-        where = f"{ROWS[row]} {COLUMNS[column]}".strip()
+        where = f"{GRID_ROWS[row]} {GRID_COLUMNS[column]}".strip()
         parts.append(f"a {size} {shape} " + (f"at the {where}" if where else "in the middle"))
-        picture |= shapes.silhouette(shape, CELLS[column], CELLS[row], RADII[size])
+        canvas |= shapes.silhouette(shape, CELLS[column], CELLS[row], RADII[size])
     question = text_to_image.QUESTION.format(", ".join(parts))
     return Sample(
         templates.turns(question, text_to_image.ANSWER),
         (),
-        (picture.astype(np.uint8) * np.uint8(255),),
+        (canvas.astype(np.uint8) * np.uint8(255),),
         {"kind": f"{len(parts)} objects"},
     )
 
@@ -205,7 +205,7 @@ class TaskSource:
     def __getitem__(self, index: int) -> Sample:
         index = int(index)
         base.check_index(index, self._size)
-        group, place = divmod(index, LIST) if self.task == "instances" else (index, 0)
+        group, position = divmod(index, LIST) if self.task == "instances" else (index, 0)
         rng = np.random.default_rng(
             (
                 self.seed,
@@ -216,9 +216,11 @@ class TaskSource:
             )
         )
         name = f"shapes-{self.task}"
-        made = _drawn(rng, self.level) if self.task == "draw" else None
+        sample = _draw_task(rng, self.level) if self.task == "draw" else None
         unseen = self.split == "unseen"
-        while made is None:  # not every scene allows the question
+        while sample is None:  # not every scene allows the question
             scene = shapes.scene(rng, self.level, held_out=unseen)
-            made = TASKS[self.task](rng, scene, unseen, place)
-        return dataclasses.replace(made, meta={"id": index, "source": name, "files": [f"{name}/{group}"], **made.meta})
+            sample = TASKS[self.task](rng, scene, unseen, position)
+        return dataclasses.replace(
+            sample, meta={"id": index, "source": name, "files": [f"{name}/{group}"], **sample.meta}
+        )

@@ -1,4 +1,4 @@
-"""The drawn scenes of data/synthetic/shapes.py, fixed in files by TFDS.
+"""The drawn scenes of data/synthetic/shapes.py, written to files by TFDS.
 
 Shapes(config='full', data_dir=D, sizes={'train': 100_000}).download_and_prepare()
 TfdsSource(D / 'shapes/full/1.1.0', 'train')[7]   # == ShapesSource('full', 'train')[7]
@@ -17,7 +17,7 @@ from argenseg_jax.data.synthetic import shapes
 
 
 class Shapes(Samples):
-    """The drawn scenes, one config a level.
+    """The drawn scenes, one config per level.
 
     Args:
       config: 'simple' or 'full'.

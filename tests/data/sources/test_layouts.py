@@ -17,7 +17,7 @@ LEFT = [[0, 0, 6, 0, 6, 8, 0, 8]]
 RIGHT = [[9, 0, 12, 0, 12, 8, 9, 8]]
 
 
-def picture(path, value=0, size=(WIDTH, HEIGHT)):
+def put_image(path, value=0, size=(WIDTH, HEIGHT)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (value,) * 3).save(path)
 
@@ -34,7 +34,7 @@ def text(path, content):
 
 
 def columns(mask):
-    """The columns that a mask fills; it must fill them wholly."""
+    """The columns that a mask fills; it must fill them completely."""
     filled = np.flatnonzero(mask.any(axis=0))
     assert set(np.unique(mask)) <= {0, 255} and (mask[:, filled] == 255).all()
     return filled.tolist()
@@ -45,10 +45,10 @@ def columns(mask):
 
 @pytest.fixture
 def refer(tmp_path):
-    """refer_seg with refcoco, refcocog (two splits) and grefcoco, and the pictures of COCO."""
+    """refer_seg with refcoco, refcocog (two splits) and grefcoco, and the images of COCO."""
     root = tmp_path / "refer_seg"
     name = "COCO_train2014_000000000007.jpg"
-    picture(root / "images/mscoco/images/train2014" / name)
+    put_image(root / "images/mscoco/images/train2014" / name)
     instances = {
         "images": [{"id": 7, "file_name": name, "height": HEIGHT, "width": WIDTH}],
         "annotations": [
@@ -123,14 +123,14 @@ def test_faults_of_refer(refer):
     (refer / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps([range(3)]))
     with pytest.raises(UserError, match=r"refs\(unc\).p: the pickle holds more"):
         open_source(f"refer:{refer}/refcoco")
-    picture(refer / "images/mscoco/images/train2014/COCO_train2014_000000000007.jpg", size=(3, 3))
+    put_image(refer / "images/mscoco/images/train2014/COCO_train2014_000000000007.jpg", size=(3, 3))
     with pytest.raises(SampleError, match="ref 5: mask .* is 12x8, its image 3x3"):
         open_source(f"refer:{refer}/grefcoco:testA")[0]
     (refer / "grefcoco" / "instances.json").unlink()
     with pytest.raises(UserError, match="no instances; looked for instances.json"):
         open_source(f"refer:{refer}/grefcoco")
     (refer / "images").rename(refer / "elsewhere")
-    with pytest.raises(UserError, match="no pictures; looked for ../images/mscoco"):
+    with pytest.raises(UserError, match="no images; looked for ../images/mscoco"):
         open_source(f"refer:{refer}/refcocog:val:umd")
     root = refer / "elsewhere/mscoco/images/train2014"
     assert len(open_source(f"refer:{refer}/refcocog:val:umd", image_root=str(root))) == 1
@@ -145,8 +145,8 @@ def square(label, left, right):
 
 def test_reasonseg(tmp_path):
     for name in ("a", "b"):
-        picture(tmp_path / "val" / f"{name}.jpg")
-    picture(tmp_path / "val" / "without.jpg")
+        put_image(tmp_path / "val" / f"{name}.jpg")
+    put_image(tmp_path / "val" / "without.jpg")
     text(
         tmp_path / "val/a.json",
         {
@@ -206,7 +206,7 @@ def test_coco_instances(tmp_path):
             [{**crowd, "id": 3, "category_id": 1}, {**crowd, "id": 4, "category_id": 2}],
         ),
     )
-    picture(tmp_path / "val2017/000000000003.jpg")
+    put_image(tmp_path / "val2017/000000000003.jpg")
     source = open_source(f"coco:{tmp_path}")
     assert len(source) == 1  # of the cats there is only a crowd
     sample = source[0]
@@ -226,7 +226,7 @@ def test_paco_lvis(tmp_path):
         tmp_path / "paco/annotations/paco_lvis_v1_val.json",
         coco_file(["trash_can:rim", "dog_(pet)"], "val2017/000000000003.jpg"),
     )
-    picture(tmp_path / "coco/val2017/000000000003.jpg")
+    put_image(tmp_path / "coco/val2017/000000000003.jpg")
     sample = open_source(f"paco:{tmp_path}/paco")[0]
     assert sample.meta["kind"] == "rim of the trash can" and len(sample.masks) == 1
     assert columns(sample.masks[0]) == [*range(6), 9, 10, 11]
@@ -235,7 +235,7 @@ def test_paco_lvis(tmp_path):
 
 def test_pascal_part(tmp_path):
     text(tmp_path / "vlpart/pascal_part/train.json", coco_file(["aeroplane:body"], "2008_000003.jpg"))
-    picture(tmp_path / "VOCdevkit/VOC2010/JPEGImages/2008_000003.jpg")
+    put_image(tmp_path / "VOCdevkit/VOC2010/JPEGImages/2008_000003.jpg")
     sample = open_source(f"pascalpart:{tmp_path}")[0]
     assert sample.meta["kind"] == "body of the aeroplane" and sample.meta["metric"] == "semantic"
 
@@ -249,7 +249,7 @@ def panoptic_folder(tmp_path):
     """COCO panoptic: two things of a class, stuff, a crowd."""
     ids = stripes(0, 7, 256, 65536, 9, 9)
     colours = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1)
-    picture(tmp_path / "val2017/000000000139.jpg")
+    put_image(tmp_path / "val2017/000000000139.jpg")
     grey(tmp_path / "annotations/panoptic_val2017/000000000139.png", colours)
     segments = [
         {"id": i, "category_id": c, "iscrowd": crowd, "area": 16, "bbox": [0, 0, 2, 8]}
@@ -313,7 +313,7 @@ def test_ade20k(tmp_path):
         "1\t0.15\t11664\t1172\t1\twall\n2\t0.1\t6046\t612\t1\tdoor, double door\n"
         "3\t0.1\t8265\t796\t1\tsky\n",
     )
-    picture(root / "images/validation/ADE_val_00000001.jpg")
+    put_image(root / "images/validation/ADE_val_00000001.jpg")
     grey(root / "annotations/validation/ADE_val_00000001.png", stripes(0, 1, 2))
     source = open_source(f"ade20k:{root}")
     drawn = {s.meta["kind"]: columns(s.masks[0]) for s in (source.draw(0, np.random.default_rng(k)) for k in range(9))}
@@ -335,7 +335,7 @@ def test_ade20k(tmp_path):
 
 def test_coco_stuff(tmp_path):
     text(tmp_path / "labels.txt", "0: unlabeled\n1: person\n2: sky-other\n")
-    picture(tmp_path / "val2017/000000000001.jpg")
+    put_image(tmp_path / "val2017/000000000001.jpg")
     grey(tmp_path / "stuffthingmaps/val2017/000000000001.png", stripes(0, 1, 255))
     every = open_source(f"cocostuff:{tmp_path}:val2017:every")
     assert {s.meta["kind"]: columns(s.masks[0]) for s in (every[0], every[1])} == {
@@ -354,7 +354,7 @@ def test_coco_stuff(tmp_path):
 
 def test_mvtec(tmp_path):
     for path in ("train/good/000.png", "test/good/000.png", "test/broken_large/000.png"):
-        picture(tmp_path / "metal_nut" / path)
+        put_image(tmp_path / "metal_nut" / path)
     grey(tmp_path / "metal_nut/ground_truth/broken_large/000_mask.png", stripes(0, 255, 0))
     for source in (
         open_source(f"mvtec:{tmp_path}"),
@@ -371,8 +371,8 @@ def test_mvtec(tmp_path):
         open_source(f"mvtec:{tmp_path}")[0]
 
 
-def test_captions_to_pictures(tmp_path):
-    picture(tmp_path / "00000/000000001.jpg", 9)
+def test_captions_to_images(tmp_path):
+    put_image(tmp_path / "00000/000000001.jpg", 9)
     text(tmp_path / "00000/000000001.txt", "a dog\n on grass.")
     sample = open_source(f"t2i:{tmp_path}")[0]
     assert sample.images == () and sample.masks[0].shape == (HEIGHT, WIDTH, 3)
@@ -383,9 +383,9 @@ def test_captions_to_pictures(tmp_path):
         open_source(f"t2i:{tmp_path}")[0]
 
 
-def test_classes_to_pictures(tmp_path):
-    picture(tmp_path / "train/n01440764/n01440764_1.JPEG")
-    picture(tmp_path / "train/sea_lion/1.png")
+def test_classes_to_images(tmp_path):
+    put_image(tmp_path / "train/n01440764/n01440764_1.JPEG")
+    put_image(tmp_path / "train/sea_lion/1.png")
     text(tmp_path / "LOC_synset_mapping.txt", "n01440764 tench, Tinca tinca\n")
     source = open_source(f"t2i:{tmp_path}:train")
     assert [source[k].meta["kind"] for k in range(2)] == ["tench", "sea lion"]
@@ -445,7 +445,7 @@ def test_families_mix(refer):
 def test_internvl_chat_data(tmp_path):
     """The meta JSON and annotation lines of InternVL: one image, several, a video's frames, none."""
     for path in ("coco/1.jpg", "coco/2.jpg", "clips/v/0001.jpg", "clips/v/0002.jpg"):
-        picture(tmp_path / "playground" / path)
+        put_image(tmp_path / "playground" / path)
     ask = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."}]
     talk = [
         {"id": 0, "image": "coco/1.jpg", "width": WIDTH, "height": HEIGHT, "conversations": ask},
@@ -490,7 +490,7 @@ def test_internvl_chat_data(tmp_path):
 
 def test_frames_are_thinned_evenly(tmp_path):
     for k in range(10):
-        picture(tmp_path / f"v/{k}.jpg")
-    chosen, talk = base.frames(base.Root(epath.Path(tmp_path)), "v", templates.turns("What?"), most=4)
+        put_image(tmp_path / f"v/{k}.jpg")
+    chosen, talk = base.frames(base.Root(epath.Path(tmp_path)), "v", templates.turns("What?"), max_frames=4)
     assert chosen == ["v/0.jpg", "v/2.jpg", "v/5.jpg", "v/7.jpg"]
     assert talk[0]["value"].startswith("Frame1: <image>") and talk[0]["value"].endswith("<image>\nWhat?")

@@ -1,4 +1,4 @@
-"""One's own pictures and masks: the three forms give the same samples; what is wrong is named."""
+"""Own images and masks: the three forms give the same samples; errors name what is wrong."""
 
 import json
 
@@ -17,7 +17,7 @@ NAMES = {1: "road", 3: "traffic light"}
 
 @pytest.fixture
 def forms(tmp_path):
-    """{form: folder}; every folder holds the same picture and the same two classes."""
+    """{form: folder}; every folder holds the same image and the same two classes."""
     for form in ("masks", "labels", "polygons"):
         (tmp_path / form / "images").mkdir(parents=True)
         Image.new("RGB", (WIDTH, HEIGHT), (9, 9, 9)).save(tmp_path / form / "images" / "street.jpg")
@@ -81,7 +81,7 @@ def test_faults(forms):
         damage()
         with pytest.raises(UserError, match=says):
             open_source(f"own:{forms}/{form}")
-    with pytest.raises(UserError, match="no pictures; looked for images"):
+    with pytest.raises(UserError, match="no images; looked for images"):
         (forms / "labels/images").rename(forms / "pictures")
         (forms / "labels/classes.txt").write_text("road\n")
         open_source(f"own:{forms}/labels")
@@ -89,7 +89,7 @@ def test_faults(forms):
 
 def test_faulty_files_are_named(forms):
     Image.new("L", (WIDTH, HEIGHT), 1).save(forms / "masks/masks/road/alley.png")
-    with pytest.raises(UserError, match="alley.png: no picture of this name in .*images"):
+    with pytest.raises(UserError, match="alley.png: no image of this name in .*images"):
         open_source(f"own:{forms}/masks")
     Image.fromarray(MAP + (MAP == 3)).save(forms / "labels/labels/street.png")
     with pytest.raises(SampleError, match="street.png: value 4 has no class name"):

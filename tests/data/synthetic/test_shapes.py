@@ -301,7 +301,7 @@ def test_bad_arguments(arguments):
 
 
 def test_speed():
-    """A training step on a CPU must not wait for pictures (bound: ten times the usual)."""
+    """A training step on a CPU must not wait for images (bound: ten times the usual)."""
     source = ShapesSource("full")
     start = time.process_time()
     for index in range(200):
@@ -336,14 +336,14 @@ def test_tfds_round_trip(tmp_path):
 
 
 def test_tfds_of_any_source(tmp_path):
-    """Odd sizes, no picture, a mask in colour, non-ASCII text; a broken sample is left out."""
+    """Odd sizes, no image, a mask in colour, non-ASCII text; a broken sample is left out."""
     from argenseg_jax.data.sources.records import Samples, TfdsSource
 
     rng = np.random.default_rng(0)
-    picture, colours = rng.integers(0, 256, (2, 5, 7, 3), np.uint8)
+    image, colours = rng.integers(0, 256, (2, 5, 7, 3), np.uint8)
     grey = np.where(rng.random((5, 7)) < 0.5, 0, 255).astype(np.uint8)
     ask = [{"from": "human", "value": "Où est <image>?"}, {"from": "gpt", "value": "<mask><mask>"}]
-    written = [Sample(ask, (picture,), (grey, colours), {"id": np.int64(3)}), Sample(ask[:1])]
+    written = [Sample(ask, (image,), (grey, colours), {"id": np.int64(3)}), Sample(ask[:1])]
 
     class Source:
         def __len__(self):
