@@ -427,7 +427,7 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or brief(error) or type(error).__name__
 
 
-def _no_file_system(path: epath.Path, error: Exception) -> str:
+def _no_file_system(path: epath.PathLike, error: Exception) -> str:
     scheme = os.fspath(path).partition("://")[0]
     if isinstance(error, ImportError) and scheme == "gs":
         return "gs:// needs gcsfs: pip install 'argenseg_jax[tpu]'"

@@ -59,7 +59,7 @@ class Holder:
         try:
             fields = json.loads(content)
             process = processes.Process(
-                *(kind(fields[key]) for key, kind in (("pid", int), ("host", str), ("machine", str), ("started", int)))
+                int(fields["pid"]), str(fields["host"]), str(fields["machine"]), int(fields["started"])
             )
             heartbeat = float(fields["heartbeat"])
             if process.pid < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ class StoredLeaf:
         self._layers = array.chunk_layout.read_chunk.shape[:1]  # layers per chunk
         self._block: tuple[int, np.ndarray] | None = None  # the chunk read last, and its number
 
-    def __getitem__(self, index: int | type(...)) -> np.ndarray:
+    def __getitem__(self, index: int | types.EllipsisType) -> np.ndarray:
         if index is ... or self._layers == (1,):
             return self._array[index].read().result()
         block, offset = divmod(index, *self._layers)

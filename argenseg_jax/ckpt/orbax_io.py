@@ -61,7 +61,7 @@ class Checkpointer:
         if best and not found:
             raise UserError(f"train.keep_best='{best}': write min:NAME or max:NAME, such as min:loss")
         mode, self.best = found.groups() if found else ("max", None)
-        policies = [ocp.checkpoint_managers.LatestN(keep or None)]
+        policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep or None)]
         value = (lambda numbers: numbers[self.best]) if best else None
         if best:
             policies.append(
@@ -146,7 +146,7 @@ class Checkpointer:
         }
         if ema:
             items["ema"] = ocp.args.StandardSave(ema, _by_layer(ema))
-        value = (numbers or {}).get(self.best)
+        value = (numbers or {}).get(self.best or "")
         folder = self._dir / str(step)
         if distributed.is_first():
             self._clear(folder)

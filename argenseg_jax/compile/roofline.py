@@ -38,7 +38,7 @@ def bound(kind: str, work: Work) -> dict[str, float | str]:
         "hbm": work.hbm_bytes * chip.devices / chip.hbm_rate,
         "interconnect": work.ici_bytes * chip.devices / chip.ici_rate + work.dcn_bytes * chip.devices / chip.dcn_rate,
     }
-    limit = max(seconds, key=seconds.get)
+    limit = max(seconds, key=lambda name: seconds[name])
     return {
         "bound": limit,
         **{f"{name}_seconds": value for name, value in seconds.items()},

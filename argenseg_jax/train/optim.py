@@ -64,14 +64,19 @@ def trainable(shapes: Mapping[str, Any], freeze: Sequence[str], frozen: Sequence
 
 def multipliers(params: Mapping[str, Any], groups: Sequence[tuple[str, float]]) -> dict[str, float]:
     """{path: learning-rate multiplier} by the first matching group; UserError if a path has no group."""
-    found = {path: next((m for p, m in groups if re.fullmatch(p, path)), None) for path in trees.flatten(params)}
-    ungrouped = [path for path, m in found.items() if m is None]
+    paths = list(trees.flatten(params))
+    found = {path: next(m for p, m in groups if re.fullmatch(p, path)) for path in paths if _grouped(groups, path)}
+    ungrouped = [path for path in paths if path not in found]
     if ungrouped:
         raise UserError(
             f"optim.groups does not cover {', '.join(ungrouped[:_MAX_REPORTED])}"
             f"{' ...' if len(ungrouped) > _MAX_REPORTED else ''}; end with ('.*', 1.0)"
         )
     return found
+
+
+def _grouped(groups: Sequence[tuple[str, float]], path: str) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern, _ in groups)
 
 
 def build(cfg: Mapping[str, Any], steps: int, params: Mapping[str, Any]) -> optax.GradientTransformation:

@@ -121,7 +121,7 @@ def check_replicated(
     trained = {path: n for path, n in replicated.items() if trainable(path)}
     limit = _MAX_REPLICATED * sum(n for path, n in size.items() if trainable(path))
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and sum(trained.values()) > max(limit, _LARGE):
-        largest = sorted(trained, key=trained.get, reverse=True)[:3]
+        largest = sorted(trained, key=lambda path: trained[path], reverse=True)[:3]
         raise UserError(
             f"{sum(trained.values()) / 2**20:,.0f} MiB of trained parameters would be replicated on every "
             f"device, more than {_MAX_REPLICATED:.0%} of them: {', '.join(largest)}, ...; give them a "

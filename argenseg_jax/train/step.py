@@ -5,7 +5,7 @@ Axes: B sequences of the batch. It is split into A = `microbatches` microbatches
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,9 @@ def init_state(
     )
 
 
-def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh, rules: tuple = sharding.PARAM_RULES) -> TrainState:
+def state_shardings(
+    shapes: TrainState, mesh: jax.sharding.Mesh, rules: Sequence[sharding.Rule] = sharding.PARAM_RULES
+) -> TrainState:
     """Tree of NamedSharding for a TrainState: moments are sharded like their parameters."""
     params = sharding.shardings(shapes.params, mesh, rules)
     flat = trees.flatten(params)
