@@ -39,7 +39,7 @@ flags.DEFINE_integer(
 flags.DEFINE_enum("phase", "train", ["train", "decode"], "The training step, or the phases of decoding.")
 flags.DEFINE_integer("batch", 1, "decode: images at a time.", lower_bound=1, upper_bound=65536)
 flags.DEFINE_integer(
-    "prompt_tokens", 512, "decode: places that prompts are padded to.", lower_bound=1, upper_bound=2**20
+    "prompt_tokens", 512, "decode: positions that prompts are padded to.", lower_bound=1, upper_bound=2**20
 )
 flags.DEFINE_bool("search", False, "train: also try other meshes, batches and remat policies.")
 flags.DEFINE_multi_string("xla", [], "NAME=VALUE, an option of the TPU compiler; may be repeated.")

@@ -1,6 +1,6 @@
 """Runs a predictor over a data source: one record per sample, scores beside those of a baseline.
 
-A baseline answers without looking at the question or the picture; a score means something only by
+A baseline answers without looking at the question or the image; a score means something only by
 its distance from it.
 """
 
@@ -40,7 +40,7 @@ PredictFn = Callable[[Sequence[Request]], Sequence[Result]]
 Baseline = Callable[[str], np.ndarray | None]  # question -> bool[side, side]; None: no baseline
 SCORED = ("first", "union")
 SAMPLE = "sample"  # key of an answer that waits in Partial: the fingerprint of what was asked
-GATHERED = 1000  # rows of a process that the others are told of at a time
+GATHERED = 1000  # records of a process that are sent to the others at a time
 NOT_ANSWERED = Result(masks=[], scores=[], text="", images=[], scales=[])
 
 
@@ -49,13 +49,13 @@ class Record:
     """What was asked, answered and scored for one sample; one line of predictions.jsonl.
 
     Attributes:
-      index: place in the source.
+      index: of the sample in the source.
       question: the human text, without `<image>`.
       answer: the text of the model, with `<mask>` where a mask was drawn.
       masks: number of masks in the answer.
       iou: of the scored mask; 1 where it and the truth are empty; None of a question about text.
       prediction, truth: the scored mask and the true one as COCO run lengths; None likewise.
-      kind: kind of expression, where the source says so.
+      kind: kind of expression, where the source names one.
       id: the sample's own id, where it has one.
       more: what else the metrics read (see eval/metrics/registry.py), on the same level of the saved line.
     """
@@ -71,16 +71,18 @@ class Record:
     id: Any = None
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def row(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The line of predictions.jsonl."""
-        row = dataclasses.asdict(self)
-        return {**row, **row.pop("more")}
+        entry = dataclasses.asdict(self)
+        return {**entry, **entry.pop("more")}
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Record:
+    def from_dict(cls, entry: Mapping[str, Any]) -> Record:
         """The record of a line of predictions.jsonl."""
         own = {f.name for f in dataclasses.fields(cls)} - {"more"}
-        return cls(**{key: row[key] for key in own}, more={key: value for key, value in row.items() if key not in own})
+        return cls(
+            **{key: entry[key] for key in own}, more={key: value for key, value in entry.items() if key not in own}
+        )
 
 
 class Records(Sequence[Record]):
@@ -93,12 +95,12 @@ class Records(Sequence[Record]):
         return len(self._indices)
 
     def __getitem__(self, k: int) -> Record:
-        return Record.of(self.spool[self._indices[k]])
+        return Record.from_dict(self.spool[self._indices[k]])
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Scores by name (see `Evaluator.run`), the records behind them, and a few answers by scale.
+    """Scores by name (see `Evaluator.run`), the records that they are computed from, and a few answers by scale.
 
     `scales` maps the index of a sample to u8[K, R, R, 3]: its first mask, coarse to fine.
     """
@@ -147,19 +149,19 @@ class Evaluator:
     def run(self, source: Source, limit: int = 0, partial: Partial | None = None) -> Evaluation:
         """Evaluates the first `limit` samples (0: all).
 
-        The scores are those of `saved.summary`, with `baseline_gIoU` and `baseline_cIoU` (None without a
+        The scores are those of `predictions.summary`, with `baseline_gIoU` and `baseline_cIoU` (None without a
         baseline), and `seconds_per_image` (of all batches but the first, which compiles, where there
         are more; None where every answer was there already). Several processes share the samples,
-        and each returns the whole: the same scores, to the last bit, as one process.
+        and each returns the complete result: the same scores, to the last bit, as one process.
 
         Args:
-          partial: keeps answers as they come, and brings those of an evaluation that was stopped.
+          partial: saves answers as they come, and returns those of an evaluation that was stopped.
         """
         n = self.check(source, limit)
-        rows = Spool(n)
+        spool = Spool(n)
         if partial:
-            self._resume(source, rows, partial)
-        todo = [i for i in range(n) if i not in rows]
+            self._resume(source, spool, partial)
+        todo = [i for i in range(n) if i not in spool]
         mine = [todo[k] for k in distributed.share(len(todo))]
         times, drawn, ious = [], 0, 0.0
         bar = tqdm.tqdm(
@@ -178,28 +180,28 @@ class Evaluator:
                 start = time.perf_counter()
                 results = self.predict_fn(requests)
                 times.append((time.perf_counter() - start, len(batch)))
-                made = [self._row(*each, self.baseline) for each in zip(batch, samples, results, strict=True)]
-                for index, row in zip(batch, made):
-                    rows.add(index, row)
+                made = [self._entry(*each, self.baseline) for each in zip(batch, samples, results, strict=True)]
+                for index, entry in zip(batch, made):
+                    spool.add(index, entry)
                 if partial:
-                    partial.add([{**row, SAMPLE: _fingerprint(sample)} for row, sample in zip(made, samples)])
+                    partial.add([{**entry, SAMPLE: _fingerprint(sample)} for entry, sample in zip(made, samples)])
                 bar.update(len(batch))
-                known = [row["iou"] for row in made if row["iou"] is not None]
+                known = [entry["iou"] for entry in made if entry["iou"] is not None]
                 drawn, ious = drawn + len(known), ious + sum(known)
                 if drawn:
                     bar.set_postfix(gIoU=f"{ious / drawn:.3f}", refresh=False)
         if partial:
             partial.flush()
-        seconds, count = _exchange(rows, mine, times[1:] or times)
+        seconds, count = _exchange(spool, mine, times[1:] or times)
         previews = self.preview_fn and distributed.is_first()
         return Evaluation(
             scores={
                 "baseline_gIoU": None,
                 "baseline_cIoU": None,
-                **predictions.summary(rows.values(), self.metric),
+                **predictions.summary(spool.values(), self.metric),
                 "seconds_per_image": seconds / count if count else None,
             },
-            records=Records(rows),
+            records=Records(spool),
             scales=self._previews(source, n) if previews else {},
         )
 
@@ -213,32 +215,32 @@ class Evaluator:
             raise UserError("the data to evaluate holds no sample")
         sample = source[0]
         request(sample)
-        self._row(0, sample, NOT_ANSWERED, None)
+        self._entry(0, sample, NOT_ANSWERED, None)
         return n
 
-    def _resume(self, source: Source, rows: Spool, partial: Partial) -> None:
+    def _resume(self, source: Source, spool: Spool, partial: Partial) -> None:
         """Takes over the answers of an evaluation that was stopped, if their samples are as they were."""
         told = {}
-        for row in partial.open():
-            index = row["index"]
-            if index < rows.count:
-                told[index] = row.pop(SAMPLE, None)
-                rows.discard(index)  # a sample that has changed was answered twice
-                rows.add(index, Record.of(row).row())
+        for entry in partial.open():
+            index = entry["index"]
+            if index < spool.count:
+                told[index] = entry.pop(SAMPLE, None)
+                spool.discard(index)  # a sample that has changed was answered twice
+                spool.add(index, Record.from_dict(entry).to_dict())
         known = [index for index, fingerprint in told.items() if fingerprint]
         mine = [known[k] for k in distributed.share(len(known))]
-        with ThreadPoolExecutor() as pool:  # reading a picture leaves Python's lock
+        with ThreadPoolExecutor() as pool:  # reading an image releases the GIL
             found = pool.map(lambda index: _fingerprint(source[index]), mine)
             changed = [index for index, now in zip(mine, found) if now != told[index]]
         for index in itertools.chain(*distributed.gather(changed)):
-            rows.discard(index)
+            spool.discard(index)
 
-    def _row(self, index: int, sample: Sample, result: Result, baseline: Baseline | None) -> dict[str, Any]:
+    def _entry(self, index: int, sample: Sample, result: Result, baseline: Baseline | None) -> dict[str, Any]:
         """The line of predictions.jsonl, of which it is certain that it can be scored."""
         record = self._record(index, sample, result, baseline)
-        row = record.row()
-        predictions.Scorer(self.metric).add(row, sample.name)
-        return row
+        entry = record.to_dict()
+        predictions.Scorer(self.metric).add(entry, sample.name)
+        return entry
 
     def _record(self, index: int, sample: Sample, result: Result, baseline: Baseline | None) -> Record:
         meta, drawn = sample.meta, [np.asarray(m, bool) for m in result.masks]
@@ -316,7 +318,7 @@ class Evaluator:
         return masks[0] if first else np.logical_or.reduce(masks)
 
     def _truth(self, sample: Sample, metric: str) -> np.ndarray | None:
-        """bool[H, W], the size of the image, without what is to be ignored; None of text and pictures."""
+        """bool[H, W], the size of the image, without what is to be ignored; None of text and generated images."""
         if metric == "fidelity" or (not sample.masks and sample.meta.get("reference") is not None):
             return None
         if not sample.masks:
@@ -359,12 +361,12 @@ def _baseline_mask(sample: Sample, shape: tuple[int, ...], baseline: Baseline | 
 
 
 def _likeness(images: Sequence[np.ndarray], sample: Sample, pad: bool) -> dict[str, float]:
-    """PSNR and SSIM of the first picture of an answer (black, where there is none) and the true one.
+    """PSNR and SSIM of the first image of an answer (black, where there is none) and the true one.
 
     They are compared at the size of the former, where the true one is as training shows it.
     """
     if not sample.masks:
-        raise UserError(f"{sample.name}: no picture to compare with")
+        raise UserError(f"{sample.name}: no image to compare with")
     side = images[0].shape[0] if len(images) else sample.masks[0].shape[0]
     true = transforms.resize_target(transforms.targets(sample)[0], side, pad=pad)
     drawn = images[0] if len(images) else np.zeros_like(true)
@@ -373,8 +375,8 @@ def _likeness(images: Sequence[np.ndarray], sample: Sample, pad: bool) -> dict[s
 
 def resize(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """bool[h, w] -> bool[H, W], nearest neighbour."""
-    picture = Image.fromarray(mask).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
-    return np.asarray(picture, bool)
+    resized = Image.fromarray(mask).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
+    return np.asarray(resized, bool)
 
 
 def _fingerprint(sample: Sample) -> str:
@@ -394,19 +396,19 @@ def _fingerprint(sample: Sample) -> str:
     return digest.hexdigest()
 
 
-def _exchange(rows: Spool, mine: Sequence[int], times: Sequence[tuple[float, int]]) -> tuple[float, int]:
-    """Gives the rows of every process to all others; (seconds, samples) that were timed, of all."""
+def _exchange(spool: Spool, mine: Sequence[int], times: Sequence[tuple[float, int]]) -> tuple[float, int]:
+    """Gives the records of every process to all others; (seconds, samples) that were timed, of all."""
     told = {"seconds": sum(t for t, _ in times), "timed": sum(k for _, k in times)}
     for start in itertools.count(0, GATHERED):
         shares = distributed.gather(
             {
-                "rows": [rows[i] for i in mine[start : start + GATHERED]],
+                "entries": [spool[i] for i in mine[start : start + GATHERED]],
                 **told,
                 "left": max(len(mine) - start - GATHERED, 0),
             }
         )
-        for row in itertools.chain(*(share["rows"] for share in shares)):
-            rows.add(row["index"], row)
+        for entry in itertools.chain(*(share["entries"] for share in shares)):
+            spool.add(entry["index"], entry)
         if not any(share["left"] for share in shares):
             return tuple(sum(share[key] for share in shares) for key in told)
 

@@ -20,7 +20,7 @@ SOURCE = "source"  # key of scores.json and of partial answers: whose they are, 
 
 
 def split(name: str) -> tuple[str, str]:
-    """('metric', 'data') of METRIC@DATA; ('', name) where no metric stands in front."""
+    """('metric', 'data') of METRIC@DATA; ('', name) without a metric in front."""
     metric, _, rest = name.partition("@")
     return (metric, rest) if rest and metric in METRICS else ("", name)
 
@@ -43,7 +43,7 @@ def choose(out: epath.PathLike, names: Sequence[str]) -> list[epath.Path]:
     chosen: dict[str, str] = {}
     for name in names:
         mine = identity(name)
-        kept = (f for f in options[mine] if owners[f] and _is_owner(owners[f], mine, name))
+        kept = (f for f in options[mine] if (owner := owners[f]) and _is_owner(owner, mine, name))
         others = {f for source, listed in options.items() if source != mine for f in listed}
         free = (f for f in options[mine] if not owners[f] and f not in others)
         chosen[mine] = next(kept, None) or next(free, options[mine][-1])
@@ -68,26 +68,26 @@ def _options(name: str) -> list[str]:
 
 
 def _owner(folder: epath.Path) -> Mapping[str, Any] | None:
-    """What the results in a folder, whole or partial, say of their data; None where nothing does."""
+    """What the results in a folder, complete or partial, record of their data; None where there are none."""
     partial = next(iter(sorted(folder.glob("partial/*.jsonl"))), None) if folder.exists() else None
     for path in (folder / "scores.json", partial):
         try:
             if path is not None and path.exists():
-                said = (
+                saved = (
                     files.read_json(path)
                     if path is not partial
                     else files.parse_json(next(files.read_lines(path))[1], str(path))
                 )
-                if isinstance(said, Mapping):
-                    return said
+                if isinstance(saved, Mapping):
+                    return saved
         except (UserError, StopIteration):  # damaged: what is written there now mends it
             continue
     return None
 
 
-def _is_owner(said: Mapping[str, Any], source: str, name: str) -> bool:
+def _is_owner(saved: Mapping[str, Any], source: str, name: str) -> bool:
     """Results of earlier versions name their data as the command did."""
-    return said[SOURCE] == source if SOURCE in said else said.get("data") == name
+    return saved[SOURCE] == source if SOURCE in saved else saved.get("data") == name
 
 
 def _exists(data: str) -> bool:

@@ -1,7 +1,7 @@
 """One self-contained report.html of a workdir: scores, loss curves, answers.
 
 Reads what the commands left there: `metrics.jsonl`, `config.json`, `eval/<name>/scores.json` with
-the pictures that it lists, and PNGs in `pictures/`. Whatever is absent or damaged is left out.
+the images that it lists, and PNGs in `pictures/`. Whatever is absent or damaged is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from argenseg_jax.eval.results import Say, evaluations, say
 from argenseg_jax.eval.rle import decode_rle
 
 # Columns of the score table: key of scores.json -> heading.
-# Heads of other metrics stand beside them, in the order of the paper's tables.
+# Columns of other metrics follow them, in the order of the paper's tables.
 COLUMNS = {
     "n": "samples",
     "gIoU": "gIoU",
@@ -70,7 +70,7 @@ DRAWN = 1e100  # larger numbers are no measurement, and their differences are in
 NOT_CURVES = {"step", "phase", "skipped", "seconds_per_step", "rows_per_second"}
 
 
-# ---------------------------------------------------------------------- pictures of an evaluation
+# ---------------------------------------------------------------------- images of an evaluation
 
 
 def save_images(
@@ -99,8 +99,8 @@ def save_images(
             row = {"group": group, "file": f"{group}_{k}.png", "question": r.question, "answer": r.answer, "iou": r.iou}
             truth = decode_rle(r.truth)
             image = (*source[r.index].images, np.zeros((*truth.shape, 3), np.uint8))[0]
-            picture = visualize.comparison(image, truth, decode_rle(r.prediction))
-            files.write(folder / row["file"], visualize.encode_png(picture))
+            tiles = visualize.comparison(image, truth, decode_rle(r.prediction))
+            files.write(folder / row["file"], visualize.encode_png(tiles))
             if group == "scales":
                 row["scales"] = f"{group}_{k}_coarse_to_fine.png"
                 scales = visualize.strip(result.scales[r.index], height=96)
@@ -221,7 +221,7 @@ def _breakdown(name: str, parts: Mapping[str, Any]) -> str:
         )
         + "</ul>"
         for key, what in (
-            ("by_size", "the share of the picture that the true mask covers"),
+            ("by_size", "the share of the image that the true mask covers"),
             ("by_length", "the length of the expression"),
         )
     )
@@ -321,7 +321,7 @@ def curve_svg(name: str, points: Sequence[tuple[float, float]]) -> str:
 
 
 def _answers(folder: epath.Path, name: str, rows: Sequence[Mapping[str, Any]], note: Say) -> list[str]:
-    """The sections of one evaluation's pictures."""
+    """The sections of one evaluation's images."""
     out = []
     for group, heading in (
         ("random", "drawn at random"),

@@ -1,6 +1,6 @@
-"""What commands have left in a workdir, as far as it is whole: metrics.jsonl, eval/*/scores.json, config.json.
+"""What commands have left in a workdir, as far as it is intact: metrics.jsonl, eval/*/scores.json, config.json.
 
-A full disk, a power failure or an editor may have damaged a line or a key. It is left out and said by
+A full disk, a power failure or an editor may have damaged a line or a key. It is left out and reported by
 name; the rest counts.
 """
 
@@ -17,7 +17,7 @@ from argenseg_jax import files
 from argenseg_jax.errors import UserError, brief
 
 Say = Callable[[str], None]
-GROUPS = ("random", "best", "worst", "scales")  # of the pictures of an evaluation
+GROUPS = ("random", "best", "worst", "scales")  # of the images of an evaluation
 
 
 def say(text: str) -> None:
@@ -50,14 +50,14 @@ def logged(path: epath.PathLike, note: Say = say) -> list[dict[str, Any]]:
 
 
 def evaluations(workdir: epath.PathLike, note: Say = say) -> dict[str, dict[str, Any]]:
-    """{folder: scores} of all evaluations of a workdir, by name; see `whole`."""
+    """{folder: scores} of all evaluations of a workdir, by name; see `intact`."""
     found = {}
     for path in sorted(epath.Path(workdir).glob("eval/*/scores.json")):
         try:
             scores = files.read_json(path)
             if not isinstance(scores, Mapping):
                 raise UserError(f"{path}: no object with scores but {type(scores).__name__}")
-            found[path.parent.name] = whole(scores, str(path), note)
+            found[path.parent.name] = intact(scores, str(path), note)
         except UserError as fault:
             note(f"left out: {fault}")
     return found
@@ -76,7 +76,7 @@ def config(workdir: epath.PathLike, note: Say = say) -> dict[str, dict[str, Any]
     return {key: section for key, section in content.items() if isinstance(section, Mapping)}
 
 
-def whole(scores: Mapping[str, Any], where: str, note: Say = say) -> dict[str, Any]:
+def intact(scores: Mapping[str, Any], where: str, note: Say = say) -> dict[str, Any]:
     """The keys of a scores.json whose values are what their readers take: numbers, texts, and the parts."""
     found = {}
     for key, value in scores.items():
@@ -86,9 +86,9 @@ def whole(scores: Mapping[str, Any], where: str, note: Say = say) -> dict[str, A
             note(f"left out: {where}: key `{brief(key, 40)}`: {brief(repr(value), 60)}")
     if "pictures" in found:
         found["pictures"] = [
-            picture
-            for k, picture in enumerate(found["pictures"])
-            if _is_picture(picture) or note(f"left out: {where}: key `pictures`[{k}]")
+            image
+            for k, image in enumerate(found["pictures"])
+            if _is_image(image) or note(f"left out: {where}: key `pictures`[{k}]")
         ]
     return found
 
@@ -132,7 +132,7 @@ def _is_breakdown(value: Any) -> bool:
     )
 
 
-def _is_picture(value: Any) -> bool:
+def _is_image(value: Any) -> bool:
     """{group, file, question, answer, iou, scales?}; files are names, not paths that lead elsewhere."""
     return (
         isinstance(value, Mapping)

@@ -1,4 +1,4 @@
-"""Answers of an evaluation, saved as they come: one that was stopped goes on where it was."""
+"""Answers of an evaluation, saved as they come: one that was stopped resumes there."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from argenseg_jax.eval import predictions
 
 
 class Partial:
-    """A folder of rows, in files that appear whole and are never changed: no row is ever half there.
+    """A folder of records, in files that appear complete and are never changed: no record is ever half there.
 
-    The first line of a file says of which evaluation its rows are. Every process writes its own files,
+    The first line of a file names the evaluation that its records are of. Every process writes its own files,
     so on resume their number may be another one.
 
     Args:
-      folder: shared by all processes; it appears with the first rows.
+      folder: shared by all processes; it appears with the first records.
       key: what the answers depend on (data, checkpoint, flags), JSON-able. Files of another key are
         removed.
       every: seconds of answers that one file holds, and that a stop loses at most.
@@ -29,47 +29,47 @@ class Partial:
 
     def __init__(self, folder: epath.PathLike, key: Mapping[str, Any], every: float = 10.0):
         self.folder, self.key, self.every = epath.Path(folder), json.loads(json.dumps(key)), every
-        self._rows: list[Mapping[str, Any]] = []
+        self._pending: list[Mapping[str, Any]] = []
         self._since = time.monotonic()
 
     def open(self) -> Iterator[dict[str, Any]]:
-        """The rows of what is there, older ones first; every process calls it, before any `add`.
+        """The records of what is there, older ones first; every process calls it, before any `add`.
 
-        Files of another key, and such as something else has damaged, are removed first.
+        Files of another key, and damaged ones, are removed first.
         """
         paths = sorted(self.folder.glob("*.jsonl"), key=lambda path: (path.stat().mtime, path.name))
-        strange = [path for path in paths if self._read(path) is None]
+        unexpected = [path for path in paths if self._read(path) is None]
         distributed.barrier()  # all have read the same; nobody has written yet
         if distributed.is_first():
-            for path in strange:
+            for path in unexpected:
                 path.unlink()
         distributed.barrier()
         self._since = time.monotonic()
-        return (row for path in paths if path not in strange for row in self._read(path))
+        return (record for path in paths if path not in unexpected for record in self._read(path))
 
     def _read(self, path: epath.Path) -> list[dict[str, Any]] | None:
-        """The rows of a file; None where it is not of this evaluation."""
+        """The records of a file; None where it is not of this evaluation."""
         try:
-            head, *rows = predictions.read_rows(path)
+            head, *records = predictions.read_records(path)
         except UserError:
             return None
-        whole = all(isinstance(row.get("index"), int) and row["index"] >= 0 for row in rows)
-        return rows if head == self.key and whole else None
+        valid = all(isinstance(record.get("index"), int) and record["index"] >= 0 for record in records)
+        return records if head == self.key and valid else None
 
-    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Takes rows; writes all that are not written yet when it is time."""
-        self._rows += rows
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Takes records; writes all that are not written yet when it is time."""
+        self._pending += records
         if time.monotonic() - self._since >= self.every:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the rows that are not written yet."""
-        if self._rows:
-            path = self.folder / f"{self._rows[0]['index']}.jsonl"
+        """Writes the records that are not written yet."""
+        if self._pending:
+            path = self.folder / f"{self._pending[0]['index']}.jsonl"
             if path.exists():  # a sample that has changed since; this one is read after it
                 path = path.with_name(f"{path.stem}~{time.time_ns()}.jsonl")
-            files.write(path, (json.dumps(row) + "\n" for row in (self.key, *self._rows)))
-        self._rows, self._since = [], time.monotonic()
+            files.write(path, (json.dumps(record) + "\n" for record in (self.key, *self._pending)))
+        self._pending, self._since = [], time.monotonic()
 
     def remove(self) -> None:
         """When the evaluation is complete and its result written."""

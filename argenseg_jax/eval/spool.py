@@ -1,4 +1,4 @@
-"""Rows by index, kept in a temporary file beyond some megabytes: any number of them in little memory."""
+"""Records by index, in a temporary file beyond some megabytes: any number of them in little memory."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from argenseg_jax.errors import UserError
 
 
 class Spool(Mapping[int, dict[str, Any]]):
-    """{index: row}, in the order of the index; rows are JSON-able.
+    """{index: record}, in the order of the index; records are JSON-able.
 
     Args:
       count: indices are below it.
-      memory: bytes that are kept in memory.
+      memory: bytes that stay in memory.
     """
 
     def __init__(self, count: int, memory: int = 32 << 20):
         self.count = count
         self._file = tempfile.SpooledTemporaryFile(max_size=memory)
         self._starts = array.array("q", [-1]) * count
-        self._end = self._rows = 0
+        self._end = self._count = 0
 
-    def add(self, index: int, row: Mapping[str, Any]) -> None:
-        """Takes a row, unless that index has one; UserError where the temporary folder is full."""
+    def add(self, index: int, record: Mapping[str, Any]) -> None:
+        """Takes a record, unless that index has one; UserError where the temporary folder is full."""
         if index in self:
             return
-        line = json.dumps(row).encode() + b"\n"
+        line = json.dumps(record).encode() + b"\n"
         try:
             self._file.seek(self._end)
             self._file.write(line)
@@ -37,15 +37,15 @@ class Spool(Mapping[int, dict[str, Any]]):
             raise UserError(
                 f"{tempfile.gettempdir()} cannot take more answers ({error.strerror}); set TMPDIR to a folder with room"
             ) from None
-        self._starts[index], self._end, self._rows = self._end, self._end + len(line), self._rows + 1
+        self._starts[index], self._end, self._count = self._end, self._end + len(line), self._count + 1
 
     def discard(self, index: int) -> None:
-        """Forgets the row of an index."""
+        """Forgets the record of an index."""
         if index in self:
-            self._starts[index], self._rows = -1, self._rows - 1
+            self._starts[index], self._count = -1, self._count - 1
 
     def lines(self) -> Iterator[str]:
-        """The rows as lines of JSON."""
+        """The records as lines of JSON."""
         return map(self._line, self)
 
     def __contains__(self, index: object) -> bool:
@@ -60,7 +60,7 @@ class Spool(Mapping[int, dict[str, Any]]):
         return (index for index, start in enumerate(self._starts) if start >= 0)
 
     def __len__(self) -> int:
-        return self._rows
+        return self._count
 
     def _line(self, index: int) -> str:
         self._file.seek(self._starts[index])

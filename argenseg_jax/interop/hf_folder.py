@@ -243,7 +243,7 @@ def _check_whole(tensors: Tensors, path: epath.PathLike) -> None:
         )
 
 
-def _words(model: Any) -> dict[str, int]:
+def _words(model: Any) -> dict[str, Any]:
     """Arguments of state_dict.to_jax: size of the vocabulary, and before the visual tokens were added."""
     return {"vocab_size": model.vocab.size, "old_vocab_size": model.vocab.id(MASK)}
 

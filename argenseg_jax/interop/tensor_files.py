@@ -62,7 +62,7 @@ class Lazy:
     """An array that is read when it is asked for.
 
     Attributes:
-      read: the whole array.
+      read: the complete array.
       rows: n -> its first n rows; None where these cannot be read alone.
     """
 

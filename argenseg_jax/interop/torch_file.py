@@ -15,7 +15,7 @@ import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -116,8 +116,8 @@ class _TorchFile:
 # ------------------------------------------------------------------ what is in a file
 
 
-def _check_zip(stream: BinaryIO) -> None:
-    """ValueError where the parts are compressed or overlap, or the pickle is not plain or lies."""
+def _check_zip(stream: IO[bytes]) -> None:
+    """ValueError where the parts are compressed or overlap, or the pickle is not plain or does not match the file."""
     with zipfile.ZipFile(stream) as parts:
         infos = {info.filename: info for info in parts.infolist()}
         if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
@@ -139,7 +139,7 @@ def _check_zip(stream: BinaryIO) -> None:
             )
 
 
-def _check_legacy(stream: BinaryIO) -> None:
+def _check_legacy(stream: IO[bytes]) -> None:
     """ValueError where one of the pickles that torch would read before the arrays is not plain."""
     stream.seek(0)
     if tarfile.is_tarfile(stream):
@@ -223,7 +223,7 @@ _ELEMENT = {
 }
 
 
-def check_pickle(stream: BinaryIO) -> dict[str, int]:
+def check_pickle(stream: IO[bytes]) -> dict[str, int]:
     """Goes through one pickle up to its STOP; nothing of it is built.
 
     A container of containers may be referred to once only: what hashes or prints the result takes no

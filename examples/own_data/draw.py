@@ -36,13 +36,13 @@ def band(rng: np.random.Generator, width: float) -> Outline:
 
 
 def draw(shapes: list[tuple[str, Outline]], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(picture u8[S, S, 3], label map u8[S, S]: 1, 2, 3 in the order of CLASSES, 0 = field)."""
-    picture = Image.new("RGB", (SIDE, SIDE), (95, 125, 70))
+    """(image u8[S, S, 3], label map u8[S, S]: 1, 2, 3 in the order of CLASSES, 0 = field)."""
+    image = Image.new("RGB", (SIDE, SIDE), (95, 125, 70))
     labels = Image.new("L", (SIDE, SIDE))
     for name, outline in shapes:
-        ImageDraw.Draw(picture).polygon(outline, CLASSES[name])
+        ImageDraw.Draw(image).polygon(outline, CLASSES[name])
         ImageDraw.Draw(labels).polygon(outline, 1 + list(CLASSES).index(name))
-    noisy = np.asarray(picture, np.float32) + rng.normal(0, 12, (SIDE, SIDE, 1))
+    noisy = np.asarray(image, np.float32) + rng.normal(0, 12, (SIDE, SIDE, 1))
     return np.clip(noisy, 0, 255).astype(np.uint8), np.asarray(labels)
 
 
@@ -55,8 +55,8 @@ def write(folder: pathlib.Path, form: str, count: int, seed: int) -> None:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for i in range(count):
         shapes = scene(rng)
-        picture, labels = draw(shapes, rng)
-        Image.fromarray(picture).save(folder / "images" / f"{i:03d}.png")
+        image, labels = draw(shapes, rng)
+        Image.fromarray(image).save(folder / "images" / f"{i:03d}.png")
         if form == "labels":
             save(folder / "labels" / f"{i:03d}.png", labels)
             (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))

@@ -230,6 +230,6 @@ def test_scores_do_not_depend_on_the_number_of_processes(monkeypatch, processes)
             Evaluator(predict, batch=2, baseline=lambda text: LEFT > 0).run(source)
     monkeypatch.setattr(distributed, "gather", lambda value: shares)
     got = Evaluator(predict, batch=2, baseline=lambda text: LEFT > 0).run(source)
-    assert [r.row() for r in got.records] == [r.row() for r in whole.records]
+    assert [r.to_dict() for r in got.records] == [r.to_dict() for r in whole.records]
     assert got.scores.pop("seconds_per_image") > 0 and whole.scores.pop("seconds_per_image") > 0
     assert got.scores == whole.scores and got.scores["by_kind"]["a"]["n"] == 3

@@ -13,7 +13,7 @@ from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval import predictions
 from argenseg_jax.eval.evaluator import Evaluator
-from argenseg_jax.eval.predictions import coco_results, read_rows, summary
+from argenseg_jax.eval.predictions import coco_results, read_records, summary
 from argenseg_jax.eval.rle import decode_rle, encode_rle
 from benchmarks import rescore
 
@@ -58,8 +58,8 @@ def answering(answers):
 
 
 def through_a_file(result, path):
-    path.write_text("".join(json.dumps(r.row()) + "\n" for r in result.records))
-    return read_rows(path)
+    path.write_text("".join(json.dumps(r.to_dict()) + "\n" for r in result.records))
+    return read_records(path)
 
 
 def test_rescoring_equals_the_run(tmp_path):
@@ -165,9 +165,9 @@ def test_faulty_files_are_named(tmp_path):
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=fault):
-            read_rows(path)
+            read_records(path)
     with pytest.raises(UserError, match="cannot be read"):
-        read_rows(tmp_path / "none.jsonl")
+        read_records(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="p.jsonl:1: metric 'pope' needs the key `answer`"):
         summary([json.loads(good)], "pope", "p.jsonl")
     with pytest.raises(UserError, match="not a COCO run length"):

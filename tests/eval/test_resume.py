@@ -18,9 +18,9 @@ from argenseg_jax.eval.resume import Partial
 
 KILLED = textwrap.dedent("""
     import os, signal, sys, types
-    from argenseg_jax.data.shapes import ShapesSource
+    from argenseg_jax.data.synthetic.shapes import ShapesSource
     from argenseg_jax.eval.evaluator import Evaluator
-    from argenseg_jax.eval.partial import Partial
+    from argenseg_jax.eval.resume import Partial
     calls = []
     def predict(requests):
         calls.append(requests)
@@ -32,7 +32,7 @@ KILLED = textwrap.dedent("""
 
 
 class Counting:
-    """A predictor whose answer is a function of the picture, and that counts what it was asked."""
+    """A predictor whose answer is a function of the image, and that counts what it was asked."""
 
     def __init__(self):
         self.asked = 0
@@ -48,12 +48,12 @@ def run(predict, folder=None, key=1, batch=3, limit=0):
 
 
 def same(one, other):
-    assert [r.row() for r in one.records] == [r.row() for r in other.records]
+    assert [r.to_dict() for r in one.records] == [r.to_dict() for r in other.records]
     a, b = ({k: v for k, v in e.scores.items() if k != "seconds_per_image"} for e in (one, other))
     assert a == b and a["baseline_gIoU"] > 0
 
 
-def test_a_killed_evaluation_goes_on(tmp_path):
+def test_a_killed_evaluation_resumes(tmp_path):
     folder = tmp_path / "partial"
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(folder)],
@@ -85,7 +85,7 @@ def test_other_processes_take_over_what_was_done(tmp_path, monkeypatch):
     for index in (0, 1):  # as if after four answers each
         partial = Partial(folder, {"k": 1}, 0)
         partial.open()
-        partial.add([whole.records[k].row() for k in range(index, 8, 2)])
+        partial.add([whole.records[k].to_dict() for k in range(index, 8, 2)])
     monkeypatch.setattr(distributed, "share", lambda count: range(0, count, 3))
     predict = Counting()
     run(predict, folder)
@@ -104,7 +104,7 @@ def test_answers_to_samples_that_have_changed_are_not_used(tmp_path):
         got = Evaluator(predict, batch=2).run(source, partial=Partial(tmp_path / "p", {}, 0))
         assert predict.asked == 1 and len(got.records) == 8
         assert got.records[5].question == Evaluator(Counting()).run([changed]).records[0].question
-        assert [r.row() for r in got.records][:5] == [r.row() for r in whole.records][:5]
+        assert [r.to_dict() for r in got.records][:5] == [r.to_dict() for r in whole.records][:5]
     longer = [*source, *source[:2]]
     Evaluator(predict := Counting(), batch=2).run(longer, partial=Partial(tmp_path / "p", {}, 0))
     assert predict.asked == 2  # data that grew: what was there counts
@@ -121,5 +121,5 @@ def test_answers_are_written_when_it_is_time(tmp_path, every, files):
 
 def test_rows_survive_json():
     record = run(Counting(), limit=3).records[2]
-    assert type(record).of(json.loads(json.dumps(record.row()))).row() == record.row()
+    assert type(record).from_dict(json.loads(json.dumps(record.to_dict()))).to_dict() == record.to_dict()
     assert np.isfinite(record.iou)

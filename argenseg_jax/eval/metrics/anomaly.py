@@ -1,6 +1,6 @@
 """AUROC and F1-max of anomaly scores, exact from integer counts per level.
 
-A predicted mask picture has 256 grey levels, so the pixels of any number of images are summed into
+A predicted mask image has 256 grey levels, so the pixels of any number of images are summed into
 one histogram per class, and the area under the curve follows from it without keeping the pixels.
 """
 

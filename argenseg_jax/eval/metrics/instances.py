@@ -1,6 +1,6 @@
-"""AP of instance masks by COCO's rules, row by row: numbers equal to pycocotools' COCOeval, flat memory.
+"""AP of instance masks by COCO's rules, record by record: numbers equal to pycocotools' COCOeval, flat memory.
 
-COCOeval keeps every mask and every match (30 kB for each row); here a found mask leaves its score and two
+COCOeval keeps every mask and every match (30 kB for each record); here a found mask leaves its score and two
 bits for each size and threshold.
 """
 
@@ -20,11 +20,11 @@ NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of IoU
 RECALLS = np.linspace(0, 1, 101)
 SIZES = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # pixels: all, small, medium, large
-MOST = 100  # found masks of a row that count, those of the highest scores
+MOST = 100  # found masks of a record that count, those of the highest scores
 
 
 class _Found:
-    """What a class has of its rows: found masks in order of the rows, and the number of true ones by size."""
+    """What a class has of its records: found masks in order of the records, and the number of true ones by size."""
 
     def __init__(self):
         self.image, self.score = array.array("q"), array.array("d")
@@ -46,27 +46,27 @@ class _Mask(NamedTuple):
 
 
 class Instances:
-    """COCO's AP over rows, each about one class in one image; they are checked as they are added.
+    """COCO's AP over records, each about one class in one image; they are checked as they are added.
 
-    A row: {image: name, kind: class, instances: [{segmentation: RLE, score}], truths:
-    [{segmentation: RLE, iscrowd?}]}. Several rows may share an image. Two rows of one image and class
+    A record: {image: name, kind: class, instances: [{segmentation: RLE, score}], truths:
+    [{segmentation: RLE, iscrowd?}]}. Several records may share an image. Two records of one image and class
     are two questions: the masks of the one are not compared with those of the other.
     """
 
     def __init__(self):
-        self._rows = 0
+        self._count = 0
         self._images: dict[Any, int] = {}
         self._classes: dict[Any, _Found] = {}
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Takes one more row; UserError names the key whose value is not what it should be."""
-        image, kind = (_name(row, key) for key in ("image", "kind"))
-        truths = _masks(row, "truths", _crowd)
-        found = sorted(_masks(row, "instances", _score), key=lambda one: -one.value)[:MOST]
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Takes one more record; UserError names the key whose value is not what it should be."""
+        image, kind = (_name(record, key) for key in ("image", "kind"))
+        truths = _masks(record, "truths", _crowd)
+        found = sorted(_masks(record, "instances", _score), key=lambda one: -one.value)[:MOST]
         sizes = [one.rle["size"] for one in (*truths, *found)]
         if other := next((size for size in sizes if size != sizes[0]), None):
             raise UserError(f"key `instances`: masks of {sizes[0]} and of {other} for one image")
-        self._rows += 1
+        self._count += 1
         number = self._images.setdefault(image, len(self._images))
         of = self._classes.setdefault(kind, _Found())
         hits, ignored = _matched(truths, found)
@@ -78,11 +78,11 @@ class Instances:
             of.truths[k] += sum(not _left_out(one, limits) for one in truths)
 
     def scores(self) -> dict[str, float | int | None]:
-        """n (rows), AP (mean over IoU 0.5..0.95 and classes), AP50, AP75 and AP by size of the object;
+        """n (records), AP (mean over IoU 0.5..0.95 and classes), AP50, AP75 and AP by size of the object;
         None where COCO has nothing to average."""
         tables = [self._precision(k) for k in range(len(SIZES))]
         asked = [tables[0], tables[0][:1], tables[0][5:6], *tables[1:]]
-        return {"n": self._rows, **{name: float(np.mean(t)) if t.size else None for name, t in zip(NAMES, asked)}}
+        return {"n": self._count, **{name: float(np.mean(t)) if t.size else None for name, t in zip(NAMES, asked)}}
 
     def _precision(self, size: int) -> np.ndarray:
         """f64[10, 101, K] by threshold, recall and class, of the K classes with true masks of a size."""
@@ -158,23 +158,23 @@ def _left_out(truth: _Mask, limits: tuple[float, float]) -> bool:
     return bool(truth.value) or not limits[0] <= truth.area <= limits[1]
 
 
-def instance_scores(rows: Iterable[Mapping[str, Any]]) -> dict[str, float | int | None]:
-    """The scores of `Instances` over all rows."""
+def instance_scores(records: Iterable[Mapping[str, Any]]) -> dict[str, float | int | None]:
+    """The scores of `Instances` over all records."""
     tally = Instances()
-    for row in rows:
-        tally.add(row)
+    for record in records:
+        tally.add(record)
     return tally.scores()
 
 
-def _name(row: Mapping[str, Any], key: str) -> str | int:
-    value = row[key]
+def _name(record: Mapping[str, Any], key: str) -> str | int:
+    value = record[key]
     if not isinstance(value, (str, int)):
         raise UserError(f"key `{key}`: a name or a number expected, not {brief(repr(value), 60)}")
     return value
 
 
-def _masks(row: Mapping[str, Any], key: str, value: Callable[[Mapping[str, Any]], float]) -> list[_Mask]:
-    items = row[key]
+def _masks(record: Mapping[str, Any], key: str, value: Callable[[Mapping[str, Any]], float]) -> list[_Mask]:
+    items = record[key]
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, Mapping) for item in items):
         raise UserError(f"key `{key}`: a list of objects expected, not {brief(repr(items), 60)}")
     with located(f"key `{key}`", "list of {segmentation, score or iscrowd}", UserError):

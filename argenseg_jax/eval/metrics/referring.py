@@ -105,15 +105,15 @@ def areas(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
 def run_areas(prediction: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None = None) -> tuple[int, int, int]:
     """`areas` of masks as run lengths i64[N]: background and foreground by turns, one scan order.
 
-    What lies in `ignore` counts for nothing. Exact, and the masks are never drawn.
+    What is in `ignore` counts for nothing. Exact, and the masks are never drawn.
     """
     ends = [np.cumsum(runs) for runs in (prediction, truth, ignore) if runs is not None]
     edges = np.sort(np.concatenate(ends))
     lengths = np.diff(edges, prepend=0)  # of stretches in which no mask changes
-    said, true, *rest = (np.searchsorted(end, edges - lengths, side="right") % 2 == 1 for end in ends)
+    drawn, true, *rest = (np.searchsorted(end, edges - lengths, side="right") % 2 == 1 for end in ends)
     if rest:
         lengths = np.where(rest[0], 0, lengths)
-    return tuple(int(lengths[inside].sum()) for inside in (said & true, said, true))
+    return tuple(int(lengths[inside].sum()) for inside in (drawn & true, drawn, true))
 
 
 class Pool:

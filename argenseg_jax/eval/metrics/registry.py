@@ -1,12 +1,12 @@
-"""THE table of metrics by name: rows of predictions.jsonl -> scores.
+"""The metrics by name: records of predictions.jsonl -> scores.
 
-A metric reads saved rows and nothing else, so that scores of a run and scores of a file made
-earlier are the same computation, and shares of a data set are pooled by joining their rows. It takes
-them one at a time and keeps sums, so that a data set may have any number of rows.
+A metric reads saved records only, so that scores of a run and scores of a file made
+earlier are the same computation, and shares of a data set are pooled by joining their records. It takes
+them one at a time and keeps sums, so that a data set may have any number of records.
 
-Keys of a row: question, answer, kind, image, reference (text answers), prediction, truth, ignore
+Keys of a record: question, answer, kind, image, reference (text answers), prediction, truth, ignore
 (COCO run lengths; ignored pixels count for nothing), instances and truths (lists of {segmentation,
-score | iscrowd}), levels (ranking.sparse), ious (after each click), psnr, ssim, baseline (pixels of
+score | iscrowd}), levels (anomaly.sparse), ious (after each click), psnr, ssim, baseline (pixels of
 intersection and union of a constant answer).
 """
 
@@ -18,26 +18,27 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from argenseg_jax.errors import UserError, located
-from argenseg_jax.eval import rows
+from argenseg_jax.eval import records
 from argenseg_jax.eval.metrics import anomaly, boxes, fidelity, instances, interactive, referring, text
-from argenseg_jax.eval.rows import Item, Row
+from argenseg_jax.eval.records import Item, RecordDict
 
 
 class Tally(Protocol):
-    """What a metric sums up; each has an `add` of its own besides."""
+    """What a metric sums up; each has its own `add` as well."""
 
     def scores(self) -> dict[str, Any]:
         """The scores of what was added."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One line of the table.
+    """One entry of METRICS.
 
     Attributes:
       tally: makes an empty tally.
-      needs: keys that every row must have.
-      add: puts a row into a tally; UserError names the key that is faulty.
+      needs: keys that every record must have.
+      add: puts a record into a tally; UserError names the key that is faulty.
       text: it scores answers in words against a `reference`.
     """
 
@@ -54,20 +55,20 @@ def find(name: str) -> Metric:
     return METRICS[name]
 
 
-def require(name: str, row: Row) -> None:
-    """UserError where a row lacks a key that metric `name` needs."""
-    if missing := [key for key in find(name).needs if row.get(key) is None]:
+def require(name: str, record: RecordDict) -> None:
+    """UserError where a record lacks a key that metric `name` needs."""
+    if missing := [key for key in find(name).needs if record.get(key) is None]:
         raise UserError(f"metric '{name}' needs the key `{missing[0]}`")
 
 
-def score(name: str, of: Iterable[Row], where: str = "predictions") -> dict[str, Any]:
-    """The scores of metric `name`; UserError where it is unknown, or names the row and key at fault."""
+def score(name: str, of: Iterable[RecordDict], where: str = "predictions") -> dict[str, Any]:
+    """The scores of metric `name`; UserError where it is unknown, or names the record and key at fault."""
     metric = find(name)
     tally = metric.tally()
-    for k, row in enumerate(of, 1):
+    for k, record in enumerate(of, 1):
         with located(f"{where}:{k}", "prediction", UserError):
-            require(name, row)
-            metric.add(tally, Item(row))
+            require(name, record)
+            metric.add(tally, Item(record))
     return tally.scores()
 
 
@@ -101,16 +102,16 @@ METRICS: dict[str, Metric] = {
     ),
     "boxes": Metric(boxes.BoxAccuracy, ("answer", *_MASKS), _boxes),
     "instances": Metric(
-        instances.Instances, ("image", "kind", "instances", "truths"), lambda tally, item: tally.add(item.row)
+        instances.Instances, ("image", "kind", "instances", "truths"), lambda tally, item: tally.add(item.record)
     ),
     "interactive": Metric(interactive.Interactive, ("ious",), lambda tally, item: tally.add(item.get("ious"))),
     "anomaly": Metric(anomaly.Anomaly, ("levels",), lambda tally, item: tally.add(item.get("levels"))),
     "fidelity": Metric(
         fidelity.Fidelity, ("psnr", "ssim"), lambda tally, item: tally.add(item.get("psnr"), item.get("ssim"))
     ),
-    "pope": _text(text.Pope, rows.yes_or_no),
-    "vqav2": _text(_judged(text.vqa_accuracy), rows.texts),
-    "textvqa": _text(_judged(functools.partial(text.vqa_accuracy, tokenize=True)), rows.texts),
-    "mmmu": _text(_judged(text.chooses), rows.choice),
-    "exact": _text(_judged(text.equals), rows.scalar),
+    "pope": _text(text.Pope, records.yes_or_no),
+    "vqav2": _text(_judged(text.vqa_accuracy), records.texts),
+    "textvqa": _text(_judged(functools.partial(text.vqa_accuracy, tokenize=True)), records.texts),
+    "mmmu": _text(_judged(text.chooses), records.choice),
+    "exact": _text(_judged(text.equals), records.scalar),
 }

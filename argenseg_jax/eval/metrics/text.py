@@ -27,17 +27,17 @@ class Pope:
     """Accuracy, precision, recall and F1 of 'yes', and the share of answers that say yes."""
 
     def __init__(self):
-        self._n = self._right = self._both = self._said = self._true = 0
+        self._n = self._right = self._both = self._yes = self._true = 0
 
     def add(self, answer: str, label: str) -> None:
         """One answer to a question whose right answer is 'yes' or 'no'."""
         if label not in ("yes", "no"):
             raise UserError(f"POPE: a reference is 'yes' or 'no', not '{label}'")
-        said, true = yes_or_no(answer), label == "yes"
+        yes, true = yes_or_no(answer), label == "yes"
         self._n += 1
-        self._right += said == true
-        self._both += said and true
-        self._said += said
+        self._right += yes == true
+        self._both += yes and true
+        self._yes += yes
         self._true += true
 
     def scores(self) -> dict[str, float | None]:
@@ -45,10 +45,10 @@ class Pope:
         return {
             "n": self._n,
             "accuracy": _share(self._right, self._n),
-            "precision": _share(self._both, self._said),
+            "precision": _share(self._both, self._yes),
             "recall": _share(self._both, self._true),
-            "F1": _share(2 * self._both, self._said + self._true),
-            "yes_ratio": _share(self._said, self._n),
+            "F1": _share(2 * self._both, self._yes + self._true),
+            "yes_ratio": _share(self._yes, self._n),
         }
 
 

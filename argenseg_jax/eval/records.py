@@ -1,4 +1,4 @@
-"""Rows of predictions.jsonl: read one at a time, their values checked, their masks measured.
+"""Records of predictions.jsonl: read one at a time, their values checked, their masks measured.
 
 A file may come from another tool or another hand: what a score reads is checked where it is read.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,39 +18,39 @@ from argenseg_jax.data.rle import decode_rle, read_runs
 from argenseg_jax.errors import UserError, brief, located
 from argenseg_jax.eval.metrics import anomaly, referring
 
-Row = Mapping[str, Any]
+RecordDict = Mapping[str, Any]
 MAX_COUNT = 2**40  # of pixels; sums over 2**22 samples fit an int64
 
 
 def read(path: epath.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(FILE:LINE, row) of every line of a predictions.jsonl; UserError names the line that is none."""
+    """(FILE:LINE, record) of every line of a predictions.jsonl; UserError names the line that is none."""
     number = 0
     for number, text in files.read_lines(path):
-        place = f"{path}:{number}"
-        row = files.parse_json(text, place)
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: not a prediction but {type(row).__name__}")
-        yield place, row
+        where = f"{path}:{number}"
+        record = files.parse_json(text, where)
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: not a prediction but {type(record).__name__}")
+        yield where, record
     if not number:
         raise UserError(f"{path}: no predictions")
 
 
 class Item:
-    """A row as a metric reads it: a value is checked when it is asked for; masks are read once.
+    """A record as a metric reads it: a value is checked when it is asked for; masks are read once.
 
     Attributes:
-      row: as saved.
+      record: as saved.
     """
 
-    def __init__(self, row: Row):
-        self.row = row
+    def __init__(self, record: RecordDict):
+        self.record = record
 
     def get(self, key: str, check: Callable[[Any], Any] | None = None) -> Any:
-        """The value of a key after its check (by default that of CHECKS); None where the row has none.
+        """The value of a key after its check (by default that of CHECKS); None where the record has none.
 
-        UserError names the key, and says what was expected.
+        UserError names the key, and tells what was expected.
         """
-        value = self.row.get(key)
+        value = self.record.get(key)
         if value is None:
             return None
         with located(f"key `{key}`", "value that a prediction has", UserError):
@@ -58,7 +58,7 @@ class Item:
 
     def has_masks(self) -> bool:
         """Whether there are a scored mask and a true one."""
-        return bool(self.row.get("prediction") and self.row.get("truth"))
+        return bool(self.record.get("prediction") and self.record.get("truth"))
 
     @functools.cached_property
     def size(self) -> tuple[int, int]:
@@ -72,7 +72,7 @@ class Item:
 
     @functools.cached_property
     def sums(self) -> referring.Sums:
-        """The row's share of the sums over masks."""
+        """The record's share of the sums over masks."""
         return referring.Sums.of_areas(*self.areas)
 
     def mask(self, key: str) -> np.ndarray:
@@ -114,15 +114,15 @@ def _number(value: Any) -> float:
 
 
 def _counts(value: Any, length: int, what: str) -> list[int]:
-    """A list of so many whole numbers from 0 on."""
-    if len(_listed(value, what)) != length or not all(
+    """A list of `length` whole numbers from 0 on."""
+    if len(_as_list(value, what)) != length or not all(
         isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= MAX_COUNT for v in value
     ):
         raise _expected(what, value)
     return value
 
 
-def _listed(value: Any, what: str) -> list[Any]:
+def _as_list(value: Any, what: str) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
         raise _expected(what, value)
     return value
@@ -137,7 +137,7 @@ def _pixels(value: Any) -> list[int]:
 
 def _levels(value: Any) -> np.ndarray:
     what = "a list of [level from 0 to 255, quiet pixels, defect pixels]"
-    for entry in _listed(value, what):
+    for entry in _as_list(value, what):
         if _counts(entry, 3, what)[0] >= anomaly.LEVELS:
             raise _expected(what, entry)
     return anomaly.dense(value)
@@ -145,12 +145,12 @@ def _levels(value: Any) -> np.ndarray:
 
 def _ious(value: Any) -> list[float]:
     what = "a list of the IoU, 0 to 1, after each click"
-    if not _listed(value, what) or not all(0 <= v <= 1 for v in map(_number, value)):
+    if not _as_list(value, what) or not all(0 <= v <= 1 for v in map(_number, value)):
         raise _expected(what, value)
     return value
 
 
-# What metrics read, references aside -> what they get, or an error that says what was expected.
+# What metrics read, references aside -> what they get, or an error that tells what was expected.
 CHECKS: dict[str, Callable[[Any], Any]] = {
     "metric": _text,
     "answer": _text,
@@ -173,7 +173,7 @@ def yes_or_no(value: Any) -> str:
 def texts(value: Any) -> list[str]:
     """References of VQA: the answers of one person or more."""
     what = "a list of texts, the answers of people,"
-    if not _listed(value, what) or not all(isinstance(v, str) for v in value):
+    if not _as_list(value, what) or not all(isinstance(v, str) for v in value):
         raise _expected(what, value)
     return value
 
