@@ -2,7 +2,7 @@
 
   python benchmarks/data.py [--data F.jsonl --image_root R] [--samples 256] [--rounds 5]
 
-The work of a sample is what training does at the paper's sizes: read a picture and a mask, cut a tile
+The work of a sample is what training does at the paper's sizes: read an image and a mask, cut a tile
 of 448, resize the mask to 256, write 1024 tokens. Without --data it is done on photographs that are
 drawn for it (480 x 360). The programs take turns, so that a busy machine disturbs all of
 them alike; each figure is a median over the rounds. `overhead` is CPU time of the whole process beyond
@@ -41,13 +41,13 @@ GEOMETRY = Geometry(image_size=448, image_tokens=256, mask_size=256, code_tokens
 
 
 def photographs(folder: pathlib.Path, count: int = 48) -> pathlib.Path:
-    """A JSONL of smooth random pictures with a mask each, in the folder."""
+    """A JSONL of smooth random images with one mask each, in the folder."""
     rng, lines = np.random.default_rng(0), []
     for k in range(count):
         blurred = transforms.resize(rng.integers(0, 256, (12, 16, 3), np.uint8), (480, 360))
         noise = rng.integers(-12, 13, blurred.shape)
-        picture = np.clip(blurred.astype(np.int32) + noise, 0, 255).astype(np.uint8)
-        (folder / f"{k}.png").write_bytes(encode_png(picture))
+        image = np.clip(blurred.astype(np.int32) + noise, 0, 255).astype(np.uint8)
+        (folder / f"{k}.png").write_bytes(encode_png(image))
         (folder / f"{k}_mask.png").write_bytes(encode_png(((blurred[..., 0] > 128) * 255).astype(np.uint8)))
         lines.append(
             json.dumps(

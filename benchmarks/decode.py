@@ -2,11 +2,11 @@
 
   python benchmarks/decode.py                     # width 512, 8 layers, CPU, 2 threads
   python benchmarks/decode.py --width 1024
-  python benchmarks/decode.py --variant 8b        # on a GPU: bf16, 448 px picture, 10 words of text
+  python benchmarks/decode.py --variant 8b        # on a GPU: bf16, 448 px image, 10 tokens of text
   OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/decode.py --threads 1 --clock cpu   # on a busy machine
 
 Both sides hold the same random weights and do the same work: prefill, the ten scales of one 256 px mask
-on a cache, the codes' confidence, <ge_end> and the word behind it, the VQ-VAE's decoder, the picture on
+on a cache, the codes' confidence, <ge_end> and the token after it, the VQ-VAE's decoder, the picture on
 the host. On CPUs the prompt has 300 tokens, the decoder 8 layers and the VQ-VAE a fifth of the released
 width (as the decoder has). Measurements take turns, ours then theirs, and medians count, because a
 machine is seldom idle. The floor is what the device's own speed of multiplying and of reading memory,
@@ -122,7 +122,7 @@ class Ours:
         return answer.replace(at_mask=jnp.ones(self.rows, bool), ended=jnp.zeros(self.rows, bool))
 
     def mask(self) -> tuple[np.ndarray, np.ndarray]:
-        """(codes, pictures), everything from the prompt on."""
+        """(codes, images), everything after the prompt."""
         _, mask = self.engine.mask(self.start())
         return np.asarray(mask["codes"]), np.asarray(mask["images"])
 
@@ -177,7 +177,7 @@ class Ours:
 
 
 def prompt(model: ARGenSeg, rows: int, picture: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """(tokens, lengths, tiles): 300 random words, or a picture and 40 words."""
+    """(tokens, lengths, tiles): 300 random tokens, or an image and 40 tokens."""
     rng = np.random.default_rng(1)
     words = rng.integers(100, model.vocab.base, (rows, 40 if picture else PROMPT), np.int32)
     tiles = None
@@ -264,7 +264,7 @@ def by_phase(parts: Mapping[str, Callable[[], Any]], whole: float, rounds: int) 
 def in_turns(
     runs: Mapping[str, Callable[[], Any]], rounds: int, measure: Callable[[Callable[[], Any]], float] = timed
 ) -> dict[str, float]:
-    """Median seconds of each, measured in turns behind one warm-up."""
+    """Median seconds of each, measured in turns after one warm-up."""
     for run in runs.values():
         run()
     times = [{name: measure(run) for name, run in runs.items()} for _ in range(rounds)]

@@ -5,7 +5,7 @@
 
 The mix is the paper's, 402 segmentation to 1250 chat samples, with lengths of the 8b (256 tokens a tile,
 680 codes a mask): a segmentation sample has one tile, one mask and 40 to 90 words; half of the chat has
-a picture of 1 to 4 tiles; its text is log-normal with a median of 250 words. These lengths are assumed,
+an image of 1 to 4 tiles; its text is log-normal with a median of 250 tokens. These lengths are assumed,
 not measured on data. Rows are filled by argenseg_jax/data/packing.py, as in training. The step is that
 of train/loop.py on a model of width 256 with 4 layers whose ViT, codes and rows have the lengths of the
 8b. Measurements take turns, medians count. Last line: JSON; gain = tokens/s packed over unpacked.

@@ -64,11 +64,11 @@ def measure(path: pathlib.Path) -> tuple[float, float, int, dict]:
     child = subprocess.Popen(
         [sys.executable, "-m", "argenseg_jax", "evaluate", "--rescore", str(path)], stdout=subprocess.PIPE
     )
-    said = child.stdout.read()
+    stdout = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise SystemExit(f"--rescore {path} failed")
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, json.loads(said)
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, json.loads(stdout)
 
 
 def main(counts: list[int]) -> None:

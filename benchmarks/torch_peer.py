@@ -119,7 +119,7 @@ class Peer(nn.Module):
         self.run, self.draw = self.language_model.model, self.decoder  # what torch.compile wraps
 
     def compiled(self) -> Peer:
-        """The same weights behind torch.compile, for any length."""
+        """The same weights with torch.compile, for any length."""
         self.run = torch.compile(self.language_model.model, dynamic=True)
         self.draw = torch.compile(self.decoder)
         return self
@@ -128,7 +128,7 @@ class Peer(nn.Module):
         """Prompt ids [B, L], so many words of text, one mask.
 
         Returns:
-          codes [B, N], images u8[B, 3, R, R], confidence [B], the word behind <ge_end> [B, 1].
+          codes [B, N], images u8[B, 3, R, R], confidence [B], the token after <ge_end> [B, 1].
         """
         with torch.inference_mode():
             cache = self.prefill(tokens, text_tokens)
@@ -145,7 +145,7 @@ class Peer(nn.Module):
         return cache
 
     def next_word(self, tokens: Tensor, cache: transformers.DynamicCache) -> Tensor:
-        """Feeds ids [B, T]: the likeliest word behind them, [B, 1]."""
+        """Feeds ids [B, T]: the most likely token after them, [B, 1]."""
         hidden = self.run(input_ids=tokens, past_key_values=cache).last_hidden_state[:, -1:]
         return self.language_model.lm_head(hidden).argmax(-1)
 

@@ -6,7 +6,7 @@
 
 Both sides hold the same float32 weights and do the same work on 4 rows of 1024 tokens: a frozen
 InternViT of 4 layers on one 224 px tile a row, connector, Qwen2 decoder, untied head over the whole
-vocabulary of 12,109 words, cross-entropy at every place behind the picture, gradients of all but the
+vocabulary of 12,109 words, cross-entropy at every position after the image, gradients of all but the
 ViT, clipping by their global norm, AdamW. Neither side computes anything again (no remat) or leaves
 places out of the head. The first losses must agree. The peer has its fastest form: scaled dot-product
 attention, the fused AdamW. Ours is the step that train/loop.py runs.
@@ -86,7 +86,7 @@ def model_config(width: int) -> dict[str, Any]:
 
 
 def draw_batch(model: ARGenSeg) -> dict[str, np.ndarray]:
-    """One batch: a picture and words in each row, everything behind the picture a target."""
+    """One batch: each sequence is an image and tokens, all tokens after the image are targets."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(100, model.vocab.base, (ROWS, TOKENS), np.int32)
     tokens[:, : model.image_tokens] = model.vocab.img_context

@@ -2,7 +2,7 @@
 
   python benchmarks/weights.py --checkpoint nano --data shapes:test --limit 64
 
-For each of float32, bfloat16 and int8: seconds per image (behind a warm-up), MiB of weights as decoded
+For each of float32, bfloat16 and int8: seconds per image (after a warm-up), MiB of weights as decoded
 with, and the mean IoU of the first masks with those of bfloat16. Last line: JSON.
 """
 

@@ -41,11 +41,11 @@ def start(count, *args, devices=1):
 def finish(processes, timeout=120):
     """[(exit code, stdout, stderr)] of all of them; whoever is left after the time is killed."""
     try:
-        said = [p.communicate(timeout=timeout) for p in processes]
+        outputs = [p.communicate(timeout=timeout) for p in processes]
     finally:
         for p in processes:
             p.kill()
-    return [(p.returncode, *texts) for p, texts in zip(processes, said)]
+    return [(p.returncode, *texts) for p, texts in zip(processes, outputs)]
 
 
 def run(count, *args, devices=1, timeout=120):

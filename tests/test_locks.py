@@ -82,10 +82,10 @@ def test_another_process_with_the_same_number_is_not_the_holder(path):
 
 def test_another_machine_is_waited_for(path):
     left(path, machine="elsewhere", host="node7", pid=5)
-    said = []
-    with locks.Lock(path, "runs/w", said.append):
+    reported = []
+    with locks.Lock(path, "runs/w", reported.append):
         pass
-    assert said == ["runs/w is in use by process 5 on node7; waiting up to 0 s for its heartbeat to stop"]
+    assert reported == ["runs/w is in use by process 5 on node7; waiting up to 0 s for its heartbeat to stop"]
     left(path, age=10_000, machine="elsewhere")  # an old one is watched for two heartbeats and a half
     begin = time.monotonic()
     with locks.Lock(path, "w", len):
@@ -94,9 +94,9 @@ def test_another_machine_is_waited_for(path):
 
 def test_a_suspended_holder_on_this_machine_is_waited_for(path):
     left(path, age=1.0)  # it is alive, but its heartbeat is older than 0.5 s
-    said = []
-    with locks.Lock(path, "w", said.append):
-        assert len(said) == 1 and "waiting" in said[0]
+    reported = []
+    with locks.Lock(path, "w", reported.append):
+        assert len(reported) == 1 and "waiting" in reported[0]
 
 
 def test_a_holder_that_ends_while_it_is_waited_for(path):
@@ -179,10 +179,10 @@ def test_of_many_at_once_one_gets_it(tmp_path):
     for child in children:
         child.stdin.write("\n")
         child.stdin.flush()
-    said = [child.stdout.readline().strip() for child in children]
+    reported = [child.stdout.readline().strip() for child in children]
     for child in children:
         child.communicate("\n")
-    assert sorted(said) == ["True", "refused", "refused", "refused"]
+    assert sorted(reported) == ["True", "refused", "refused", "refused"]
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: os.symlink("/dev/null", p)])

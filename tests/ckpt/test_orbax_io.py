@@ -1,4 +1,4 @@
-"""Orbax: what is saved comes back bit for bit, into shardings, and strangers are refused."""
+"""Orbax: what is saved comes back bit for bit, into shardings, and other models are refused."""
 
 import json
 
@@ -82,15 +82,15 @@ def test_all_are_kept_without_a_limit(tmp_path, keep):
     same(orbax_io.restore_params(str(tmp_path)), params(3))
 
 
-@pytest.mark.parametrize("best, kept", [("min:loss", 2), ("max:loss", 4), ("", 6)])
-def test_the_best_is_kept_too(tmp_path, best, kept):
+@pytest.mark.parametrize("best, best_step", [("min:loss", 2), ("max:loss", 4), ("", 6)])
+def test_the_best_step_is_not_removed(tmp_path, best, best_step):
     for step, loss in enumerate((3.0, 1.0, 2.0, 4.0, None, 3.0), 1):
         numbers = {} if loss is None else {"loss": loss, "lr": 1.0}
         save(tmp_path, step, seed=step, keep=1, best=best, numbers=numbers)
     steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
-    assert steps == sorted({kept, 6})
+    assert steps == sorted({best_step, 6})
     with orbax_io.Checkpointer(str(tmp_path), best=best, read_only=True) as checkpoints:
-        assert checkpoints.best_step() == (kept if best else None)
+        assert checkpoints.best_step() == (best_step if best else None)
     with pytest.raises(UserError, match="keep_best='loss': write min:NAME or max:NAME"):
         orbax_io.Checkpointer(str(tmp_path), best="loss")
 
@@ -131,7 +131,7 @@ def test_what_is_frozen_is_written_once_a_phase(tmp_path):
     with orbax_io.Checkpointer(str(tmp_path), keep=2) as checkpoints:
         got = checkpoints.restore(3, abstract(whole), {}, abstract({"step": jnp.int32(0)}))
         same(got[0], whole)
-        saved(checkpoints, 4, 7.0, 1)  # the same phase goes on
+        saved(checkpoints, 4, 7.0, 1)  # the same phase continues
         saved(checkpoints, 5, 7.0, 2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "5", "frozen"]
     assert [p.name for p in folder.iterdir()] == ["3"]

@@ -66,9 +66,9 @@ def test_a_step_that_lacks_an_item_is_named_and_skipped(work, capfd, name, lacks
     cut(work / "checkpoints" / "4", name)
     assert steps.complete_steps(work) == [2] and steps.newest_step(work, training=True) == 2
     assert steps.find_step(work).name == "2"
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith(f"{work}/checkpoints: skipped: '4' lacks ")
-    assert any(word in said[0] for word in lacks.split("|"))
+    err = capfd.readouterr().err.splitlines()
+    assert len(err) == 1 and err[0].startswith(f"{work}/checkpoints: skipped: '4' lacks ")
+    assert any(word in err[0] for word in lacks.split("|"))
 
 
 def test_a_run_goes_round_a_step_that_is_not_whole(work):
@@ -102,8 +102,8 @@ def test_names_that_are_no_numbers_of_steps(work, capfd):
         (work / "checkpoints" / name).mkdir()
     (work / "checkpoints" / "8").write_text("a file")
     assert steps.complete_steps(work) == [2, 4]
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1 and "'²' is not a step" in said and "'8' is not a step" in said and "notes" not in said
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "'²' is not a step" in err and "'8' is not a step" in err and "notes" not in err
     assert run(work)["step"] == 4
 
 

@@ -34,7 +34,7 @@ def train(workdir, data=toy.Data, devices=None):
 
 
 def draw(params):
-    """The picture of a kernel of which every process holds a part."""
+    """An image of a kernel of which every process has a part."""
     kernel = distributed.fetch(params["connector"]["fc1"]["kernel"])
     return {"kernel": np.repeat(((kernel + 4) * 31).astype(np.uint8)[..., None], 3, -1)}
 

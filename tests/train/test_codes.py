@@ -1,4 +1,4 @@
-"""Kept codes: `prepare --codes`, then data.codes=true, gives the losses of masks, to the bit."""
+"""Stored codes: `prepare --codes`, then data.codes=true, gives the losses of masks, to the bit."""
 
 import json
 
@@ -28,8 +28,8 @@ def folder(tmp_path_factory):
     )
     names = ("shapes:simple:train:21", f"{root}/c.jsonl*3")
     coder = MaskTokenizer.from_checkpoint(str(root / "run"))
-    for out, kept in (("with", coder), ("without", None)):
-        prepare.prepare(prepare.Job(names, str(root / out), coder=kept))
+    for out, used in (("with", coder), ("without", None)):
+        prepare.prepare(prepare.Job(names, str(root / out), coder=used))
     return root
 
 
@@ -119,8 +119,8 @@ def test_the_command(folder, tmp_path, capfd):
         "--shard_samples",
         4,
     ]
-    code, said, err = call(capfd, "prepare", *args)
-    result = json.loads(said.splitlines()[-1])
+    code, stdout, err = call(capfd, "prepare", *args)
+    result = json.loads(stdout.splitlines()[-1])
     assert (code, result["samples"], result["broken"], result["shards"]) == (0, 7, 0, 2)
     assert any("6 images, 6 masks" in line for line in err)
     manifest = json.loads((out / "prepared.json").read_text())
@@ -136,8 +136,8 @@ def test_the_command(folder, tmp_path, capfd):
     }
     shard = next(out.glob("*.array_record-*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    code, said, err = call(capfd, "prepare", "--verify", out)
-    assert code == 1 and "checksum mismatch" in err[0] and not json.loads(said)["ok"]
+    code, stdout, err = call(capfd, "prepare", "--verify", out)
+    assert code == 1 and "checksum mismatch" in err[0] and not json.loads(stdout)["ok"]
     assert "--out is missing" in refused(capfd, "prepare", "--source", "shapes:test")
     assert "--codes_dtype goes with --codes" in refused(
         capfd, "prepare", "--source", "shapes:test", "--out", tmp_path / "b", "--codes_dtype", "float32"
