@@ -135,7 +135,7 @@ def test_weights_alone_are_no_run(tmp_path):
 
 def test_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(UserError, match="checkpoints is a file, where a folder"):
+    with pytest.raises(UserError, match="checkpoints is a file"):
         run(tmp_path)
     assert os.listdir(tmp_path) == ["checkpoints"]
 
