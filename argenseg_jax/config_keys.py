@@ -39,7 +39,7 @@ from argenseg_jax.config_rules import (
 )
 from argenseg_jax.errors import UserError, brief
 
-STEPS = 10**9  # two phases of so many steps still count in int32
+STEPS = 10**9  # two phases of STEPS steps still count in int32
 METRICS = (
     "referring",
     "grefcoco",
@@ -172,7 +172,7 @@ KEYS: dict[str, Key] = {
             "workers": whole(0, 1024, "the training process"),
             "threads": whole(0, 1024),
             "root": text(),
-            "pack": whole(0, 65536, "one sample a row"),
+            "pack": whole(0, 65536, "one sample per sequence"),
             "max_tiles": whole(1, 1024),
             "sample_tiles": whole(0, 1024, "max_tiles"),
             "max_masks": whole(0, 4096),

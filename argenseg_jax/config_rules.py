@@ -89,7 +89,7 @@ def flag() -> Key:
 
 
 def whole(low: int, high: int, zero: str = "", rest: bool = False) -> Key:
-    """A whole number of [low, high]; `zero` says what 0 means; `rest` allows -1."""
+    """A whole number of [low, high]; `zero` tells what 0 means; `rest` allows -1."""
     rule = f"a whole number from {low} {f'(= {zero}) ' if zero else ''}to {high}{', or -1' if rest else ''}"
     return Key(rule, _read_int, lambda v: _is_int(v) and (low <= v <= high or (rest and v == -1)))
 
@@ -105,7 +105,7 @@ def real(low: float, high: float, zero: str = "", above: bool = False, below: bo
 
 
 def text(none: str = "") -> Key:
-    """Any text; `none` says what None means, where it is allowed."""
+    """Any text; `none` tells what None means, where it is allowed."""
     return Key(f"a text{f', or None (= {none})' if none else ''}", read_literal, _is_text, none=bool(none))
 
 

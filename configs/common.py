@@ -77,12 +77,12 @@ def base() -> ConfigDict:
                 "sources": (),  # names, `name*weight`, or paths; see data/mixture.py
                 "max_tokens": 8192,  # T, length of a row; longer samples are dropped and counted
                 "max_labels": 0,  # targets of a row, the places that the head reads; 0 = max_tokens
-                "image_last": False,  # move <image> behind the human text, in training and use
+                "image_last": False,  # move <image> after the human text, in training and use
                 "system": None,  # system message; None = the official one, '' = none
                 "workers": 0,  # most grain worker processes; 0 reads in the training process
                 "threads": 2,  # of the training process that read, where workers is 0
                 "root": "",  # directory that relative paths of the sources start from
-                "pack": 0,  # samples that wait to fill a row, which then holds several; 0 = one a row
+                "pack": 0,  # samples buffered for packing several into a sequence; 0 = one per sequence
                 "max_tiles": 1,  # P, tiles per row
                 "sample_tiles": 0,  # most tiles of one sample; 0 = max_tiles
                 "max_masks": 1,  # M, masks per row
@@ -93,7 +93,7 @@ def base() -> ConfigDict:
                 "augment": False,  # disturb photographs: data/augment.py
                 "recolour": 0.0,  # share of samples in other colours, where the text names none
                 "prompt_drop": 0.0,  # share of text-to-image prompts that ask for nothing (guidance)
-                "codes": False,  # read the codes that `prepare --codes` kept, in place of masks
+                "codes": False,  # read the codes that `prepare --codes` stored, in place of masks
                 "max_broken": 0.01,  # largest share of broken samples; more of them end the run
             },
             "optim": optimizer(freeze=(r"vision/.*",)),  # of the lm phase
@@ -112,16 +112,16 @@ def base() -> ConfigDict:
                 "grad_dtype": "",  # in which gradients of layers are summed over devices; '' = dtype
                 "checkpoint_every": 1000,  # steps, at least 1; the end of a phase is saved too
                 "keep": 2,  # checkpoints kept, the newest ones; 0 = all
-                "keep_best": "",  # min:NAME or max:NAME of a logged number: its best one is kept too
+                "keep_best": "",  # min:NAME or max:NAME of a logged number: its best checkpoint is kept too
                 "log_every": 50,  # steps per line of metrics.jsonl, at least 1
-                "sample_every": 0,  # steps per picture in samples/; 0 = none
+                "sample_every": 0,  # steps per image in samples/; 0 = none
                 "max_skipped": 0,  # so many steps that are not finite end the run; 0 = any number
                 "allow_fresh": (),  # path regexes of params that may stay as drawn: not loaded, not trained
                 "lora": {  # low-rank adapters of frozen kernels; see models/lora.py
                     "rank": 0,  # of each; 0 = none: everything learns that optim.freeze leaves
                     "alpha": 0.0,  # what they add is multiplied with alpha / rank; 0 = with 1
                     "targets": (),  # path regexes of kernels; () = all of the decoder's layers
-                    "also": (),  # path regexes of what learns, whole, beside them; nothing else does
+                    "also": (),  # path regexes of parameters that are trained in full as well; all others are frozen
                 },
                 "loss": {  # departures from the paper's plain loss; see train/losses.LMOptions
                     "soft_targets": 0.0,  # temperature that spreads a code's target over near codes

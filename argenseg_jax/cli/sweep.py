@@ -5,7 +5,7 @@
       --launch jobset --out jobs.yaml
 
 Each point is a `train` run in WORKDIR/NAME; with --data it is scored by `evaluate` too. A second
-call goes on where the first one stopped. WORKDIR/sweep.md and sweep.svg show the metrics over the
+call resumes where the first one stopped. WORKDIR/sweep.md and sweep.svg show the metrics over the
 swept values. --launch commands, slurm and jobset start nothing: they write shell lines, an array
 job or JobSets, on stdout or to --out. When those have run, `--launch nothing` collects.
 """
@@ -97,7 +97,7 @@ def _train(points: list[Any], commands: list[list[str]]) -> int:
             if not trained:
                 _call(args)
             if FLAGS.data and sweep.scores(folder, point, FLAGS.data) is None:
-                said = _call(
+                scores = _call(
                     [
                         "evaluate",
                         f"--workdir={folder}",
@@ -108,7 +108,7 @@ def _train(points: list[Any], commands: list[list[str]]) -> int:
                 )
                 files.write(
                     folder / sweep.SCORES,
-                    json.dumps({**said, "data": FLAGS.data, "step": point.steps}, indent=1) + "\n",
+                    json.dumps({**scores, "data": FLAGS.data, "step": point.steps}, indent=1) + "\n",
                 )
         except subprocess.CalledProcessError as error:
             failed += 1

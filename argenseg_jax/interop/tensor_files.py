@@ -148,7 +148,7 @@ def write_safetensors(
         for key, lazy in tensors.items():
             array = contiguous(lazy.read())
             if array.nbytes != lazy.nbytes or array.dtype != lazy.dtype:
-                raise ValueError(f"'{key}' is {array.dtype}{array.shape}, not as its header says")
+                raise ValueError(f"'{key}' is {array.dtype}{array.shape}, not as in its header")
             stream.write(array.reshape(-1).view(np.uint8).data)
             done(array.nbytes)
 
@@ -318,9 +318,9 @@ class _Decompressed:
         while have < count and (part := self._next()):
             parts.append(part)
             have += len(part)
-        whole = b"".join(parts)
-        self._held = whole[count:]
-        return whole[:count]
+        joined = b"".join(parts)
+        self._held = joined[count:]
+        return joined[:count]
 
     def _next(self) -> bytes:
         """The next bytes; b'' at the end of the last stream."""

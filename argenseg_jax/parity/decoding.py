@@ -183,7 +183,7 @@ class _Replay:
         return self.note(logits[np.arange(len(rows)), lengths - 1])
 
     def text(self, token: np.ndarray) -> np.ndarray:
-        """Feeds one token a row: logits f32[R, V]."""
+        """Feeds one token per sequence: logits f32[R, V]."""
         x, coords = self.call("embed", token[:, None])
         hidden, self.cache = self.call("extend", x, coords, self.cache)
         self.length += 1
@@ -301,11 +301,13 @@ class _Replay:
 
 
 def tile_counts(record: Recording, name: str, rows: np.ndarray, model: ARGenSeg) -> np.ndarray:
-    """int[R], tiles that each row of ids has places for; `name` is the array they are from."""
-    places = (rows == model.vocab.img_context).sum(1)
-    if (places % model.image_tokens).any():
-        raise record.fault(name, f"has {places.tolist()} <IMG_CONTEXT> in its rows; a tile has {model.image_tokens}")
-    return places // model.image_tokens
+    """int[R], tiles that each sequence of ids has placeholders for; `name` is the array they are from."""
+    placeholders = (rows == model.vocab.img_context).sum(1)
+    if (placeholders % model.image_tokens).any():
+        raise record.fault(
+            name, f"has {placeholders.tolist()} <IMG_CONTEXT> in its rows; a tile has {model.image_tokens}"
+        )
+    return placeholders // model.image_tokens
 
 
 def flagged_tiles(record: Recording, name: str, model: ARGenSeg) -> np.ndarray:

@@ -27,7 +27,7 @@ def compare_lm(record: Recording) -> None:
         size = cfg["config"]["vocab_size"]
         lm = DecoderLM(padded_vocab_size=size, vocab_size=size, **hf_config.llm_cfg(cfg["config"]))
         shapes = jax.eval_shape(
-            functools.partial(lm.init, method=_whole), jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+            functools.partial(lm.init, method=_forward), jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
         )
         params = torch_convert.to_jax(record.weights(variant), {"llm": shapes["params"]}, source=str(record.folder))[
             "llm"
@@ -44,7 +44,7 @@ def compare_lm(record: Recording) -> None:
         record.check(m[0], got, EQUAL)
 
 
-def _whole(lm: DecoderLM, tokens, positions=None, segments=None):
+def _forward(lm: DecoderLM, tokens, positions=None, segments=None):
     """Logits [B, T, V] and hidden states [L + 1, B, T, D] of a pass without a cache."""
     b, t = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(t), (b, t)) if positions is None else positions
@@ -66,20 +66,20 @@ def _jitted(lm: DecoderLM, params: Params, method) -> Callable:
 
 
 def _compare_variant(record: Recording, name: str, lm: DecoderLM, params: Params, cfg) -> None:
-    whole = _jitted(lm, params, _whole)
+    forward = _jitted(lm, params, _forward)
     for side in ("right", "left"):
         if f"{name}{side}_input_ids" not in record:
             continue
         tokens = record.ints(f"{name}{side}_input_ids", 2, below=lm.vocab_size)
         mask = record.ints(f"{name}{side}_attention_mask", 2, default=np.ones_like(tokens))
         positions = record.ints(f"{name}{side}_position_ids", 2, default=np.where(mask, np.cumsum(mask, 1) - 1, 1))
-        logits, hidden = whole(tokens, positions, mask)
+        logits, hidden = forward(tokens, positions, mask)
         real = mask == 1  # fully masked rows of the reference are garbage
         record.check(f"{name}{side}_logits", logits, where=real)
         record.check(f"{name}{side}_hidden_states", hidden, where=np.broadcast_to(real, (hidden.shape[0], *real.shape)))
 
     if f"{name}long_input_ids" in record:
-        _compare_long(record, name, lm, params, whole, cfg)
+        _compare_long(record, name, lm, params, forward, cfg)
     for found in record.names(rf"{re.escape(name)}gen_(batch|single)_tokens"):
         # The reference generates from the left padded batch, or from its longest sequence alone.
         ids = record.ints(f"{name}left_input_ids", 2, below=lm.vocab_size)
@@ -93,11 +93,11 @@ def _compare_variant(record: Recording, name: str, lm: DecoderLM, params: Params
         record.check(re.sub("tokens$", "scores", found[0]), scores)
 
 
-def _compare_long(record: Recording, name: str, lm: DecoderLM, params: Params, whole, cfg) -> None:
+def _compare_long(record: Recording, name: str, lm: DecoderLM, params: Params, forward, cfg) -> None:
     """One pass, one token a call, blocks; what RoPE does beyond the trained length."""
     tokens = record.ints(f"{name}long_input_ids", 2, below=lm.vocab_size)
     length = tokens.shape[1]
-    record.check(f"{name}long_logits_full", whole(tokens)[0])
+    record.check(f"{name}long_logits_full", forward(tokens)[0])
 
     prefill = 0
     if f"{name}kv_prefill_len" in record:
@@ -116,7 +116,11 @@ def _compare_long(record: Recording, name: str, lm: DecoderLM, params: Params, w
 
     for m in record.names(rf"{re.escape(name)}short_(fresh|after_long)_logits"):
         short = tokens[:, : record.input(m[0]).shape[1]]
-        got = whole(short)[0] if m[1] == "fresh" else _with_base(lm, params, _whole)(_base_after(lm, length), short)[0]
+        got = (
+            forward(short)[0]
+            if m[1] == "fresh"
+            else _with_base(lm, params, _forward)(_base_after(lm, length), short)[0]
+        )
         record.check(m[0], got)
     rope = (lm.head_dim, lm.rope_theta, lm.ntk_factor, lm.max_positions)
     for when, positions in (("initial", [[0, 1]]), ("after_long", [list(range(length))])):

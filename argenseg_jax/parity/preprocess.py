@@ -117,7 +117,7 @@ def _compare_batch_chat(record: Recording, name: str, tokenizer: Tokenizer) -> N
 
 
 def _compare_geometry(record: Recording) -> None:
-    """Grids of tiles, and where a padded mask lies in its square."""
+    """Grids of tiles, and where a padded mask is in its square."""
     cfg = record.config
     for name in cfg:
         found = re.fullmatch(r"target_ratios_max(\d+)", name)
@@ -183,7 +183,7 @@ def _find_crop(x: np.ndarray, want: np.ndarray) -> np.ndarray:
 
 
 def _compare_masks(record: Recording) -> None:
-    """Masks for the VQ-VAE, and decoded pictures back at the size of the image."""
+    """Masks for the VQ-VAE, and decoded images back at the size of the image."""
     if "mask/input01_u8" in record:
         mask = record.input("mask/input01_u8")
         side = 256

@@ -70,12 +70,12 @@ def _compare_variant(record: Recording, variant: str, cfg) -> None:
         for m in record.names(rf"{own}/last_hidden_{size}_after_resize_to_(\d+)"):
             record.check(m[0], _run(*resized(int(m[1])), pixels)[0])
 
-    whole = jnp.asarray(vision["pos_embed"])
+    full = jnp.asarray(vision["pos_embed"])
     for m in record.names(
         rf"{own}/(pos_embed_on_the_fly|position_embedding_resized)"
         r"_(\d+)_to_(\d+)"
     ):
-        pos = intern_vit.resample_pos_embed(whole, int(m[3]) // vit.patch)
+        pos = intern_vit.resample_pos_embed(full, int(m[3]) // vit.patch)
         record.check(m[0], pos[None] if re.search("resized", m[1]) else pos[None, 1:])
 
 

@@ -79,7 +79,7 @@ def _torch_name(path: str) -> str:
 
 
 def _probes(record: Recording, outputs) -> None:
-    """A corner of each module's output, and its statistics over the whole batch."""
+    """A corner of each module's output, and its statistics over the complete batch."""
     stats = record.config.get("module_stats", {})
     for name, value in outputs.items():
         value = nchw(value)
