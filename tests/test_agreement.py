@@ -91,7 +91,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def fed(monkeypatch):
-    """What the engine is asked: (prompt, tiles) of its first row, instead of an answer."""
+    """The request to the engine: (prompt, tiles) of its first sequence, instead of an answer."""
     seen = []
 
     def generate(self, tokens, lengths, tiles, **options):
@@ -112,10 +112,10 @@ def trained(name, config):
     ) as batches:
         batch = next(batches)
     tokens, tiles = batch["tokens"][0], batch["tiles"][0]
-    words = tiny.tokenizer()
-    start = words.encode([words.im_start, "assistant\n"])
+    tokenizer = tiny.tokenizer()
+    start = tokenizer.encode([tokenizer.im_start, "assistant\n"])
     end = next(k for k in range(len(tokens)) if tokens[k : k + len(start)].tolist() == start) + len(start)
-    count = (tokens == words.vocab.img_context).sum() // model.image_tokens
+    count = (tokens == tokenizer.vocab.img_context).sum() // model.image_tokens
     assert not tiles[count:].any()
     return tokens[:end], tiles[:count]
 
@@ -143,8 +143,8 @@ def test_evaluate_feeds_what_training_fed(data, fed, workdir, tmp_path, capfd, n
 def test_previews_of_a_run_and_the_python_api_feed_the_same(data, fed):
     config = {**SIZES, "max_tiles": 8, "sample_tiles": 3, "image_last": True, "window": SEEN["window"]}
     model, weights = tiny.made()
-    part = run.open_data({"data": {**config, "sources": (str(data / "meta.json"),)}})[0]
-    draw = run.sampler({"data": config, "train": {"lora": {}}}, model, tiny.tokenizer(), part)
+    component = run.open_data({"data": {**config, "sources": (str(data / "meta.json"),)}})[0]
+    draw = run.sampler({"data": config, "train": {"lora": {}}}, model, tiny.tokenizer(), component)
     with pytest.raises(UserError, match="stopped"):
         draw(weights)
     predictor = Predictor(model, weights, tiny.tokenizer(), {"data": config})
@@ -182,7 +182,7 @@ def test_evaluation_marks_the_pixels_that_training_learns(data, low, high):
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_a_picture_is_compared_with_what_training_learns(pad):
-    """Of a wide picture to be generated: a model that draws exactly the target of training is right."""
+    """A wide image to be generated: a model that draws exactly the target of training is right."""
     sample = dataclasses.replace(
         tiny.sample(), images=(), masks=(tiny.picture(3, 20, 60),), meta={"metric": "fidelity"}
     )

@@ -90,7 +90,7 @@ def test_nothing_moves_where_a_text_speaks_of_places(text):
 
 
 def test_nothing_moves_without_a_mask():
-    """An answer in words may be about what a crop leaves out, or about writing."""
+    """An answer in words may be about what a crop removes, or about writing."""
     chat = dataclasses.replace(sample("How many cars are there?"), masks=())
     np.testing.assert_array_equal(Augment(jitter=0)(chat, np.random.default_rng(0)).images[0], chat.images[0])
 
@@ -113,7 +113,7 @@ def jpeg(image, quality):
 
 
 def test_data_augment_of_a_meta_json_is_the_references():
-    """JPEG of the image and nothing else; data.augment is our own; kept codes go with the first alone."""
+    """JPEG of the image only; data.augment is our own; stored codes work with the first only."""
     geometry, rng = Geometry(32, 16, 64, 64), np.random.default_rng(0)
     marked = dataclasses.replace(sample(), meta={"augment": True})
     same = SampleEncoder(DataConfig(), geometry).change(sample(), rng)

@@ -304,7 +304,7 @@ def test_the_prompt_reaches_every_source_that_words_its_questions(root):
 
 
 def test_the_first_part_of_a_meta_json(root):
-    """`*0.5` scaled the weight only; of a JSONL it takes the first part."""
+    """`*0.5` scaled the weight only; of a JSONL it uses the first samples."""
     put(
         root / "flat/d.jsonl",
         "\n".join(

@@ -235,21 +235,23 @@ def test_masks_of_senseless_values(tmp_path, values, says):
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP"])
-@pytest.mark.parametrize("turned", range(1, 9))
-def test_image_and_mask_are_turned_upright(tmp_path, turned, form):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_image_and_mask_are_rotated_upright(tmp_path, orientation, form):
     exif = Image.Exif()
-    exif[0x112] = turned
+    exif[0x112] = orientation
     image, mask = Image.fromarray(COLOUR), Image.fromarray(SHAPE)
-    for name, picture in (("i.png", image), ("m.png", mask)):
-        picture.save(tmp_path / name, form, exif=exif, lossless=True)
+    for name, stored in (("i.png", image), ("m.png", mask)):
+        stored.save(tmp_path / name, form, exif=exif, lossless=True)
     want = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "i.png")))
     np.testing.assert_array_equal(read_image(tmp_path / "i.png"), want)
     np.testing.assert_array_equal(Reader().image(Image.open(tmp_path / "i.png")), want)
     np.testing.assert_array_equal(
         read_mask(tmp_path / "m.png"), np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "m.png")).convert("L"))
     )
-    said = images.orientations(tmp_path / "i.png", tmp_path / "absent.png")
-    assert said == "" if turned == 1 else said.startswith(f"i.png has EXIF orientation {turned} and was")
+    message = images.orientations(tmp_path / "i.png", tmp_path / "absent.png")
+    assert (
+        message == "" if orientation == 1 else message.startswith(f"i.png has EXIF orientation {orientation} and was")
+    )
 
 
 def test_damaged_metadata_is_no_reason_to_lose_an_image(tmp_path):
@@ -298,7 +300,7 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(tmp_path):
     (tmp_path / "a.jpg").write_bytes(progressive(200))
     with pytest.raises(SampleError, match=r"a\.jpg: .*more than 32 scans"):
         read_image(tmp_path / "a.jpg")
-    (tmp_path / "a.jpg").write_bytes(progressive(1) + b"\xff\xda" * 500)  # a video behind a photograph
+    (tmp_path / "a.jpg").write_bytes(progressive(1) + b"\xff\xda" * 500)  # a video after a photograph
     assert read_image(tmp_path / "a.jpg").shape == (6, 9, 3)
 
 

@@ -34,18 +34,18 @@ def test_the_oldest_then_the_longest_that_fits():
 
 def test_a_sequence_by_hand():
     capacity = {"tokens": 8, "labels": 8, "tiles": 2, "masks": 3}
-    row = packing.join([example(2, masks=1), example(4, masks=1, tiles=1)], capacity, pad=99)
-    assert row["tokens"].tolist() == [10, 20, 10, 20, 30, 40, 99, 99]
-    assert row["segment_ids"].tolist() == [1, 1, 2, 2, 2, 2, 0, 0]
-    assert row["positions"].tolist() == [0, 1, 0, 1, 2, 3, 0, 0]
-    assert row["labels"].tolist() == [IGNORE, 20, IGNORE, 20, 30, 40, IGNORE, IGNORE]
-    assert row["masks"][:, 0, 0, 0].tolist() == [2, 4, 0] and row["tiles"][:, 0, 0, 0].tolist() == [4, 0]
+    sequence = packing.join([example(2, masks=1), example(4, masks=1, tiles=1)], capacity, pad=99)
+    assert sequence["tokens"].tolist() == [10, 20, 10, 20, 30, 40, 99, 99]
+    assert sequence["segment_ids"].tolist() == [1, 1, 2, 2, 2, 2, 0, 0]
+    assert sequence["positions"].tolist() == [0, 1, 0, 1, 2, 3, 0, 0]
+    assert sequence["labels"].tolist() == [IGNORE, 20, IGNORE, 20, 30, 40, IGNORE, IGNORE]
+    assert sequence["masks"][:, 0, 0, 0].tolist() == [2, 4, 0] and sequence["tiles"][:, 0, 0, 0].tolist() == [4, 0]
     assert packing.size(example(4, masks=1)) == {"tokens": 4, "labels": 3, "tiles": 0, "masks": 1}
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """Chat, some lines broken, and drawn scenes with one or two masks: the section `data`."""
+    """Chat, some lines invalid, and synthetic scenes with one or two masks: the section `data`."""
     chat = numbered(tmp_path_factory.mktemp("mixed"), [24], {(0, 3), (0, 9)})
     return {
         **SHAPES,
@@ -72,7 +72,7 @@ def samples(batch):
     return found
 
 
-def test_packed_rows_hold_the_samples_of_unpacked_ones(mixed, tokenizer):  # noqa: F811
+def test_packed_sequences_have_the_samples_of_unpacked_ones(mixed, tokenizer):  # noqa: F811
     packed, plain = iterate(mixed, tokenizer), iterate({**mixed, "pack": 0}, tokenizer)
     rows = [next(packed) for _ in range(5)]
     have = [s for batch in rows for s in samples(batch)]
@@ -90,8 +90,8 @@ def test_packed_rows_hold_the_samples_of_unpacked_ones(mixed, tokenizer):  # noq
 
 
 def test_resume_with_other_processes_and_workers(mixed, tokenizer):  # noqa: F811
-    whole = iterate(mixed, tokenizer)
-    want = [next(whole) for _ in range(12)]
+    uninterrupted = iterate(mixed, tokenizer)
+    want = [next(uninterrupted) for _ in range(12)]
     rows, state = [], None
     for processes, steps, workers in ((1, 3, 0), (2, 5, 0), (1, 4, 2)):
         shares = [iterate({**mixed, "workers": workers}, tokenizer, slots=slots) for slots in shards(processes, 4)]
@@ -99,21 +99,21 @@ def test_resume_with_other_processes_and_workers(mixed, tokenizer):  # noqa: F81
             if state:
                 iterator.set_state(json.loads(json.dumps(state)))
         for _ in range(steps):
-            parts = [next(iterator) for iterator in shares]
-            rows.append({key: np.concatenate([p[key] for p in parts]) for key in parts[0]})
+            batches = [next(iterator) for iterator in shares]
+            rows.append({key: np.concatenate([b[key] for b in batches]) for key in batches[0]})
         states = [iterator.get_state() for iterator in shares]
         state = {key: {k: v for s in states for k, v in s[key].items()} for key in states[0]}
         [iterator.close() for iterator in shares]
-    assert all(map(equal, rows, want)) and state == whole.get_state()
+    assert all(map(equal, rows, want)) and state == uninterrupted.get_state()
     assert state["waiting"] and all(0 < len(w) <= 4 for w in state["waiting"].values())
-    # Exactly once: what was taken came out, waits, or was broken.
+    # Exactly once: what was consumed was returned, is pending, or was skipped.
     out = sum(int(batch["segment_ids"].max(1).sum()) for batch in rows)
-    waits, broken = (
+    pending, skipped = (
         sum(map(len, state["waiting"].values())),
         sum(sum(reasons.values()) for reasons in state["broken"].values()),
     )
-    assert sum(state["taken"].values()) == out + waits + broken and broken > 0
-    whole.close()
+    assert sum(state["taken"].values()) == out + pending + skipped and skipped > 0
+    uninterrupted.close()
 
 
 def test_every_sample_once_an_epoch(tokenizer, tmp_path):  # noqa: F811
@@ -131,7 +131,7 @@ def test_every_sample_once_an_epoch(tokenizer, tmp_path):  # noqa: F811
     assert max(counts.values()) <= 3 and len(counts) == 24
 
 
-def test_what_is_too_long_or_has_too_many_images_is_broken(mixed, tokenizer):  # noqa: F811
+def test_what_is_too_long_or_has_too_many_images_is_skipped(mixed, tokenizer):  # noqa: F811
     for change, fault in (
         ({"max_tokens": 40}, "tokens, data.max_tokens is 40"),
         ({"max_labels": 20}, "labels, data.max_labels is 20"),

@@ -1,4 +1,4 @@
-"""The pipeline: batch layout, order, resume, shards, mixtures, broken samples."""
+"""The pipeline: batch layout, order, resume, shards, mixtures, invalid samples."""
 
 import collections
 import json
@@ -34,22 +34,22 @@ def equal(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
-def numbered(tmp_path, counts, broken=()):
-    """JSONL files of chat samples whose answers are their numbers; lines in `broken` are faulty."""
+def numbered(tmp_path, counts, invalid=()):
+    """JSONL files of chat samples whose answers are their numbers; lines in `invalid` cannot be read."""
     names = []
     for k, count in enumerate(counts):
         records = [
             {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": f"{k} {i}"}]}
             for i in range(count)
         ]
-        text = [("oops" if (k, i) in broken else json.dumps(r)) + "\n" for i, r in enumerate(records)]
+        text = [("oops" if (k, i) in invalid else json.dumps(r)) + "\n" for i, r in enumerate(records)]
         (tmp_path / f"{k}.jsonl").write_text("".join(text))
         names.append(str(tmp_path / f"{k}.jsonl"))
     return names
 
 
 def answers(batch, tokenizer):
-    """The target text of every row, without the end mark."""
+    """The target text of every sequence, without the end mark."""
     return [tokenizer.decode(row[row != IGNORE]).strip() for row in batch["labels"]]
 
 
@@ -105,12 +105,12 @@ def test_rows_with_several_images_and_masks(tokenizer):
     )
     room = {"max_tokens": 300, "max_tiles": 6, "max_masks": 3, "system": ""}
     config = DataConfig(**room)
-    row = SampleEncoder(config, GEOMETRY, tokenizer).training_example(sample, rng)
-    assert row["tiles"].shape == (6, 32, 32, 3) and row["masks"].shape == (3, 64, 64, 3)
-    np.testing.assert_array_equal(row["tiles"][:3], transforms.image_tiles(images[0], 32, 2))
-    np.testing.assert_array_equal(row["tiles"][3:], transforms.image_tiles(images[1], 32, 2))
-    assert (row["tokens"] == tokenizer.vocab.img_context).sum() == 6 * 16
-    assert [m.max() for m in row["masks"]] == [255, 0, 0]
+    example = SampleEncoder(config, GEOMETRY, tokenizer).training_example(sample, rng)
+    assert example["tiles"].shape == (6, 32, 32, 3) and example["masks"].shape == (3, 64, 64, 3)
+    np.testing.assert_array_equal(example["tiles"][:3], transforms.image_tiles(images[0], 32, 2))
+    np.testing.assert_array_equal(example["tiles"][3:], transforms.image_tiles(images[1], 32, 2))
+    assert (example["tokens"] == tokenizer.vocab.img_context).sum() == 6 * 16
+    assert [m.max() for m in example["masks"]] == [255, 0, 0]
     for change, fault in (
         ({"max_tokens": 100}, "f:1: 1.. tokens, data.max_tokens is 100"),
         ({"max_labels": 40}, "f:1: .. labels, data.max_labels is 40"),
@@ -132,9 +132,9 @@ def test_unconditional_prompts(tokenizer):
     texts = [tokenizer.decode(encoder.training_example(sample, rng)["tokens"]) for _ in range(300)]
     assert 30 < sum("about nothing" in t for t in texts) < 95
     pictured = Sample(sample.conversations, (np.zeros((8, 8, 3), np.uint8),), sample.masks)
-    row = DataConfig(max_tokens=96, system="", prompt_drop=1.0)
+    dropping = DataConfig(max_tokens=96, system="", prompt_drop=1.0)
     assert "red circle" in tokenizer.decode(
-        SampleEncoder(row, GEOMETRY, tokenizer).training_example(pictured, rng)["tokens"]
+        SampleEncoder(dropping, GEOMETRY, tokenizer).training_example(pictured, rng)["tokens"]
     )
 
 
@@ -183,30 +183,30 @@ def test_every_sample_once_an_epoch_and_reshuffled(tokenizer, tmp_path):
 
 
 def shards(processes, size):
-    """Places of each process in a batch of so many rows."""
+    """Slots of each process in a batch."""
     return [range(p * size // processes, (p + 1) * size // processes) for p in range(processes)]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_shards_are_disjoint_and_complete(tokenizer, tmp_path, processes):
     config = {"sources": numbered(tmp_path, [24]), "max_tokens": 64, "system": ""}
-    whole = drain(iterate(config, tokenizer, batch_size=8), tokenizer, 3)
-    assert sorted(whole) == sorted(f"0 {i}" for i in range(24))
+    uninterrupted = drain(iterate(config, tokenizer, batch_size=8), tokenizer, 3)
+    assert sorted(uninterrupted) == sorted(f"0 {i}" for i in range(24))
     rows = [
         drain(iterate(config, tokenizer, batch_size=8, slots=slots), tokenizer, 3) for slots in shards(processes, 8)
     ]
     share = 8 // processes
     for step in range(3):  # every global batch is the same for any number of processes
         mine = [row for shard in rows for row in shard[step * share : (step + 1) * share]]
-        assert mine == whole[step * 8 : (step + 1) * 8]
+        assert mine == uninterrupted[step * 8 : (step + 1) * 8]
 
 
-def test_another_number_of_processes_goes_on(tokenizer, tmp_path):
-    """1, 4 and 2 processes in turn read what one reads, also where samples are broken."""
+def test_another_number_of_processes_resumes(tokenizer, tmp_path):
+    """1, 4 and 2 processes in turn read what one reads, also with invalid samples."""
     bad = {(0, 3), (0, 4), (0, 17)}
     config = {"sources": numbered(tmp_path, [40], bad), "max_tokens": 64, "system": "", "max_broken": 1.0}
-    whole = iterate(config, tokenizer, batch_size=4)
-    want = [answers(next(whole), tokenizer) for _ in range(30)]
+    uninterrupted = iterate(config, tokenizer, batch_size=4)
+    want = [answers(next(uninterrupted), tokenizer) for _ in range(30)]
     rows, state = [], None
     for processes, steps in ((1, 5), (4, 13), (2, 12)):
         shares = [iterate(config, tokenizer, batch_size=4, slots=slots) for slots in shards(processes, 4)]
@@ -217,11 +217,11 @@ def test_another_number_of_processes_goes_on(tokenizer, tmp_path):
         states = [iterator.get_state() for iterator in shares]
         state = {key: {k: v for s in states for k, v in s[key].items()} for key in states[0]}
         [iterator.close() for iterator in shares]
-    assert rows == want and state == whole.get_state()
-    whole.close()
-    # Exactly once: what was taken of the order is what came out and what was broken.
-    taken, broken = sum(state["taken"].values()), sum(sum(reasons.values()) for reasons in state["broken"].values())
-    assert taken - broken == 120 and broken >= 6
+    assert rows == want and state == uninterrupted.get_state()
+    uninterrupted.close()
+    # Exactly once: what was consumed was returned or skipped.
+    consumed, skipped = sum(state["taken"].values()), sum(sum(reasons.values()) for reasons in state["broken"].values())
+    assert consumed - skipped == 120 and skipped >= 6
     epochs = collections.Counter(row for batch in rows for row in batch)
     assert len(epochs) == 37 and min(epochs.values()) >= 2 and max(epochs.values()) <= 4
 
@@ -250,7 +250,7 @@ def test_worker_processes_change_nothing(tokenizer, tmp_path):
         iterator.close()
 
 
-# ---------------------------------------------------------------------------------- broken samples
+# ---------------------------------------------------------------------------------- invalid samples
 
 
 def test_broken_samples_are_skipped_and_counted(tokenizer, tmp_path):
@@ -372,19 +372,19 @@ def test_user_turns_are_human_turns(tokenizer):
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     for who in ("human", "user"):
         turns = [{"from": who, "value": "the red one"}, {"from": "gpt", "value": "<mask>"}]
-        kept = recolour(Sample(turns, (image,)), np.random.default_rng(0))
-        assert np.array_equal(kept.images[0], image)
+        unchanged = recolour(Sample(turns, (image,)), np.random.default_rng(0))
+        assert np.array_equal(unchanged.images[0], image)
         encoder = SampleEncoder(
             DataConfig.from_config({"max_tokens": 96, "system": "", "prompt_drop": 1.0}), GEOMETRY, tokenizer
         )
-        piece = encoder.example(Sample(turns, (), (image,)), np.random.default_rng(0))
-        assert "about nothing" in tokenizer.decode(piece["tokens"])
+        example = encoder.example(Sample(turns, (), (image,)), np.random.default_rng(0))
+        assert "about nothing" in tokenizer.decode(example["tokens"])
 
 
 # ---------------------------------------------------------------------------------- data that changed
 
 
-def taken(iterator, tokenizer, batches):
+def read(iterator, tokenizer, batches):
     return [row for _ in range(batches) for row in answers(next(iterator), tokenizer)]
 
 
@@ -397,58 +397,58 @@ def resumed(config, tokenizer, state):
 def test_data_that_grew(tokenizer, tmp_path, capfd):
     """The current epoch ends as it began; all samples take part from the next one on."""
     config = {"sources": numbered(tmp_path, [10]), "max_tokens": 64, "system": ""}
-    whole, first = (iterate(config, tokenizer, batch_size=2) for _ in range(2))
-    want, seen = taken(whole, tokenizer, 5), taken(first, tokenizer, 3)
+    uninterrupted, first = (iterate(config, tokenizer, batch_size=2) for _ in range(2))
+    want, seen = read(uninterrupted, tokenizer, 5), read(first, tokenizer, 3)
     state = first.get_state()
     assert state["order"] == {"0": {"spans": [[10, None]], "weight": 10}}
     capfd.readouterr()
     numbered(tmp_path, [20])
     grown = resumed(config, tokenizer, state)
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1 and "0.jsonl: 20 samples, 10 when this run was saved; the current epoch" in said[0]
-    assert taken(grown, tokenizer, 2) == want[6:] and sorted(seen + want[6:]) == sorted(f"0 {k}" for k in range(10))
-    middle = taken(grown, tokenizer, 4)
+    messages = capfd.readouterr().err.splitlines()
+    assert len(messages) == 1 and "0.jsonl: 20 samples, 10 when this run was saved; the current epoch" in messages[0]
+    assert read(grown, tokenizer, 2) == want[6:] and sorted(seen + want[6:]) == sorted(f"0 {k}" for k in range(10))
+    middle = read(grown, tokenizer, 4)
     later = grown.get_state()
     assert later["order"]["0"]["spans"] == [[10, 10], [20, None]]
-    rest = taken(grown, tokenizer, 6)
+    rest = read(grown, tokenizer, 6)
     assert sorted(middle + rest) == sorted(f"0 {k}" for k in range(20))  # one epoch of all
     again = resumed(config, tokenizer, later)  # the state knows of both lengths
-    assert taken(again, tokenizer, 6) == rest and not capfd.readouterr().err
-    for iterator in (whole, first, grown, again):
+    assert read(again, tokenizer, 6) == rest and not capfd.readouterr().err
+    for iterator in (uninterrupted, first, grown, again):
         iterator.close()
 
 
 def test_one_part_of_a_mixture_grew(tokenizer, tmp_path):
     names = numbered(tmp_path, [6, 18])
     config = {"sources": names, "max_tokens": 64, "system": ""}
-    whole, first = (iterate(config, tokenizer, batch_size=2) for _ in range(2))
-    want, seen = taken(whole, tokenizer, 12), taken(first, tokenizer, 5)
+    uninterrupted, first = (iterate(config, tokenizer, batch_size=2) for _ in range(2))
+    want, seen = read(uninterrupted, tokenizer, 12), read(first, tokenizer, 5)
     numbered(tmp_path, [6, 30])
     grown = resumed(config, tokenizer, first.get_state())
-    rows = seen + taken(grown, tokenizer, 7)
-    assert rows == want  # one epoch of both parts, as it would have been
-    later = collections.Counter(taken(grown, tokenizer, 20))
+    rows = seen + read(grown, tokenizer, 7)
+    assert rows == want  # one epoch of both components, as without the change
+    later = collections.Counter(read(grown, tokenizer, 20))
     assert all(later[f"1 {k}"] == 1 for k in range(30)) and sum(n for r, n in later.items() if r[0] == "0") == 10
-    for iterator in (whole, first, grown):
+    for iterator in (uninterrupted, first, grown):
         iterator.close()
 
 
 def test_data_that_shrank(tokenizer, tmp_path, capfd):
     """Missing samples are skipped; the rest keeps its order."""
     config = {"sources": numbered(tmp_path, [10]), "max_tokens": 64, "system": "", "max_broken": 0.5}
-    whole, first = (iterate(config, tokenizer, batch_size=1) for _ in range(2))
-    want = taken(whole, tokenizer, 10)
-    taken(first, tokenizer, 2)
+    uninterrupted, first = (iterate(config, tokenizer, batch_size=1) for _ in range(2))
+    want = read(uninterrupted, tokenizer, 10)
+    read(first, tokenizer, 2)
     numbered(tmp_path, [8])
     shrunk = iterate(config, tokenizer, batch_size=1)
     shrunk.set_state(first.get_state())
     assert "8 samples, 10 when this run was saved; the missing ones are skipped" in capfd.readouterr().err
     gone = {"0 8", "0 9"}
     left = [row for row in want[2:] if row not in gone]
-    assert taken(shrunk, tokenizer, len(left)) == left
+    assert read(shrunk, tokenizer, len(left)) == left
     next(shrunk)
     assert sum(shrunk.skipped.values()) >= len(gone & set(want[2:]))
-    for iterator in (whole, first, shrunk):
+    for iterator in (uninterrupted, first, shrunk):
         iterator.close()
 
 

@@ -1,4 +1,4 @@
-"""`prepare`: the same bytes whoever writes them, what is interrupted goes on, what is broken is named."""
+"""`prepare`: the same bytes in any process, an interrupted job resumes, invalid samples are named."""
 
 import dataclasses
 import json
@@ -33,10 +33,10 @@ def job(out, *names, **options):
     return Job(tuple(map(str, names or [SHAPES])), str(out), **{"shard_samples": 5, **options})
 
 
-def chat(path, count, broken=()):
-    """A JSONL of chat samples whose answers are their numbers; those in `broken` ask for a mask."""
+def chat(path, count, invalid=()):
+    """A JSONL of chat samples whose answers are their numbers; those in `invalid` ask for a mask."""
     lines = [
-        {"conversations": [TURNS[0], {"from": "gpt", "value": f"{i}" + " <mask>" * (i in broken)}]}
+        {"conversations": [TURNS[0], {"from": "gpt", "value": f"{i}" + " <mask>" * (i in invalid)}]}
         for i in range(count)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -139,8 +139,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_shard(tmp_path, monkeypatch)
 def test_whole_shards_are_kept_and_others_written_again(folder, tmp_path):
     out = tmp_path / "out"
     prepare.prepare(job(out))
-    kept, torn, lost = sorted(out.glob("*.array_record-*"))[:3]
-    os.utime(kept, (1, 1))
+    intact, torn, lost = sorted(out.glob("*.array_record-*"))[:3]
+    os.utime(intact, (1, 1))
     torn.write_bytes(torn.read_bytes()[:-1] + b"x")
     lost.unlink()
     (out / f".{lost.name}.abc.tmp").write_bytes(b"half")
@@ -148,7 +148,7 @@ def test_whole_shards_are_kept_and_others_written_again(folder, tmp_path):
     with pytest.raises(UserError, match="has not finished it .5 shards so far.: run the same command"):
         mixture.open_source(str(out))
     prepare.prepare(job(out))
-    assert shards(out) == shards(folder) and kept.stat().st_mtime == 1
+    assert shards(out) == shards(folder) and intact.stat().st_mtime == 1
     assert not list(out.glob(".*.tmp"))
 
 
@@ -165,7 +165,7 @@ def test_another_plan_is_refused(folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_preparation_goes_on(tmp_path):
-    """kill -9 in the middle; the shards that were whole stay, and the result is that of one run."""
+    """kill -9 in the middle; complete shards stay, and the result is that of one run."""
     big = {"shard_samples": 40}
     prepare.prepare(job(tmp_path / "whole", "shapes:full:train:400", **big))
     out = tmp_path / "out"
@@ -213,7 +213,7 @@ def test_faulty_shards_are_named(tmp_path, fault, says):
 
 
 def test_large_folders_are_not_hashed_when_opened(tmp_path, monkeypatch):
-    """There a record that cannot be read is one broken sample, with its shard."""
+    """There a record that cannot be read is one invalid sample, with its shard."""
     out = tmp_path / "o"
     prepare.prepare(job(out, "shapes:full:train:5"))
     shard = next(out.glob("*.array_record-*"))
@@ -242,8 +242,8 @@ def test_folders_that_are_no_data_set(tmp_path):
 # ------------------------------------------------------------------------------------ what it holds
 
 
-def test_broken_samples_are_left_out_and_named(tmp_path):
-    source = chat(tmp_path / "c.jsonl", 12, broken={2, 7})
+def test_invalid_samples_are_skipped_and_named(tmp_path):
+    source = chat(tmp_path / "c.jsonl", 12, invalid={2, 7})
     (tmp_path / "c.jsonl").write_text(source.read_text() + "oops\n")
     done = prepare.prepare(job(tmp_path / "o", source))
     assert (done["samples"], done["broken"], done["shards"]) == (10, 3, 3)
@@ -255,7 +255,7 @@ def test_broken_samples_are_left_out_and_named(tmp_path):
         str(i) for i in range(12) if i not in (2, 7)
     ]
     with pytest.raises(UserError, match="all 3 samples are broken; the first: .*c.jsonl:1"):
-        prepare.prepare(job(tmp_path / "none", chat(tmp_path / "c.jsonl", 3, broken={0, 1, 2})))
+        prepare.prepare(job(tmp_path / "none", chat(tmp_path / "c.jsonl", 3, invalid={0, 1, 2})))
 
 
 def test_statistics_add_up():
@@ -278,7 +278,7 @@ def test_statistics_add_up():
 
 
 def test_a_mixture_stays_one(tmp_path):
-    """Weights, parts and their order: training on the prepared folder sees the same batches."""
+    """Weights, components and their order: training on the prepared folder sees the same batches."""
     chat(tmp_path / "a.jsonl", 6), chat(tmp_path / "b.jsonl", 9)
     (tmp_path / "meta.json").write_text(
         json.dumps(
@@ -293,9 +293,9 @@ def test_a_mixture_stays_one(tmp_path):
     want, got = mixture.open_mixture(names), mixture.open_mixture((str(tmp_path / "o"),))
     assert [p[1:] for p in got] == [p[1:] for p in want] == [(3, 3.0), (9, 18.0), (8, 24.0)]
     config = {"max_tokens": 96, "system": ""}
-    words, size = nano_tokenizer(16, corpus()), Geometry(32, 16, 64, 21)
+    tokenizer, size = nano_tokenizer(16, corpus()), Geometry(32, 16, 64, 21)
     first, second = (
-        train_iterator({**config, "sources": s, "workers": w}, words, size, seed=0, batch_size=4)
+        train_iterator({**config, "sources": s, "workers": w}, tokenizer, size, seed=0, batch_size=4)
         for s, w in ((names, 0), ((str(tmp_path / "o"),), 2))
     )
     for _ in range(6):
@@ -323,11 +323,11 @@ def test_resized(tmp_path):
     prepare.prepare(job(tmp_path / "o", resize=32))
     read, drawn = mixture.open_source(str(tmp_path / "o")), ShapesSource("full", "train", size=23)
     for index in (0, 5):
-        small, whole = read[index], drawn[index]
+        small, original = read[index], drawn[index]
         np.testing.assert_array_equal(  # what a model with tiles of 32 sees, to the bit
-            transforms.image_tiles(small.images[0], 32), transforms.image_tiles(whole.images[0], 32)
+            transforms.image_tiles(small.images[0], 32), transforms.image_tiles(original.images[0], 32)
         )
-        share = [np.mean(s.masks[0] > 0) for s in (small, whole)]
+        share = [np.mean(s.masks[0] > 0) for s in (small, original)]
         assert small.masks[0].shape == (32, 32) == small.meta["all_objects_mask"].shape
         assert share[0] == pytest.approx(share[1], abs=0.01)
         assert set(np.unique(small.masks[0])) <= {0, 255}
@@ -360,8 +360,8 @@ def test_codes_are_kept_beside_the_masks(tmp_path):
     assert read[23].codes.shape == (0, 3)
     size = Geometry(image_size=16, image_tokens=4, mask_size=64, code_tokens=3)
     config = {"sources": (str(tmp_path / "o"),), "max_tokens": 96, "system": "", "codes": True}
-    words = nano_tokenizer(16, corpus())
-    iterator = train_iterator(config, words, size, seed=0, batch_size=4)
+    tokenizer = nano_tokenizer(16, corpus())
+    iterator = train_iterator(config, tokenizer, size, seed=0, batch_size=4)
     masks = next(iterator)["masks"]
     iterator.close()
     assert masks.shape == (4, 1, 3) and masks.dtype == np.int32
@@ -369,7 +369,7 @@ def test_codes_are_kept_beside_the_masks(tmp_path):
         ({"augment": True}, "its stored codes are those of unchanged masks"),
         ({"sources": (SHAPES,)}, "no codes of its masks are stored; prepare it with --codes"),
     ):
-        iterator = train_iterator({**config, **change}, words, size, seed=0, batch_size=4)
+        iterator = train_iterator({**config, **change}, tokenizer, size, seed=0, batch_size=4)
         with pytest.raises(UserError, match=says):
             next(iterator)
         iterator.close()
@@ -384,9 +384,9 @@ def test_what_is_stored_is_what_is_read_directly(tmp_path):
     names += ["shapes:simple:train:3", "shapes-draw:full:train:3", "shapes-chat:full:train:3"]
     prepare.prepare(prepare.Job(tuple(names), str(tmp_path / "out")))
     stored = iter(mixture.open_source(str(tmp_path / "out"))[k] for k in range(10**6))
-    for part in mixture.open_mixture(names):
-        for k in range(part.length):
-            want, found = part.source[k], next(stored)
+    for component in mixture.open_mixture(names):
+        for k in range(component.length):
+            want, found = component.source[k], next(stored)
             assert [dict(turn) for turn in want.conversations] == list(found.conversations)
             assert len(want.images) == len(found.images) and len(want.masks) == len(found.masks)
             for a, b in zip((*want.images, *want.masks), (*found.images, *found.masks), strict=True):

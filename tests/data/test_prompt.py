@@ -1,4 +1,4 @@
-"""Prompts: official ids and labels; places are counted; texts cannot inject."""
+"""Prompts: official ids and labels; placeholders are counted; texts cannot inject."""
 
 import json
 import pathlib
@@ -98,7 +98,7 @@ def test_query_ids(recorded, official, variant, case, turns, tiles):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_batched_query_ids(recorded, official, variant):
-    """The reference pads on the left; without the padding the rows are ours."""
+    """The reference pads on the left; without the padding its sequences equal ours."""
     rows = recorded[f"{variant}/batch_chat/input_ids"]
     valid = recorded[f"{variant}/batch_chat/attention_mask"].astype(bool)
     texts = ("Please generate a picture about the red fox near the river.", prompt.UNCONDITIONAL)

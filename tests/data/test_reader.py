@@ -62,8 +62,8 @@ def test_the_window_is_that_of_all_images(tmp_path, capsys, arrays, window):
     name = own(tmp_path / "x", *arrays)
     for got, array in zip(all_images(name), arrays, strict=True):
         np.testing.assert_array_equal(got, scaled(array, *window))
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and f"{window[0]}..{window[1]} becomes 0..255" in said[0]
+    messages = capsys.readouterr().err.strip().splitlines()
+    assert len(messages) == 1 and f"{window[0]}..{window[1]} becomes 0..255" in messages[0]
 
 
 @pytest.mark.parametrize("dtype, low, top", [(np.float32, -3, 900), (np.int32, -1000, 2000), (np.int32, 0, 10**6)])
@@ -233,7 +233,7 @@ def test_turned_images_are_said_once(tmp_path, capsys):
 
 
 def test_sizes_that_disagree_name_the_orientation(tmp_path):
-    """The rule: everything is turned upright by its own file; a mask of the stored pixels does not fit."""
+    """The rule: everything is rotated upright by its own file; a mask of the stored pixels does not fit."""
     exif = Image.Exif()
     exif[0x112] = 6
     image = np.zeros((6, 9, 3), np.uint8)

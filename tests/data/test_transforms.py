@@ -30,7 +30,7 @@ def normalize(tile):
 
 @pytest.mark.parametrize("size, first", [((90, 30), 1), ((90, 60), 0), ((30, 90), 0), ((30, 29), 1), ((30, 30), 0)])
 def test_the_order_of_axes_is_no_matter_of_pillows_version(size, first):
-    """Each alone is the same everywhere. Of a picture 40 wide and 50 high."""
+    """Each alone is the same everywhere. Of an image 40 wide and 50 high."""
     noise = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
     want = Image.fromarray(noise)
     for axis in (first, 1 - first):

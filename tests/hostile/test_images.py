@@ -1,4 +1,4 @@
-"""Image files of strangers: whatever the bytes are, an array of the right form or one line, and no other word."""
+"""Untrusted image files: any bytes give an array of the right form or one error line, and no other output."""
 
 import io
 import random

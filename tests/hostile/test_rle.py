@@ -71,11 +71,11 @@ def test_any_counts(counts, size):
 def test_damaged_counts(mask, data):
     """F4: counts that are cut or changed by a character; a short one was filled with memory of others."""
     counts = bytearray(coco.encode(np.asfortranarray(mask, np.uint8))["counts"])
-    place = data.draw(st.integers(0, len(counts) - 1))
+    index = data.draw(st.integers(0, len(counts) - 1))
     if data.draw(st.booleans()):
-        del counts[place:]
+        del counts[index:]
     else:
-        counts[place] = data.draw(st.integers(0, 255))
+        counts[index] = data.draw(st.integers(0, 255))
     check_rle({"size": [HEIGHT, WIDTH], "counts": bytes(counts)})
 
 
@@ -142,9 +142,9 @@ for size, counts in [([2**31, 2], "1"), ([2**40, 1], "1"), ([1, 2**63], "1"), ([
         masks = {name: [{"segmentation": bad if name == key else good, "score": 1}] for name in ("truths", "instances")}
         refused(instance_scores, [{"image": "a", "kind": "b", **masks}])
 for number in (-2**63, 2**63 - 1, 2**31, -2**31, 1e300, float("nan"), float("inf")):
-    for place in range(6):
+    for index in range(6):
         polygon = [1, 5, 20, 5, 20, 20]
-        polygon[place] = number
+        polygon[index] = number
         refused(rle.decode_segmentation, [polygon], 40, 30)
 print("alive")
 """
