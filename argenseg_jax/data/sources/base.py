@@ -20,7 +20,8 @@ from argenseg_jax.errors import DATA_FAULTS, SampleError, UserError, brief, loca
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 MOST_TIMES = 1e9  # limit of repeat_time; sums of weights stay finite and no weight is rounded away
-Entry, Built = TypeVar("Entry"), TypeVar("Built")
+Entry = TypeVar("Entry")
+Built = TypeVar("Built")
 
 
 class Source(Protocol):
@@ -224,9 +225,9 @@ def an_id(value: Any) -> int | str:
     """An id: an integer, also one written as 139.0 (pandas does), or a string; ValueError otherwise."""
     if type(value) is float and value.is_integer():
         return int(value)
-    if type(value) not in (int, str):
-        raise ValueError(f"{brief(repr(value), 40)} is no id, which is a whole number or a text")
-    return value
+    if type(value) is int or type(value) is str:
+        return value
+    raise ValueError(f"{brief(repr(value), 40)} is no id, which is a whole number or a text")
 
 
 def by_id(entries: Sequence[Mapping[str, Any]], where: str) -> dict[int | str, Mapping[str, Any]]:
@@ -251,7 +252,7 @@ def classes(
 
 def firsts(names: Mapping[Any, str]) -> dict[Any, Any]:
     """{key: the first key of the same name}."""
-    first = {name: key for key, name in reversed(names.items())}
+    first = {name: key for key, name in reversed(list(names.items()))}
     return {key: first[name] for key, name in names.items()}
 
 

@@ -97,7 +97,7 @@ class CocoSource(base.Indexed[Objects]):
         keys = base.each(
             self._anns, lambda a: (base.an_id(a["image_id"]), base.an_id(a["category_id"])), f"{path}: annotations"
         )
-        groups: dict[tuple, list[int]] = collections.defaultdict(list)
+        groups: dict[tuple[Any, Any], list[int]] = collections.defaultdict(list)
         for k, (image_id, category_id) in enumerate(keys):
             groups[image_id, same.get(category_id, category_id)].append(k)
         entries = [

@@ -92,7 +92,7 @@ def prompted(
     stroke_width = max(1, round(max(height, width) / 150))
     kind, text = prompt.removesuffix("-drawn"), QUESTIONS[prompt]
     if kind == "point":
-        x, y = innermost(mask) if central else subset(mask, rng, 1)[0]
+        x, y = (innermost(mask) if central else None) or subset(mask, rng, 1)[0]
         if prompt == kind:
             return image, text.format(_thousandths((x + 0.5, y + 0.5), width, height))
         return _with_stroke(
@@ -121,7 +121,7 @@ def prompted(
         ys, xs = np.mgrid[:height, :width]
         distance = np.where(mask, (xs - x) ** 2 + (ys - y) ** 2, np.inf)
         area = mask & (distance <= np.median(distance[mask]))
-    return np.where(area[..., None], np.uint8(INK), image), text
+    return np.where(area[..., None], np.array(INK, np.uint8), image), text
 
 
 def peel(mask: np.ndarray) -> tuple[int, tuple[int, int] | None]:

@@ -93,7 +93,7 @@ class Map(NamedTuple):
 
     image_id: int | str
     image: Mapping[str, Any]
-    file: str
+    file: Any
     segments: Sequence[Mapping[str, Any]]
     category: int | str | None
 

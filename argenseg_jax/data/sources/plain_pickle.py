@@ -111,7 +111,9 @@ def _size(node: list | tuple | dict, sizes: dict[int, tuple[int, int] | None]) -
     for item in _items(node):
         kind = type(item)
         if kind in _CONTAINERS:
-            inner, below = sizes[id(item)]
+            known = sizes[id(item)]
+            assert known is not None  # items are counted before their container
+            inner, below = known
             size, depth = size + inner, max(depth, below)
         elif kind is str or kind is bytes:
             size += 1 + len(item) // _TEXT

@@ -57,7 +57,7 @@ class ReasonSegSource(base.Indexed[Annotated]):
         labels = draw_shapes(record["shapes"], *image.shape[:2])
         texts = [record["text"]] if isinstance(record["text"], str) else list(record["text"])
         sentence = bool(record.get("is_sentence", True))
-        base.text(*texts[:1], "the text")
+        base.text(texts[0] if texts else None, "the text")
         default = "reasoning" if sentence else "semantic"
         question = templates.question(texts[:1], default if self.prompt == templates.DEFAULT else self.prompt)
         return Sample(

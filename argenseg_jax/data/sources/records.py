@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -114,7 +114,7 @@ class Samples(tfds.core.GeneratorBasedBuilder):
     url_infos = {}  # nothing is downloaded; TFDS would need another package to look up checksums
 
     def __init__(
-        self, *, sources: Mapping[str, Sequence[Sample]], data_dir: epath.PathLike, num_codes: int = 0, **kwargs: Any
+        self, *, sources: Mapping[str, base.Source], data_dir: epath.PathLike, num_codes: int = 0, **kwargs: Any
     ):
         self.sources, self.samples, self.broken = dict(sources), 0, []
         self.num_codes = num_codes
@@ -126,7 +126,7 @@ class Samples(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager) -> dict[str, Iterator[tuple[int, dict]]]:
         return {split: self._generate_examples(source) for split, source in self.sources.items()}
 
-    def _generate_examples(self, source: Sequence[Sample]) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self, source: base.Source) -> Iterator[tuple[int, dict]]:
         for index in range(len(source)):
             try:
                 record = encode(source[index])
@@ -165,7 +165,9 @@ class TfdsSource:
         """SampleError where the record cannot be read, or holds something else."""
         base.check_index(index, len(self))
         with located(f"{self.path} ({self._split}): sample {index}", faults=Exception):
-            return decode(self._raw.deserialize_example_np(self._records[int(index)]), self._max_pixels)
+            return decode(
+                cast(Mapping[str, Any], self._raw.deserialize_example_np(self._records[int(index)])), self._max_pixels
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k != "_raw"}  # TFDS's features are not for pickling

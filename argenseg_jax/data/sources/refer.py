@@ -124,5 +124,5 @@ def _expressions(ref: Mapping[str, Any]) -> list[ReferringExpression]:
     """The expressions of a ref; -1 (gRefCOCO) and `no_target` mean no object."""
     ids = ref["ann_id"]
     ids = ids if isinstance(ids, list) else [ids]
-    anns = () if ref.get("no_target") else tuple(base.an_id(k) for k in ids if k != -1)
+    anns: tuple[int | str, ...] = () if ref.get("no_target") else tuple(base.an_id(k) for k in ids if k != -1)
     return [ReferringExpression(ref["ref_id"], s["sent"], base.an_id(ref["image_id"]), anns) for s in ref["sentences"]]

@@ -172,9 +172,8 @@ class Records(Sequence):
                 from array_record.python import array_record_data_source as shards  # compiled code
 
                 path, skip, take = self.spans[k]
-                self._opened[k] = shards.ArrayRecordDataSource(
-                    [_ShardPrefix(self._local(path), 0, skip + take, skip + take)]
-                )
+                prefix: Any = _ShardPrefix(self._local(path), 0, skip + take, skip + take)
+                self._opened[k] = shards.ArrayRecordDataSource([prefix])
             return self._opened[k]
 
     def _local(self, path: str) -> str:

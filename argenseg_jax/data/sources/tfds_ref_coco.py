@@ -63,7 +63,7 @@ class RefCocoSource(base.Indexed[Phrase]):
         entries = []
         for i in range(len(self._records)):
             with located(f"{folder} ({split}): record {i}", "record of `ref_coco`", UserError, Exception):
-                record = EXPRESSION_COLUMNS.deserialize_example_np(self._records[i])
+                record: Any = EXPRESSION_COLUMNS.deserialize_example_np(self._records[i])
                 entries += [
                     Phrase(i, k, text.decode())
                     for k, texts in enumerate(record["objects"]["refexp"]["raw"])
@@ -75,7 +75,7 @@ class RefCocoSource(base.Indexed[Phrase]):
         return f"record {entry.record}, '{entry.text}'"
 
     def build(self, entry: Phrase) -> Sample:
-        record = COLUMNS.deserialize_example_np(self._records[entry.record])
+        record: Any = COLUMNS.deserialize_example_np(self._records[entry.record])
         objects = record["objects"]
         image = decode_image(record["image"], "image", self.reader.max_pixels, ("JPEG", "PNG"))
         levels = decode_image(objects["mask"][entry.object], "mask", self.reader.max_pixels, ("PNG",))[..., 0]

@@ -110,7 +110,7 @@ class Scene:
 
     def union(self, indices: Sequence[int]) -> np.ndarray:
         """u8[H, W], 255 on the visible parts of the objects at `indices`."""
-        return self.masks[list(indices)].any(0).astype(np.uint8) * np.uint8(255)
+        return np.where(self.masks[list(indices)].any(0), np.uint8(255), np.uint8(0))
 
 
 @dataclasses.dataclass(frozen=True)

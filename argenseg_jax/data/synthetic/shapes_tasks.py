@@ -216,11 +216,13 @@ class TaskSource:
             )
         )
         name = f"shapes-{self.task}"
-        sample = _draw_task(rng, self.level) if self.task == "draw" else None
-        unseen = self.split == "unseen"
+        unseen, build = self.split == "unseen", TASKS[self.task]
+        sample = None
         while sample is None:  # not every scene allows the question
-            scene = shapes.scene(rng, self.level, held_out=unseen)
-            sample = TASKS[self.task](rng, scene, unseen, position)
+            if build is None:
+                sample = _draw_task(rng, self.level)
+            else:
+                sample = build(rng, shapes.scene(rng, self.level, held_out=unseen), unseen, position)
         return dataclasses.replace(
             sample, meta={"id": index, "source": name, "files": [f"{name}/{group}"], **sample.meta}
         )
