@@ -249,7 +249,7 @@ def test_psnr_and_ssim():
     vx, vy, vxy = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum(), (w * (x - mx) * (y - my)).sum()
     want = (2 * mx * my + c1) * (2 * vxy + 7.65**2) / ((mx**2 + my**2 + c1) * (vx + vy + 7.65**2))
     assert fidelity.ssim(x, y) == pytest.approx(want)
-    with pytest.raises(ValueError, match="alike"):
+    with pytest.raises(ValueError, match="one shape"):
         fidelity.psnr(a, b[:8])
 
 
