@@ -1,7 +1,6 @@
-"""Attention: over whole rows, and of new places over a KV cache; one function chooses how.
+"""Attention: of complete sequences, and of new positions over a KV cache; `choose` selects the kernel.
 
-Axes: B batch, T query length, S key length, N query heads, K key/value heads, G = N/K, H head dim,
-L layers.
+Axes: see models/__init__.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ _BLOCKS, _MIN_QUERIES = 8, 64  # of causal attention: most blocks of queries, an
 
 @flax.struct.dataclass
 class Mask:
-    """What the places of whole rows see: their own segment, up to themselves or up to `last`.
+    """What the positions of complete sequences see: their own segment, up to themselves or up to `last`.
 
     Attributes:
       segments: int32[B, T], 0 at padding.
       last: int32[B, T], index of the last key that each query sees; None = the query itself.
-      packed: whether a row may have several segments, or padding in front of its segment.
+      packed: whether a sequence may have several segments, or padding in front of its segment.
     """
 
     segments: Array
@@ -38,20 +37,20 @@ class Mask:
 
     def dense(self) -> Array:
         """bool[B, T, T]."""
-        place = jnp.arange(self.segments.shape[1])
-        last = place[None] if self.last is None else self.last
+        position = jnp.arange(self.segments.shape[1])
+        last = position[None] if self.last is None else self.last
         same = self.segments[:, :, None] == self.segments[:, None, :]
-        return same & (self.segments[:, None, :] > 0) & (place[None, None, :] <= last[:, :, None])
+        return same & (self.segments[:, None, :] > 0) & (position[None, None, :] <= last[:, :, None])
 
 
 def choose(
     q: Array, *, sees: str = "causal", kv_heads: int = 1, capacity: int | None = None, platform: str | None = None
 ) -> str:
-    """How attention is computed for queries [B, T, N, H]: 'xla', 'cudnn' (GPU) or 'splash' (TPU).
+    """How attention is computed for queries [B, T, H, N]: 'xla', 'cudnn' (GPU) or 'splash' (TPU).
 
     Args:
       sees: what the queries see: the keys of their segment up to themselves ('causal') or up to `last`
-        ('last') in whole rows, 'all', or a 'cache'.
+        ('last') in complete sequences, 'all', or a 'cache'.
       kv_heads: K.
       capacity: S, of the cache.
       platform: where it will run; default: `sharding.platform`.
@@ -66,21 +65,21 @@ def choose(
         )
         if reason is None:
             return "cudnn"
-        gpu_attention.say(reason)
+        gpu_attention.log_once(reason)
     if platform == "tpu" and sees == "causal" and t % 128 == 0 and h % 128 == 0:
         return "splash"
     return "xla"
 
 
 def attention(q: Array, k: Array, v: Array, mask: Mask | None, how: str | None = None) -> Array:
-    """Grouped-query attention of whole rows; softmax in f32.
+    """Grouped-query attention of complete sequences; softmax in f32.
 
     Args:
-      q: [B, T, N, H];  k, v: [B, T, K, H];  mask: None = everything is visible.
+      q: [B, T, H, N];  k, v: [B, T, K, N];  mask: None = everything is visible.
       how: the implementation; default: `choose`.
 
     Returns:
-      [B, T, N, H] in the dtype of q.
+      [B, T, H, N] in the dtype of q.
     """
     causal = mask is not None and mask.last is None
     how = how or choose(q, sees="all" if mask is None else "causal" if causal else "last", kv_heads=k.shape[2])
@@ -88,40 +87,42 @@ def attention(q: Array, k: Array, v: Array, mask: Mask | None, how: str | None =
         return _splash(q, k, v, mask.segments)
     if how == "cudnn":
         if mask is None:
-            return gpu_attention.rows(q, k, v, None, packed=False)
+            return gpu_attention.full_sequence(q, k, v, None, packed=False)
         if not causal:
             raise ValueError("cuDNN is given no mask of `last`")
-        return gpu_attention.rows(q, k, v, mask.segments, mask.packed)
+        return gpu_attention.full_sequence(q, k, v, mask.segments, mask.packed)
     dense = None if mask is None else mask.dense()
-    y = _rows(_grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2), dense, causal)
+    y = dense_attention(_grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2), dense, causal)
     return _ungrouped(y.astype(q.dtype))
 
 
 @flax.struct.dataclass
-class _Part:
-    """Attention to some of the keys: top f32[B, K, G, T], the largest score; total f32[B, K, G, T], the
-    sum of exp(score - top); y f32[B, K, G, T, H], the values weighted so."""
+class PartialSoftmax:
+    """Attention to some of the keys: max f32[B, K, G, T], the largest score; denom f32[B, K, G, T], the
+    sum of exp(score - max); y f32[B, K, G, T, N], the values weighted so."""
 
-    top: Array
-    total: Array
+    max: Array
+    denom: Array
     y: Array
 
-    def with_part(self, other: _Part) -> _Part:
+    def merge(self, other: PartialSoftmax) -> PartialSoftmax:
         """Attention to the keys of both."""
-        top = jnp.maximum(self.top, other.top)
-        a, b = jnp.exp(self.top - top), jnp.exp(other.top - top)
-        return _Part(top, a * self.total + b * other.total, a[..., None] * self.y + b[..., None] * other.y)
+        new_max = jnp.maximum(self.max, other.max)
+        a, b = jnp.exp(self.max - new_max), jnp.exp(other.max - new_max)
+        return PartialSoftmax(new_max, a * self.denom + b * other.denom, a[..., None] * self.y + b[..., None] * other.y)
 
 
-def _part(q: Array, k: Array, v: Array, seen: Array | None) -> _Part:
-    """Scaled queries [B, K, G, T, H] on keys [B, S, K, H]; seen: bool[B or 1, T or 1, S] or None = all."""
-    scores = jnp.einsum("BKGTH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+def attend_block(q: Array, k: Array, v: Array, seen: Array | None) -> PartialSoftmax:
+    """Scaled queries [B, K, G, T, N] on keys [B, S, K, N]; seen: bool[B or 1, T or 1, S] or None = all."""
+    scores = jnp.einsum("BKGTN,BSKN->BKGTS", q, k, preferred_element_type=jnp.float32)  # [B, K, G, T, S]
     if seen is not None:
         scores += jnp.where(seen, 0, _LOWEST / 2)[:, None, None]
-    top = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - top[..., None])
-    y = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return _Part(top, jnp.sum(weights, axis=-1), y)
+    new_max = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - new_max[..., None])
+    y = jnp.einsum(
+        "BKGTS,BSKN->BKGTN", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )  # [B, K, G, T, N]
+    return PartialSoftmax(new_max, jnp.sum(weights, axis=-1), y)
 
 
 def _blocks(t: int, causal: bool = True) -> list[tuple[slice, slice]]:
@@ -133,78 +134,81 @@ def _blocks(t: int, causal: bool = True) -> list[tuple[slice, slice]]:
     return [(slice(i, min(i + size, t)), slice(0, min(i + size, t))) for i in range(0, t, size)]
 
 
-def _causal_part(q: Array, k: Array, v: Array, seen: Array) -> _Part:
-    """`_part` of queries that see no later keys; seen: bool[B or 1, T, T]."""
-    parts = [_part(q[..., rows, :], k[:, keys], v[:, keys], seen[:, rows, keys]) for rows, keys in _blocks(k.shape[1])]
+def attend_causal_block(q: Array, k: Array, v: Array, seen: Array) -> PartialSoftmax:
+    """`attend_block` of queries that see no later keys; seen: bool[B or 1, T, T]."""
+    parts = [
+        attend_block(q[..., queries, :], k[:, keys], v[:, keys], seen[:, queries, keys])
+        for queries, keys in _blocks(k.shape[1])
+    ]
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=3), *parts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _rows(q: Array, k: Array, v: Array, seen: Array | None, causal: bool) -> Array:
-    """Attention of whole rows, S = T: scaled queries [B, K, G, T, H] on [B, K, S, H] -> f32[B, K, G, T, H].
+def dense_attention(q: Array, k: Array, v: Array, seen: Array | None, causal: bool) -> Array:
+    """Attention of complete sequences, S = T: scaled queries [B, K, G, T, N] on [B, K, S, N] -> f32[B, K, G, T, N].
 
     seen: bool[B, T, S] or None = all; causal promises that it shows no later key.
 
     Written for its gradient, for which XLA's CPU backend, left to itself, transposes arrays of [T, S].
-    Here the scores of a query stand in a column. So the gradients of keys and values, sums over the
-    blocks, come as they are needed, and only arrays of [H, T] are transposed: half the time.
+    Here the scores of a query are a column. So the gradients of keys and values, sums over the
+    blocks, come as they are needed, and only arrays of [N, T] are transposed: half the time.
     """
-    return _rows_fwd(q, k, v, seen, causal)[0]
+    return _dense_attention_fwd(q, k, v, seen, causal)[0]
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-_SCORES = "BKSH,BKGTH->BKSGT"  # keys, queries
-_BY_QUERY = "BKSH,BKSGT->BKHGT"  # what the queries get from the keys
-_BY_KEY = "BKSGT,BKGTH->BKSH"  # what the keys get from the queries
+_SCORES = "BKSN,BKGTN->BKSGT"  # keys, queries
+_BY_QUERY = "BKSN,BKSGT->BKNGT"  # what the queries get from the keys
+_BY_KEY = "BKSGT,BKGTN->BKSN"  # what the keys get from the queries
 
 
-def _rows_fwd(q: Array, k: Array, v: Array, seen: Array | None, causal: bool) -> tuple[Array, tuple]:
+def _dense_attention_fwd(q: Array, k: Array, v: Array, seen: Array | None, causal: bool) -> tuple[Array, tuple]:
     hidden = None if seen is None else jnp.where(seen, 0, _LOWEST / 2).swapaxes(1, 2)[:, None, :, None]
-    ys, kept = [], []
-    for rows, keys in _blocks(q.shape[3], causal):
-        scores = _product(_SCORES, k[:, :, keys], q[..., rows, :])
+    ys, res = [], []
+    for queries, keys in _blocks(q.shape[3], causal):
+        scores = _product(_SCORES, k[:, :, keys], q[..., queries, :])  # [B, K, S, G, T]
         if hidden is not None:  # added, not selected: one pass less
-            scores += hidden[:, :, keys, :, rows]
+            scores += hidden[:, :, keys, :, queries]
         weights = jnp.exp(scores - jnp.max(scores, axis=2, keepdims=True))
-        total = jnp.sum(weights, axis=2)
+        denom = jnp.sum(weights, axis=2)  # [B, K, G, T]
         weights = weights.astype(v.dtype)
-        y = jnp.moveaxis(_product(_BY_QUERY, v[:, :, keys], weights), 2, 4)
-        ys.append(y / total[..., None])  # divides H numbers a query, not S
-        kept.append((weights, total))
+        y = jnp.moveaxis(_product(_BY_QUERY, v[:, :, keys], weights), 2, 4)  # [B, K, G, T, N]
+        ys.append(y / denom[..., None])  # divides N numbers per query, not S
+        res.append((weights, denom))
     y = jnp.concatenate(ys, axis=3)
-    return y, (q, k, v, y, kept)
+    return y, (q, k, v, y, res)
 
 
-def _rows_bwd(causal: bool, saved: tuple, dy: Array) -> tuple[Array, Array, Array, None]:
-    q, k, v, y, kept = saved
-    mean = jnp.sum(dy * y, axis=-1)
-    into_q, into_k, into_v = [], 0, 0
-    for (rows, keys), (weights, total) in zip(_blocks(q.shape[3], causal), kept):
-        share = (dy[..., rows, :] / total[..., None]).astype(v.dtype)
-        scores = _product(_SCORES, v[:, :, keys], share) - (mean[..., rows] / total)[:, :, None]
-        scores = (weights * scores).astype(q.dtype)
-        into_q.append(jnp.moveaxis(_product(_BY_QUERY, k[:, :, keys], scores), 2, 4))
+def _dense_attention_bwd(causal: bool, residuals: tuple, dy: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, y, res = residuals
+    mean = jnp.sum(dy * y, axis=-1)  # [B, K, G, T]
+    dq, dk, dv = [], 0, 0
+    for (queries, keys), (weights, denom) in zip(_blocks(q.shape[3], causal), res):
+        share = (dy[..., queries, :] / denom[..., None]).astype(v.dtype)  # [B, K, G, T, N]
+        scores = _product(_SCORES, v[:, :, keys], share) - (mean[..., queries] / denom)[:, :, None]
+        scores = (weights * scores).astype(q.dtype)  # [B, K, S, G, T]
+        dq.append(jnp.moveaxis(_product(_BY_QUERY, k[:, :, keys], scores), 2, 4))
         unseen = ((0, 0), (0, 0), (0, k.shape[2] - keys.stop), (0, 0))
-        into_k += jnp.pad(_product(_BY_KEY, scores, q[..., rows, :]), unseen)
-        into_v += jnp.pad(_product(_BY_KEY, weights, share), unseen)
-    into_q = jnp.concatenate(into_q, axis=3)
-    return into_q.astype(q.dtype), into_k.astype(k.dtype), into_v.astype(v.dtype), None
+        dk += jnp.pad(_product(_BY_KEY, scores, q[..., queries, :]), unseen)
+        dv += jnp.pad(_product(_BY_KEY, weights, share), unseen)
+    dq = jnp.concatenate(dq, axis=3)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
-_rows.defvjp(_rows_fwd, _rows_bwd)
+dense_attention.defvjp(_dense_attention_fwd, _dense_attention_bwd)
 
 
 def cached(
     q: Array, k: Array, v: Array, cache: KVCache, layer: Array | int, block_mask: str, how: str | None = None
 ) -> Array:
-    """Attention of T new places, which the cache already holds behind `length` older ones.
+    """Attention of T new positions, which the cache already holds after `length` older ones.
 
-    Only the filled part of the cache is read, in blocks of `kv_cache.BLOCK` places.
+    Only the filled part of the cache is read, in blocks of `kv_cache.BLOCK` positions.
 
     Args:
-      q: [B, T, N, H];  k, v: [B, T, K, H], of the new places.
-      block_mask: how the new places see each other: 'causal' or 'full'; 'first' is 'causal' in a cache that
-        holds nothing else.
+      q: [B, T, H, N];  k, v: [B, T, K, N], of the new positions.
+      block_mask: how the new positions see each other: 'causal' or 'full'; 'first' is 'causal' in an
+        empty cache.
     """
     t = q.shape[1]
     first = {"sees": "causal"} if block_mask == "first" else {"sees": "cache", "capacity": cache.capacity}
@@ -216,34 +220,34 @@ def cached(
         return gpu_attention.cached(q, k, v, cache.length, block_mask)
     grouped = _grouped(q, cache.kv_heads)
     if block_mask == "full":
-        part = _part(grouped, k, v, None)
+        part = attend_block(grouped, k, v, None)
     else:
-        part = _causal_part(grouped, k, v, jnp.tril(jnp.ones((1, t, t), bool)))
+        part = attend_causal_block(grouped, k, v, jnp.tril(jnp.ones((1, t, t), bool)))
     if block_mask == "first":
-        return _whole(part, q.dtype)
+        return normalize(part, q.dtype)
 
-    def step(i: Array, part: _Part) -> _Part:
+    def step(i: Array, part: PartialSoftmax) -> PartialSoftmax:
         old = (x.astype(q.dtype) for x in cache.read(layer, i * BLOCK, BLOCK))
         seen = i * BLOCK + jnp.arange(BLOCK) < cache.length[:, None]
-        return part.with_part(_part(grouped, *old, seen[:, None]))
+        return part.merge(attend_block(grouped, *old, seen[:, None]))
 
     blocks = (jnp.max(cache.length) + BLOCK - 1) // BLOCK
-    return _whole(jax.lax.fori_loop(0, blocks, step, part), q.dtype)
+    return normalize(jax.lax.fori_loop(0, blocks, step, part), q.dtype)
 
 
 def _grouped(q: Array, kv_heads: int) -> Array:
-    """[B, T, N, H] -> [B, K, G, T, H], scaled: matmuls over contiguous blocks, fastest on CPUs."""
+    """[B, T, H, N] -> [B, K, G, T, N], scaled: matmuls over contiguous blocks, fastest on CPUs."""
     b, t, n, h = q.shape
     return (q * h**-0.5).reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
 
 
-def _whole(part: _Part, dtype: jnp.dtype) -> Array:
-    """What attention yields once all keys are in: [B, T, N, H]."""
-    return _ungrouped((part.y / part.total[..., None]).astype(dtype))
+def normalize(part: PartialSoftmax, dtype: jnp.dtype) -> Array:
+    """The output once all keys are merged: [B, T, H, N]."""
+    return _ungrouped((part.y / part.denom[..., None]).astype(dtype))
 
 
 def _ungrouped(y: Array) -> Array:
-    """[B, K, G, T, H] -> [B, T, N, H]."""
+    """[B, K, G, T, N] -> [B, T, H, N]."""
     b, kv_heads, g, t, h = y.shape
     return y.transpose(0, 3, 1, 2, 4).reshape(b, t, kv_heads * g, h)
 

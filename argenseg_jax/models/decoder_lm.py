@@ -1,7 +1,11 @@
 """One decoder for InternLM2.5 and Qwen2.5: GQA, RoPE, RMSNorm, SwiGLU; scanned layers, KV cache.
 
-Axes: B batch, T new places, S keys, N query heads, K key/value heads, H head dim, D width,
-F MLP width, V padded vocabulary, L layers.
+Differs from Llama (Touvron et al., 2023) in this:
+  - one table of options covers InternLM2.5 (modeling_internlm2.py) and Qwen2.5 (biases of q, k, v);
+  - dynamic NTK scaling of RoPE beyond `max_positions` (InternLM2);
+  - nano only: RMSNorm of q and k (Qwen3), and RoPE of which half of the pairs follow image coordinates;
+  - the vocabulary is padded; the padding's logits are -inf.
+Axes: see models/__init__; T are the new positions, V the padded vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ Array = jax.Array
 
 
 class Attention(nn.Module):
-    """Self-attention over the new places, or over the cache and the new places."""
+    """Self-attention over the new positions, or over the cache and the new positions."""
 
     heads: int
     kv_heads: int
@@ -36,7 +40,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Array,
-        turns: tuple[Array, Array],
+        rope: tuple[Array, Array],
         mask: attention.Mask | None,
         layer: Array | int,
         cache: KVCache | None,
@@ -48,10 +52,10 @@ class Attention(nn.Module):
         if self.qk_norm:
             q = layers.RMSNorm(self.eps, name="q_norm")(q)
             k = layers.RMSNorm(self.eps, name="k_norm")(k)
-        q, k = layers.apply_rope(q, turns), layers.apply_rope(k, turns)
+        q, k = layers.apply_rope(q, rope), layers.apply_rope(k, rope)
         q, k, v = (sharding.constrain(a, "act_batch", None, "act_heads", None) for a in (q, k, v))
         if cache is None:
-            y = attention.attention(q, k, v, mask)
+            y = attention.attention(q, k, v, mask)  # [B, T, H, N]
         else:
             cache = cache.append(layer, k, v)
             y = attention.cached(q, k, v, cache, layer, self.block_mask)
@@ -92,21 +96,21 @@ class Block(nn.Module):
         self,
         carry: tuple[Array, KVCache | None],
         layer: Array | int,
-        turns: tuple[Array, Array],
+        rope: tuple[Array, Array],
         mask: attention.Mask | None,
     ) -> tuple[tuple[Array, KVCache | None], Array | None]:
         x, cache = carry
         y, cache = Attention(
-            self.heads,
-            self.kv_heads,
-            self.head_dim,
-            self.eps,
-            self.qkv_bias,
-            self.qk_norm,
-            self.block_mask,
-            self.dtype,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            eps=self.eps,
+            qkv_bias=self.qkv_bias,
+            qk_norm=self.qk_norm,
+            block_mask=self.block_mask,
+            dtype=self.dtype,
             name="attn",
-        )(layers.RMSNorm(self.eps, name="attn_norm")(x), turns, mask, layer, cache)
+        )(layers.RMSNorm(self.eps, name="attn_norm")(x), rope, mask, layer, cache)
         x = sharding.constrain(x + y, "act_batch", "act_len", "act_emb")
         x = x + Mlp(self.mlp, self.dtype, name="mlp")(layers.RMSNorm(self.eps, name="mlp_norm")(x))
         x = sharding.constrain(x, "act_batch", "act_len", "act_emb")
@@ -167,15 +171,15 @@ class DecoderLM(nn.Module):
         block_mask: str = "causal",
         capture: bool = False,
     ) -> tuple[Array, KVCache | None, Array | None]:
-        """Runs T new places through all layers.
+        """Runs T new positions through all layers.
 
         Args:
           x: [B, T, D] embedded inputs;  positions: int32[B, T].
           mask: required without a cache.
-          coords: f32[B, T, 2], picture coordinates for rope_2d.
-          cache: appended to; a row's places beyond num_valid[b] are overwritten by its next call.
-          num_valid: int32[B], how many of the T places are real (default all).
-          block_mask: how the new places see each other through the cache: 'causal', 'full', or 'first',
+          coords: f32[B, T, 2], image coordinates for rope_2d.
+          cache: appended to; a sequence's positions beyond num_valid[b] are overwritten by its next call.
+          num_valid: int32[B], how many of the T positions are real (default all).
+          block_mask: how the new positions see each other through the cache: 'causal', 'full', or 'first',
             which is 'causal' where the cache holds nothing yet.
 
         Returns:
@@ -186,28 +190,28 @@ class DecoderLM(nn.Module):
             angles = layers.rope_angles_2d(positions, coords, self.head_dim, self.rope_theta)
         else:
             angles = layers.rope_angles(positions, self.head_dim, self.rope_theta, self.ntk_factor, self.max_positions)
-        turns = layers.cos_sin(angles)
-        fields = (
-            self.heads,
-            self.kv_heads,
-            self.head_dim,
-            self.mlp,
-            self.eps,
-            self.qkv_bias,
-            self.qk_norm,
-            block_mask,
-            capture,
-            self.dtype,
+        rope = layers.cos_sin(angles)
+        fields = dict(
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            mlp=self.mlp,
+            eps=self.eps,
+            qkv_bias=self.qkv_bias,
+            qk_norm=self.qk_norm,
+            block_mask=block_mask,
+            capture=capture,
+            dtype=self.dtype,
         )
         carry, hidden = (x, cache), None
         if self.split:
             for i in range(self.depth):
-                carry, _ = Block(*fields, name=f"layers_{i}")(carry, i, turns, mask)
+                carry, _ = Block(**fields, name=f"layers_{i}")(carry, i, rope, mask)
         else:
             block = layers.scan_layers(
                 Block, self.depth, remat=self.remat, unroll=self.unroll, in_axes=(0, nn.broadcast, nn.broadcast)
             )
-            carry, hidden = block(*fields, name="layers")(carry, jnp.arange(self.depth), turns, mask)
+            carry, hidden = block(**fields, name="layers")(carry, jnp.arange(self.depth), rope, mask)
         y, cache = carry
         y = self.norm(y)
         if cache is not None:
@@ -223,7 +227,8 @@ class DecoderLM(nn.Module):
     def logits(self, hidden: Array) -> Array:
         """[B, T, D] -> f32[B, T, V]; the padding of the vocabulary is -inf."""
         head = self.head_matrix().astype(self.dtype)
-        y = layers.head_product(hidden.astype(self.dtype), head, self.vocab_size)
+        with jax.named_scope("head"):
+            y = layers.head_product(hidden.astype(self.dtype), head, self.vocab_size)
         return sharding.constrain(y, "act_batch", None, "act_vocab")
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
@@ -233,32 +238,32 @@ class DecoderLM(nn.Module):
 class EmbedTable(nn.Module):
     """Token embedding [V, D]."""
 
-    rows: int
-    words: int
+    padded_vocab_size: int
+    vocab_size: int
     width: int
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("embedding", _words_first(self.words, 0), (self.rows, self.width))
+        return self.param("embedding", _padded_init(self.vocab_size, 0), (self.padded_vocab_size, self.width))
 
 
 class Head(nn.Module):
     """Output head [D, V]."""
 
-    rows: int
-    words: int
+    padded_vocab_size: int
+    vocab_size: int
     width: int
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("kernel", _words_first(self.words, 1), (self.width, self.rows))
+        return self.param("kernel", _padded_init(self.vocab_size, 1), (self.width, self.padded_vocab_size))
 
 
-def _words_first(words: int, axis: int) -> nn.initializers.Initializer:
+def _padded_init(vocab_size: int, axis: int) -> nn.initializers.Initializer:
     """Normal(0.02), but zero for the padding of the vocabulary, as after an import."""
 
     def init(key: Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> Array:
-        real = jnp.arange(shape[axis]) < words
+        real = jnp.arange(shape[axis]) < vocab_size
         return jnp.where(real[:, None] if axis == 0 else real, nn.initializers.normal(0.02)(key, shape, dtype), 0)
 
     return init

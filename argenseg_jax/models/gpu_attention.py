@@ -21,10 +21,10 @@ _MAX_HEAD, _HEAD_STEP = 128, 8
 
 
 def refusal(q: Array, kv_heads: int, keys: int | None = None) -> str | None:
-    """Why cuDNN does not take queries [B, T, N, H] on keys of K heads, in words; None where it does.
+    """Why cuDNN does not take queries [B, T, H, N] on keys of K heads, in words; None where it does.
 
     Args:
-      keys: S, where the new keys stand in a cache of that capacity; None: S = T.
+      keys: S, where the new keys are in a cache of that capacity; None: S = T.
     """
     _, t, n, h = q.shape
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -61,19 +61,19 @@ def _tried(t: int, keys: int | None, heads: int, kv_heads: int, head_dim: int, d
 
 
 @functools.cache
-def say(reason: str) -> None:
+def log_once(reason: str) -> None:
     """One line in the log for each reason why cuDNN is not used."""
     logging.getLogger(__name__).warning("attention is XLA's, not cuDNN's: %s", reason)
 
 
-# ---- whole rows --------------------------------------------------------------------------------------
+# ---- complete sequences --------------------------------------------------------------------------------------
 
 
-def rows(q: Array, k: Array, v: Array, segments: Array | None, packed: bool) -> Array:
-    """Attention of whole rows under the mesh in use: [B, T, N, H].
+def full_sequence(q: Array, k: Array, v: Array, segments: Array | None, packed: bool) -> Array:
+    """Attention of complete sequences under the mesh in use: [B, T, H, N].
 
     Args:
-      q: [B, T, N, H];  k, v: [B, T, K, H].
+      q: [B, T, H, N];  k, v: [B, T, K, N].
       segments: int32[B, T], each a stretch of its own within a row, 0 at padding; causal within each.
         None = every query sees every key.
       packed: a row may have several segments, or padding in front; otherwise it has one from its start.
@@ -100,7 +100,7 @@ def _call(
     causal: bool = False,
     mask: Array | None = None,
 ) -> Array:
-    """The kernel: [B, T, N, H] of q [B, T, N, H] on k, v [B, S, K, H].
+    """The kernel: [B, T, H, N] of q [B, T, H, N] on k, v [B, S, K, N].
 
     Args:
       queries, keys: int32[B], how many of the T and S count; None = all.
@@ -150,8 +150,8 @@ def _packed_fwd(*args: Array) -> tuple[Array, tuple[Array, ...]]:
     return _packed(*args), args
 
 
-def _packed_bwd(saved: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array, None]:
-    *inputs, segments = saved
+def _packed_bwd(residuals: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array, None]:
+    *inputs, segments = residuals
 
     def step(number: Array, into: tuple[Array, ...]) -> tuple[Array, ...]:
         at = _Segment(segments, number)
@@ -186,10 +186,10 @@ class _Segment:
 
 
 def cached(q: Array, k: Array, v: Array, length: Array, block_mask: str) -> Array:
-    """Attention of T new positions on a cache that holds them already: [B, T, N, H].
+    """Attention of T new positions on a cache that holds them already: [B, T, H, N].
 
     Args:
-      k, v: [B, S, K, H], the whole of the cache;  length: int32[B], filled before the new ones.
+      k, v: [B, S, K, N], the whole of the cache;  length: int32[B], filled before the new ones.
       block_mask: how the new ones see each other, 'causal' or 'full'.
     """
     t, capacity = q.shape[1], k.shape[1]
@@ -198,7 +198,7 @@ def cached(q: Array, k: Array, v: Array, length: Array, block_mask: str) -> Arra
     queries = jnp.full_like(seen, t)
     if block_mask == "full" or t == 1:
         return _sharded(lambda q, k, v, n, m: _call(q, k, v, n, m), q, k, v, queries, seen)[:, :t]
-    # The kernel's own causal mask begins at key 0, not behind the filled ones.
+    # The kernel's own causal mask begins at key 0, not after the filled ones.
     last = length[:, None] + jnp.arange(q.shape[1])
     mask = jnp.arange(capacity) <= last[:, None, :, None]
     return _sharded(lambda q, k, v, n, m, mask: _call(q, k, v, n, m, mask=mask), q, k, v, queries, seen, mask)[:, :t]

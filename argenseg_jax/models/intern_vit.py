@@ -1,8 +1,9 @@
 """InternViT: patch embedding, class token, resampled position embedding, scanned blocks.
 
-Covers the 300M form (LayerNorm, qkv bias) and the 6B form (RMSNorm, RMS over the full width of q
-and k before the head split, no qkv bias). There is no final norm (modeling_intern_vit.py).
-Axes: P tiles, n patches, N heads, H head dim, D width.
+Differs from ViT (Dosovitskiy et al., 2021; reference: modeling_intern_vit.py) by LayerScale, stochastic
+depth and a position embedding that is resampled to the image's size. Covers the 300M form (LayerNorm, qkv bias) and the 6B form (RMSNorm, RMS over the full width of q
+and k before the head split, no qkv bias). There is no final norm.
+Axes: see models/__init__; n patches.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        """[P, S, S, c] -> [P, n, D]."""
+        """[P, I, I, c] -> [P, n, D]."""
         p, size, _, c = images.shape
         grid = size // self.patch
         kernel = self.param(
@@ -133,23 +134,23 @@ class InternViT(nn.Module):
     def __call__(
         self, images: Array, *, deterministic: bool = True, capture: bool = False
     ) -> tuple[Array, Array | None]:
-        """Normalised f32[P, S, S, 3] -> ([P, 1 + n, D], hidden states [L + 1, P, 1 + n, D] or None)."""
+        """Normalised f32[P, I, I, 3] -> ([P, 1 + n, D], hidden states [L + 1, P, 1 + n, D] or None)."""
         x = self.embed(images)
         block = layers.scan_layers(Block, self.depth, remat=self.remat, unroll=self.unroll, in_axes=0)
-        last, hidden = block(
-            self.width,
-            self.heads,
-            self.mlp,
-            self.norm,
-            self.eps,
-            self.qk_norm,
-            self.qkv_bias,
-            self.ls_init,
-            capture,
-            deterministic or self.drop_path == 0.0,
-            self.dtype,
-            name="layers",
-        )(x, jnp.linspace(0.0, self.drop_path, self.depth))
+        fields = dict(
+            width=self.width,
+            heads=self.heads,
+            mlp=self.mlp,
+            norm=self.norm,
+            eps=self.eps,
+            qk_norm=self.qk_norm,
+            qkv_bias=self.qkv_bias,
+            ls_init=self.ls_init,
+            capture=capture,
+            deterministic=deterministic or self.drop_path == 0.0,
+            dtype=self.dtype,
+        )
+        last, hidden = block(**fields, name="layers")(x, jnp.linspace(0.0, self.drop_path, self.depth))
         return last, jnp.concatenate([x[None], hidden]) if capture else None
 
     def embed(self, images: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The KV cache: an explicit struct that is passed in and returned; rows may differ in length."""
+"""The KV cache: an explicit struct that is passed in and returned; sequences may differ in length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from argenseg_jax import sharding
 
 Array = jax.Array
-BLOCK = 128  # places that attention reads at once; capacities are multiples of it
+BLOCK = 128  # positions that attention reads at once; capacities are multiples of it
 
 
 @flax.struct.dataclass
@@ -17,9 +17,9 @@ class KVCache:
     """Keys (after RoPE) and values of every layer.
 
     Attributes:
-      k, v: [L, B, S, K, H], or where the decoder's layers are split a tuple of L arrays
-        [B, S, K, H]; entries at and beyond a row's length are garbage.
-      length: int32[B], the number of filled places of each row.
+      k, v: [L, B, S, K, N], or where the decoder's layers are split a tuple of L arrays
+        [B, S, K, N]; entries at and beyond a sequence's length are garbage.
+      length: int32[B], the number of filled positions of each sequence.
     """
 
     k: Array | tuple[Array, ...]
@@ -45,21 +45,21 @@ class KVCache:
 
         def zeros() -> Array | tuple[Array, ...]:
             if split:
-                return tuple(_pinned(jnp.zeros(shape, dtype)) for _ in range(layers))
-            return _pinned(jnp.zeros((layers, *shape), dtype))
+                return tuple(_constrained(jnp.zeros(shape, dtype)) for _ in range(layers))
+            return _constrained(jnp.zeros((layers, *shape), dtype))
 
         return cls(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
     def append(self, layer: Array | int, k: Array, v: Array) -> KVCache:
-        """Writes [B, T, K, H] behind each row's filled part of one layer; `length` stays.
+        """Writes [B, T, K, N] after each sequence's filled part of one layer; `length` stays.
 
-        A row that lacks room for T places is overwritten at its end: the caller sees to it that only
-        rows which are done can be so short.
+        A sequence that lacks space for T positions is overwritten at its end: the caller sees to it that only
+        sequences which are done can be so short.
         """
         return self.replace(k=_write(self.k, layer, k, self.length), v=_write(self.v, layer, v, self.length))
 
     def read(self, layer: Array | int, start: Array | int, size: int) -> tuple[Array, Array]:
-        """Keys and values [B, size, K, H] of one layer from a place on."""
+        """Keys and values [B, size, K, N] of one layer from position `start` on."""
         return _read(self.k, layer, start, size), _read(self.v, layer, start, size)
 
 
@@ -84,6 +84,6 @@ def _read(store: Array | tuple[Array, ...], layer: Array | int, start: Array | i
     return jax.lax.dynamic_slice(store, (layer, 0, start, 0, 0), (1, b, size, *rest))[0]
 
 
-def _pinned(store: Array) -> Array:
-    """Rows over the data axes, heads over the tensor axis."""
+def _constrained(store: Array) -> Array:
+    """Sequences over the data axes, heads over the tensor axis."""
     return sharding.constrain(store, *[None] * (store.ndim - 4), "act_batch", None, "act_heads", None)

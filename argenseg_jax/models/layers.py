@@ -1,6 +1,6 @@
 """Layers that InternViT and the decoder share: norms, dense layers, RoPE, layer scan.
 
-Axes: B batch, T length, H head dim, D width, F MLP width, L layers.
+Axes: see models/__init__; I and O are the products of a kernel's input and output axes, r the rank.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class LayerNorm(nn.Module):
 
 @flax.struct.dataclass
 class Int8:
-    """A kernel in eight bits: values int8[*in, *out] times scale f32[*out], one an output channel.
+    """A kernel in eight bits: values int8[*in, *out] times scale f32[*out], one per output channel.
 
-    Stands where a dense layer's kernel array would be, in any module built with `dense`.
+    Takes the place of a dense layer's kernel array, in any module built with `dense`.
     """
 
     values: Array
@@ -80,7 +80,7 @@ class Int8:
 class Adapted:
     """A kernel [*in, *out] and what is added to it: a [I, r] times b [r, O], over the flat axes.
 
-    Stands where a dense layer's kernel array would be, like Int8; see models/lora.py.
+    Takes the place of a dense layer's kernel array, like Int8; see models/lora.py.
     """
 
     kernel: Array
@@ -96,7 +96,7 @@ class Adapted:
 class GradIn:
     """A kernel whose gradient is computed, and so summed over devices, in a dtype of its own.
 
-    Stands where a dense layer's kernel array would be. A plain kernel's gradient has the dtype of the
+    Takes the place of a dense layer's kernel array. A plain kernel's gradient has the dtype of the
     computation, and is rounded to it on every device before the sum.
     """
 
@@ -123,7 +123,7 @@ def flat_dot_general(
 ) -> Array:
     """dot_general of a dense layer as one 2-D matmul.
 
-    Eight-bit kernels are scaled behind the product, so that only bytes are read.
+    Eight-bit kernels are scaled after the product, so that only bytes are read.
     """
     (contract, onto), batch = dimension_numbers
     n = len(contract)
@@ -159,27 +159,27 @@ def _product_fwd(x: Array, kernel: Array, grad_dtype: jnp.dtype) -> tuple[Array,
     return x @ kernel.astype(x.dtype), (x, kernel)  # plain, so that the policy 'dots' of remat sees it
 
 
-def _product_bwd(grad_dtype: jnp.dtype, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = kept
-    into_kernel = jnp.dot(_turned(x), dy, preferred_element_type=grad_dtype)
-    return dy @ kernel.astype(x.dtype).T, into_kernel.astype(kernel.dtype)
+def _product_bwd(grad_dtype: jnp.dtype, res: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = res
+    dkernel = jnp.dot(transposed(x), dy, preferred_element_type=grad_dtype)
+    return dy @ kernel.astype(x.dtype).T, dkernel.astype(kernel.dtype)
 
 
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-def _turned(x: Array) -> Array:
+def transposed(x: Array) -> Array:
     """x [T, I] -> [I, T], the left side of the product that is a kernel's gradient.
 
-    On CPUs an array of its own: XLA's products there take a transposed left side at two thirds of
-    their speed. Elsewhere they read it as it lies.
+    On CPUs a copy: XLA's products there take a transposed left side at two thirds of
+    their speed. Elsewhere the transpose is free.
     """
     return jax.lax.optimization_barrier(x.T) if sharding.platform() == "cpu" else x.T
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def head_product(x: Array, head: Array, words: int) -> Array:
-    """x [..., D] times the output head [D, V], in the dtype of x: f32[..., V], -inf behind the first `words`.
+def head_product(x: Array, head: Array, vocab_size: int) -> Array:
+    """x [..., D] times the output head [D, V], in the dtype of x: f32[..., V], -inf after the first `vocab_size`.
 
     The gradient of the head has the head's own dtype.
 
@@ -188,21 +188,21 @@ def head_product(x: Array, head: Array, words: int) -> Array:
     masked there, so that a tied table's transpose cannot be pulled into the product.
     """
     y = jnp.einsum("...D,DV->...V", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-    return jnp.where(jnp.arange(head.shape[1]) < words, y, -jnp.inf)
+    return jnp.where(jnp.arange(head.shape[1]) < vocab_size, y, -jnp.inf)
 
 
-def _head_product_fwd(x: Array, head: Array, words: int) -> tuple[Array, tuple[Array, Array]]:
-    return head_product(x, head, words), (x, head)
+def _head_product_fwd(x: Array, head: Array, vocab_size: int) -> tuple[Array, tuple[Array, Array]]:
+    return head_product(x, head, vocab_size), (x, head)
 
 
-def _head_product_bwd(words: int, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, head = kept
-    into_head = jnp.dot(
-        _turned(x.reshape(-1, x.shape[-1])), dy.reshape(-1, dy.shape[-1]), preferred_element_type=jnp.float32
+def _head_product_bwd(vocab_size: int, res: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, head = res
+    dhead = jnp.dot(
+        transposed(x.reshape(-1, x.shape[-1])), dy.reshape(-1, dy.shape[-1]), preferred_element_type=jnp.float32
     )
-    into_head = jnp.where(jnp.arange(head.shape[1]) < words, into_head, 0)
-    into_x = jnp.einsum("...V,DV->...D", dy, head.astype(x.dtype), preferred_element_type=jnp.float32)
-    return into_x.astype(x.dtype), into_head.astype(head.dtype)
+    dhead = jnp.where(jnp.arange(head.shape[1]) < vocab_size, dhead, 0)
+    dx = jnp.einsum("...V,DV->...D", dy, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    return dx.astype(x.dtype), dhead.astype(head.dtype)
 
 
 head_product.defvjp(_head_product_fwd, _head_product_bwd)
@@ -239,9 +239,9 @@ def rope_angles(
 ) -> Array:
     """Rotation angles f32[B, T, head_dim / 2] of plain RoPE, with dynamic NTK scaling if asked for.
 
-    Dynamic NTK (InternLM2): beyond `max_positions` the base grows with the length of the row. The
+    Dynamic NTK (InternLM2): beyond `max_positions` the base grows with the length of the sequence. The
     reference keeps the largest base that a module has ever seen, so its results depend on the order
-    of calls; here the base is a function of the row's own highest position in this call, which
+    of calls; here the base is a function of the sequence's highest position in this call, which
     equals a fresh reference module in one full pass.
     """
     base = jnp.full(positions.shape[:1], theta, jnp.float32)
@@ -250,25 +250,25 @@ def rope_angles(
         grown = ntk_factor * length / max_positions - (ntk_factor - 1)
         base = jnp.where(length > max_positions, base * jnp.maximum(grown, 1.0) ** (head_dim / (head_dim - 2)), base)
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    inv_freq = 1.0 / base[:, None] ** exponent  # [B, H/2]
+    inv_freq = 1.0 / base[:, None] ** exponent  # [B, N/2]
     return positions.astype(jnp.float32)[:, :, None] * inv_freq[:, None, :]
 
 
 def rope_angles_2d(positions: Array, coords: Array, head_dim: int, theta: float) -> Array:
-    """Angles whose pairs turn half with the sequence position, a quarter each with y and x.
+    """Angles whose pairs rotate half with the sequence position, a quarter each with y and x.
 
-    Image and visual tokens lie on one picture: sharing its (y, x) lets a visual token find its
-    patch by content-free attention. coords: f32[B, T, 2] in 0..1 of the picture's side.
+    Image and visual tokens are on one image: sharing its (y, x) lets a visual token find its
+    patch by content-free attention. coords: f32[B, T, 2] in 0..1 of the image's side.
     """
     quarter = head_dim // 8
-    seq = rope_angles(positions, head_dim - 4 * quarter, theta)
+    seq = rope_angles(positions, head_dim - 4 * quarter, theta)  # [B, T, N/2 - 2 quarter]
     freq = jnp.pi * 2.0 ** jnp.linspace(0.0, 3.0, quarter)
     yx = coords.astype(jnp.float32)[..., None] * freq  # [B, T, 2, quarter]
     return jnp.concatenate([seq, yx.reshape(*yx.shape[:2], -1)], axis=-1)
 
 
 def cos_sin(angles: Array) -> tuple[Array, Array]:
-    """Cosines and sines of angles f32[B, T, H/2], for all heads and layers.
+    """Cosines and sines of angles f32[B, T, N/2], for all heads and layers.
 
     The division is by one. XLA takes a cosine for cheap, and on CPUs computes it again wherever it is
     used, head by head, 25 ms in a nano step of 540; what ends in a division it computes once.
@@ -276,10 +276,10 @@ def cos_sin(angles: Array) -> tuple[Array, Array]:
     return tuple(y / jnp.maximum(jnp.abs(y), 1.0) for y in (jnp.cos(angles), jnp.sin(angles)))
 
 
-def apply_rope(x: Array, turns: tuple[Array, Array]) -> Array:
-    """Rotates the pairs (x[i], x[i + H/2]) of x [B, T, heads, H] by the angles of `cos_sin`."""
-    cos, sin = (t[:, :, None] for t in turns)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+def apply_rope(x: Array, rope: tuple[Array, Array]) -> Array:
+    """Rotates the pairs (x[i], x[i + N/2]) of x [B, T, heads, N] by the angles of `cos_sin`."""
+    cos, sin = (t[:, :, None] for t in rope)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, T, H, N/2] each
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 

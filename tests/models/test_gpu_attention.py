@@ -163,7 +163,7 @@ def test_a_training_step(cuda):
 
 
 def test_what_cudnn_refuses_has_one_line_in_the_log(monkeypatch, caplog):
-    gpu_attention.say.cache_clear()
+    gpu_attention.log_once.cache_clear()
     wide = jax.ShapeDtypeStruct((2, 64, 4, 136), jnp.bfloat16)
     single = jax.ShapeDtypeStruct((2, 64, 4, 64), jnp.float32)
     with caplog.at_level(logging.WARNING):
@@ -177,7 +177,7 @@ def test_what_cudnn_refuses_has_one_line_in_the_log(monkeypatch, caplog):
 
 def test_a_machine_is_asked_before_its_kernel_is_used(monkeypatch, caplog):
     """On a GPU the call is compiled once for its sizes; an error is a line in the log, not the end."""
-    gpu_attention.say.cache_clear()
+    gpu_attention.log_once.cache_clear()
     gpu_attention._tried.cache_clear()
     asked = []
 
