@@ -1,7 +1,7 @@
-"""The device mesh and THE table that lays parameters and activations out on it.
+"""The device mesh and the table of the shardings of parameters and activations.
 
 Axes of the mesh: dcn_data (slices), data (replicas), fsdp (shards of every weight, data-parallel
-too), tensor (heads, MLP width, vocabulary). Rows of a batch are split over the first three.
+too), tensor (heads, MLP width, vocabulary). The batch axis is split over the first three.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _adapters(part: str) -> tuple[Rule, Rule]:
 PARAM_RULES = (
     Rule("vision", r"patch_embed/kernel", (None, None, None, "fsdp")),
     Rule("vision", r"class_embed|pos_embed"),
-    # The heads stay whole: InternViT-6B has 25 of them, which no usual tensor degree divides.
+    # The heads are replicated: InternViT-6B has 25 of them, which no usual tensor degree divides.
     Rule("vision", r"layers/attn/(q|k|v)/kernel", ("fsdp", None, None)),
     Rule("vision", r"layers/attn/o/kernel", (None, None, "fsdp")),
     Rule("vision", r"layers/mlp/fc1/kernel", ("fsdp", "tensor")),
@@ -70,11 +70,11 @@ PARAM_RULES = (
     *_adapters("llm"),
     Rule("visual", r"word_embed/kernel", (None, "fsdp")),
     Rule("visual", r"word_embed/bias|lvl_embed|pos_embed"),
-    Rule("vqvae", r".*"),  # small and frozen: whole on every device
+    Rule("vqvae", r".*"),  # small and frozen: replicated
 )
 
-# Logical axis of an activation -> mesh axes. The places of the residual stream lie on the tensor axis
-# (Korthikanti et al., 2022): norms and sums work on shards, and what would be an all-reduce behind each
+# Logical axis of an activation -> mesh axes. The positions of the residual stream are split over the tensor axis
+# (Korthikanti et al., 2022): norms and sums work on shards, and what would be an all-reduce after each
 # layer is a reduce-scatter and an all-gather.
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "act_batch": BATCH_AXES,
@@ -90,13 +90,13 @@ def make_mesh(cfg: Mapping[str, int], devices: Sequence[jax.Device] | None = Non
     """Mesh of a config's `mesh` section {dcn_data, data, fsdp, tensor}; -1 = all that are left."""
     devices = jax.devices() if devices is None else list(devices)
     sizes = [int(cfg[axis]) for axis in AXES]
-    said = ", ".join(f"mesh.{a}={s}" for a, s in zip(AXES, sizes))
+    given = ", ".join(f"mesh.{a}={s}" for a, s in zip(AXES, sizes))
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise UserError(f"{said}: sizes are positive, and at most one of them is -1 (the rest)")
+        raise UserError(f"{given}: sizes are positive, and at most one of them is -1 (the rest)")
     fixed = math.prod(s for s in sizes if s > 0)
     if len(devices) % fixed or (-1 not in sizes and len(devices) != fixed):
         raise UserError(
-            f"{said} makes {fixed} devices, but there are {len(devices)}; the sizes "
+            f"{given} makes {fixed} devices, but there are {len(devices)}; the sizes "
             "must multiply to that number (-1 takes the rest)"
         )
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
@@ -108,7 +108,7 @@ def make_mesh(cfg: Mapping[str, int], devices: Sequence[jax.Device] | None = Non
 
 
 def placed(shapes: Any, layout: Any) -> Any:
-    """A tree of ShapeDtypeStruct whose leaves lie as the tree of NamedSharding says."""
+    """A tree of ShapeDtypeStruct whose leaves have the shardings of a tree of NamedSharding."""
     return jax.tree.map(lambda s, spec: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=spec), shapes, layout)
 
 
@@ -123,10 +123,10 @@ def platform() -> str:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins an activation's layout: one logical name (or None = whole) for each dimension.
+    """Constrains an activation's sharding: one logical name (or None = replicated) for each dimension.
 
     Does nothing outside a mesh (`jax.set_mesh`). A dimension that the mesh axes do not divide, such
-    as 2 key/value heads over 4 tensor shards, stays whole.
+    as 2 key/value heads over 4 tensor shards, is replicated.
     """
     axes = [() if name is None else ACTIVATIONS.get(name) for name in names]
     if None in axes:
@@ -140,16 +140,16 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def data_parallel(run: Callable[..., Any], rows: Sequence[jax.Array], weights: jax.Array) -> Any:
-    """`run(*rows, weights)` on every device for its own rows, with the weights whole.
+def data_parallel(run: Callable[..., Any], batch: Sequence[jax.Array], weights: jax.Array) -> Any:
+    """`run(*batch, weights)` on every device for its part of the batch, with replicated weights.
 
     Weights [D, ...], split over fsdp along D, are gathered once, however often `run` uses them, and
     their gradient is summed once and scattered. Left to the partitioner, a loop within `run` would do
-    both in each of its turns. Results have rows first. The tensor axis stays the partitioner's.
+    both in each of its iterations. Results have the batch axis first. The tensor axis stays the partitioner's.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape[a] for a in BATCH_AXES) == 1:
-        return run(*rows, weights)
+        return run(*batch, weights)
 
     def local(*args: jax.Array) -> Any:
         return run(*args[:-1], jax.lax.all_gather(args[-1], "fsdp", axis=0, tiled=True))
@@ -158,9 +158,9 @@ def data_parallel(run: Callable[..., Any], rows: Sequence[jax.Array], weights: j
         local,
         axis_names=set(BATCH_AXES),
         check_vma=False,
-        in_specs=(*(PartitionSpec(BATCH_AXES),) * len(rows), PartitionSpec("fsdp")),
+        in_specs=(*(PartitionSpec(BATCH_AXES),) * len(batch), PartitionSpec("fsdp")),
         out_specs=PartitionSpec(BATCH_AXES),
-    )(*rows, weights)
+    )(*batch, weights)
 
 
 def param_specs(shapes: Mapping[str, Any], rules: Sequence[Rule] = PARAM_RULES) -> dict[str, PartitionSpec]:
@@ -196,7 +196,7 @@ def param_specs(shapes: Mapping[str, Any], rules: Sequence[Rule] = PARAM_RULES) 
 def shardings(shapes: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule] = PARAM_RULES) -> dict[str, Any]:
     """Tree of NamedSharding for a parameter tree; UserError where an axis does not divide."""
 
-    def place(path: str, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
+    def sharding(path: str, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
         for dim, axis in enumerate(spec):
             if axis is not None and shape[dim] % mesh.shape[axis]:
                 fits = [d for d in range(1, len(mesh.devices.flat) + 1) if shape[dim] % d == 0]
@@ -207,16 +207,16 @@ def shardings(shapes: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule] = PAR
         return NamedSharding(mesh, spec)
 
     specs = param_specs(shapes, rules)
-    return trees.map_named(lambda path, leaf: place(path, specs[path], leaf.shape), shapes)
+    return trees.map_named(lambda path, leaf: sharding(path, specs[path], leaf.shape), shapes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """The sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (the first dimension) split over the data-parallel axes."""
+    """The batch axis (the first dimension) split over the data-parallel axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -231,15 +231,15 @@ def check_rows(rows: int, mesh: Mesh, key: str) -> None:
 
 
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
-    """Which rows of a global batch this process has to bring: those that its devices hold.
+    """Which sequences of a global batch this process supplies: those on its devices.
 
-    Processes that share rows (a tensor axis over hosts) bring the same ones.
+    Processes that share sequences (a tensor axis over hosts) supply the same ones.
     """
     slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     return sorted({row for (part,) in slices for row in range(*part.indices(rows))})
 
 
 def global_batch(mesh: Mesh, host_batch: Any) -> Any:
-    """The rows of `local_rows` (a tree of numpy arrays) -> the global batch on the devices."""
+    """The sequences of `local_rows` (a tree of numpy arrays) -> the global batch on the devices."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), host_batch)

@@ -1,7 +1,7 @@
 """The compiled phases of decoding, and the order in which they run for a batch.
 
 prefill -> text -> (mask -> text)*: one jit each, shapes in buckets, nothing recompiled for another
-prompt, picture, answer length or number of masks. Axes as in text_decode, scale_decode.
+prompt, image, answer length or number of masks. Axes as in text_decode, scale_decode.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Generated:
 
     Attributes:
       ids: int32[B, A] with <ge_start> for each mask;  counts: int32[B], tokens of each answer.
-      images: u8[B, M, R, R, 3];  num_masks: int32[B], how many of the M are a row's own.
-      codes: int32[B, M, N];  confidence: f32[B, M], mean probability of the codes.
-      scales: u8[B, M, K, R, R, 3] coarse to fine, or None if not asked for.
+      images: u8[B, M, R, R, 3];  num_masks: int32[B], how many of the M each sequence has.
+      codes: int32[B, M, U];  confidence: f32[B, M], mean probability of the codes.
+      scales: u8[B, M, Z, R, R, 3] coarse to fine, or None if not asked for.
       floats: f32[B, M, R, R, 3] in [-1, 1], the images before rounding; comes with the scales.
     """
 
@@ -54,7 +54,7 @@ class Phases:
 
     Attributes:
       model: with the decoder's layers split where that is faster (`split`): everywhere but on TPUs.
-      prefill, text, mask: take {"params": weights of weights.for_inference} first.
+      prefill, text, mask: take {"params": weights of inference_weights.for_inference} first.
     """
 
     def __init__(self, model: ARGenSeg):
@@ -70,7 +70,7 @@ class Phases:
         )
 
     def capacity(self, width: int, max_text: int, max_masks: int) -> int:
-        """Places of the cache for prompts padded to `width`: whole blocks, so few sizes occur."""
+        """Positions of the cache for prompts padded to `width`: whole blocks, so few sizes occur."""
         need = width + max_text + max_masks * (self.model.scales.num_codes + 1)
         return -(-need // BLOCK) * BLOCK
 
@@ -79,7 +79,7 @@ class Engine:
     """Decodes batches. `params` may be exchanged (while training, say): nothing recompiles."""
 
     def __init__(self, model: ARGenSeg, params: Mapping[str, Any], *, int8: bool = False):
-        """int8: keep the decoder's matrices in eight bits (decode/weights)."""
+        """int8: keep the decoder's matrices in eight bits (decode/inference_weights)."""
         self.phases, self._int8 = Phases(model), int8
         self.model, self.capacity = self.phases.model, self.phases.capacity
         self.params = params
@@ -100,24 +100,24 @@ class Engine:
         tokens: np.ndarray,
         lengths: np.ndarray,
         tiles: np.ndarray | None,
-        rules: DecodeConfig,
+        config: DecodeConfig,
         capacity: int,
         max_text: int,
     ) -> text_decode.Answer:
         """See text_decode.prefill."""
-        return self.phases.prefill({"params": self.params}, tokens, lengths, tiles, rules, capacity, max_text)
+        return self.phases.prefill({"params": self.params}, tokens, lengths, tiles, config, capacity, max_text)
 
     def text(self, answer: text_decode.Answer) -> text_decode.Answer:
-        """Writes until every row has ended or stands at a mask."""
+        """Writes until every sequence has ended or is waiting for a mask."""
         return self.phases.text({"params": self.params}, answer)
 
     def mask(
         self, answer: text_decode.Answer, previews: bool = False
     ) -> tuple[text_decode.Answer, dict[str, jax.Array]]:
-        """Writes the mask of every row that stands at one: (answer, fields of Generated)."""
+        """Writes the mask of every sequence that is waiting for one: (answer, fields of Generated)."""
         return self.phases.mask({"params": self.params}, answer, previews)
 
-    # ---- whole answers ---------------------------------------------------------------------------
+    # ---- complete answers ---------------------------------------------------------------------------
 
     def generate(
         self,
@@ -137,37 +137,37 @@ class Engine:
         """Answers a batch of prompts.
 
         Args:
-          tokens: int32[B, L], right padded;  lengths: int32[B];  tiles: u8[B, P, S, S, 3] or None.
+          tokens: int32[B, T], right padded;  lengths: int32[B];  tiles: u8[B, P, I, I, 3] or None.
           max_text: A, tokens of an answer, each mask counted as one.
-          max_masks: M; an answer stops behind so many.
-          previews: also decode the picture after every scale, and give the last one in floats.
-          text, codes: how words and codes are chosen.
-          guidance: strength of classifier-free guidance (SPEC 4.2); 0 = off.
-          uncond_prompt: int32[<= L], the unconditional prompt that guidance needs.
+          max_masks: M; an answer stops after M masks.
+          previews: also decode the image after every scale, and give the last one in floats.
+          text, codes: how tokens and codes are chosen.
+          guidance: strength of classifier-free guidance; 0 = off.
+          uncond_prompt: int32[<= T], the unconditional prompt that guidance needs.
           reference: guidance with the fault of the original; see sampling.DecodeConfig.
 
         Raises:
-          UserError: the prompt leaves no room (model.llm.max_positions), or the guidance is no such number.
+          UserError: the prompt is too long (model.llm.max_positions), or the guidance is no such number.
         """
-        longest, room = int(np.max(lengths)), self.model.llm.max_positions
-        answer_places = max_text + max_masks * (self.model.scales.num_codes + 1)
-        if longest + answer_places > room:
+        longest, available = int(np.max(lengths)), self.model.llm.max_positions
+        answer_positions = max_text + max_masks * (self.model.scales.num_codes + 1)
+        if longest + answer_positions > available:
             raise UserError(
                 f"a prompt of {longest} tokens with up to {max_masks} masks needs "
-                f"{longest + answer_places} places, the model has {room} "
+                f"{longest + answer_positions} positions, the model has {available} "
                 "(model.llm.max_positions); shorten the prompt"
             )
-        rules = DecodeConfig(text.on_device(len(tokens)), codes.on_device(len(tokens), "codes"), None, reference)
+        config = DecodeConfig(text.on_device(len(tokens)), codes.on_device(len(tokens), "codes"), None, reference)
         if not 0 <= guidance <= _MAX_GUIDANCE:
             raise UserError(f"guidance={guidance}: a number from 0 to {_MAX_GUIDANCE:g} is expected")
         if guidance:
-            rules = rules.replace(guidance=np.float32(guidance))
-            twins = np.zeros_like(tokens)
-            twins[:, : len(uncond_prompt)] = uncond_prompt
-            tokens = np.concatenate([tokens, twins])
+            config = config.replace(guidance=np.float32(guidance))
+            uncond = np.zeros_like(tokens)
+            uncond[:, : len(uncond_prompt)] = uncond_prompt
+            tokens = np.concatenate([tokens, uncond])
             lengths = np.concatenate([lengths, np.full_like(lengths, len(uncond_prompt))])
         answer = self.text(
-            self.prefill(tokens, lengths, tiles, rules, self.capacity(tokens.shape[1], max_text, max_masks), max_text)
+            self.prefill(tokens, lengths, tiles, config, self.capacity(tokens.shape[1], max_text, max_masks), max_text)
         )
         found: list[tuple[np.ndarray, Any]] = []
         while len(found) < max_masks:
@@ -181,7 +181,7 @@ class Engine:
         return self._collect(answer, found, previews)
 
     def _collect(self, answer: text_decode.Answer, found: list, previews: bool) -> Generated:
-        """Sorts the masks of each round to their rows."""
+        """Assigns the masks of each round to their sequences."""
         b, k = len(answer.at_mask), len(self.model.scales)
         side, n = self.model.mask_size, self.model.scales.num_codes
         num = sum((at for at, _ in found), np.zeros(b, np.int32))
@@ -197,9 +197,9 @@ class Engine:
         seen = np.zeros(b, np.int32)
         for at_mask, mask in found:
             mask = distributed.fetch(mask)
-            for row in np.flatnonzero(at_mask):
+            for b_index in np.flatnonzero(at_mask):
                 for key, array in out.items():
-                    array[row, seen[row]] = mask[key][row]
+                    array[b_index, seen[b_index]] = mask[key][b_index]
             seen += at_mask
         return Generated(
             ids=distributed.fetch(answer.ids),
@@ -211,10 +211,10 @@ class Engine:
 
 @functools.cache
 def compiler_options(platform: str) -> dict[str, str] | None:
-    """What XLA is told when it compiles for CPUs: to keep convolutions to itself.
+    """Options of XLA for CPUs: convolutions are not left to a library.
 
-    By default it leaves them to a library (YNNPACK) that runs those of few channels on one thread.
-    None where there is nothing to tell, or where this XLA does not know the option.
+    By default YNNPACK runs those of few channels on one thread.
+    None on other platforms, or where this XLA does not know the option.
     """
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
     if platform != "cpu":
@@ -229,7 +229,7 @@ def compiler_options(platform: str) -> dict[str, str] | None:
 def _mask_phase(
     m: ARGenSeg, answer: text_decode.Answer, previews: bool
 ) -> tuple[text_decode.Answer, dict[str, jax.Array]]:
-    """All scales, <ge_end>, and the VQ-VAE's pictures: the last one, or that of every scale."""
+    """All scales, <ge_end>, and the VQ-VAE's images: the last one, or that of every scale."""
     mask, cache = scale_decode.decode_codes(m, answer)
     f_hats = mask.f_hats if previews else mask.f_hats[:, -1:]
     b, k = f_hats.shape[:2]

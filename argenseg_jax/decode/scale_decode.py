@@ -1,6 +1,6 @@
-"""From <ge_start> to codes: K scale-parallel cached steps in one jit (paper section 3.3).
+"""From <ge_start> to codes: Z scale-parallel cached steps in one jit (paper section 3.3).
 
-Axes: B rows, N codes a mask, K scales, S side of the latent grid, C latent channels, R mask side.
+Axes: see models/__init__.
 Functions take a bound ARGenSeg `m`; wrap them with `nn.apply(fn, model)`.
 """
 
@@ -24,9 +24,9 @@ class MaskCodes:
     """What one mask decoding yields.
 
     Attributes:
-      codes: int32[B, N].
+      codes: int32[B, U].
       confidence: f32[B], mean probability of the chosen codes.
-      f_hats: f32[B, K, S, S, C], the accumulated latent after each scale.
+      f_hats: f32[B, Z, h, w, C], the accumulated latent after each scale.
     """
 
     codes: Array
@@ -35,48 +35,51 @@ class MaskCodes:
 
 
 def decode_codes(m: ARGenSeg, answer: Answer) -> tuple[MaskCodes, KVCache]:
-    """Codes of one mask for every row, all scales unrolled; rows not at a mask keep their cache.
+    """Codes of one mask for every sequence, all scales unrolled; sequences not at a mask keep their cache.
 
-    The input of place i predicts the code of place i: <ge_start> the only code of scale 0, then
-    each scale's places carry the interpolated sum of the scales before (SPEC 3.2, 4.1). Guidance
-    grows with the scales (SPEC 4.2).
+    The input of position i predicts the code of position i: <ge_start> the only code of scale 0, then
+    each scale's positions carry the interpolated sum of the scales before (paper section 3.2). Guidance
+    grows with the scales.
     """
-    rules, cache, b = answer.rules, answer.cache, len(answer.at_mask)
+    config, cache, b = answer.config, answer.cache, len(answer.at_mask)
     q = m.vqvae.quantizer
     block_mask = "full" if m.block_causal else "causal"
     f_hat = jnp.zeros((b, m.scales.side, m.scales.side, q.channels), jnp.float32)
-    start = answer.token if rules.reference else jnp.full_like(answer.token, m.vocab.ge_start)
+    start = answer.token if config.reference else jnp.full_like(answer.token, m.vocab.ge_start)
     x = m.llm.embed_tokens(start[:, None])
     codes, chosen, f_hats = [], [], []
     for k, (begin, end) in enumerate(m.scales.bounds):
-        if k:
-            x = rules.duplicate_for_cfg(m.scale_inputs(f_hat, k))
-        coords = jnp.broadcast_to(jnp.asarray(m.scales.centers[begin:end]), (len(x), end - begin, 2))
-        places = cache.length[:b, None] + jnp.arange(end - begin)
-        hidden, cache = m.extend(x, coords, cache, rules.duplicate_for_cfg(answer.at_mask) * (end - begin), block_mask)
-        logits = rules.guide(m.code_logits(hidden), k / max(len(m.scales) - 1, 1))
-        best = sample_tokens(logits, rules.codes, places)
-        likely = jnp.take_along_axis(logits, best[..., None], axis=-1)[..., 0]
-        chosen.append(jnp.exp(likely - jax.nn.logsumexp(logits, axis=-1)))
-        codes.append(best)
-        f_hat = q.accumulate(f_hat, best, k)
-        f_hats.append(f_hat)
+        with jax.named_scope(f"scale_{k}"):
+            if k:
+                x = config.duplicate_for_cfg(m.scale_inputs(f_hat, k))
+            coords = jnp.broadcast_to(jnp.asarray(m.scales.centers[begin:end]), (len(x), end - begin, 2))
+            positions = cache.length[:b, None] + jnp.arange(end - begin)
+            hidden, cache = m.extend(
+                x, coords, cache, config.duplicate_for_cfg(answer.at_mask) * (end - begin), block_mask
+            )
+            logits = config.guide(m.code_logits(hidden), k / max(len(m.scales) - 1, 1))  # [B, pn^2, Q]
+            best = sample_tokens(logits, config.codes, positions)  # [B, pn^2]
+            likely = jnp.take_along_axis(logits, best[..., None], axis=-1)[..., 0]
+            chosen.append(jnp.exp(likely - jax.nn.logsumexp(logits, axis=-1)))
+            codes.append(best)
+            f_hat = q.accumulate(f_hat, best, k)
+            f_hats.append(f_hat)
     return MaskCodes(
         jnp.concatenate(codes, 1), jnp.mean(jnp.concatenate(chosen, 1), axis=1), jnp.stack(f_hats, axis=1)
     ), cache
 
 
 def to_floats(m: ARGenSeg, f_hat: Array) -> Array:
-    """f_hat f32[B, S, S, C] -> f32[B, R, R, 3] in [-1, 1]."""
+    """f_hat f32[B, h, w, C] -> f32[B, R, R, 3] in [-1, 1]."""
     vqvae, weights = m.vqvae.unbind()
-    return chunked.chunked_map(lambda f_hat: vqvae.apply(weights, f_hat, method="decode"), f_hat, vqvae.row_bytes)
+    return chunked.chunked_map(lambda f_hat: vqvae.apply(weights, f_hat, method="decode"), f_hat, vqvae.bytes_per_image)
 
 
 def to_bytes(image: Array) -> Array:
-    """Floats in [-1, 1] -> u8, by truncation of (x + 1) / 2 * 255 (SPEC 4.3)."""
+    """Floats in [-1, 1] -> u8, by truncation of (x + 1) / 2 * 255."""
     return ((image + 1) / 2 * 255).astype(jnp.uint8)
 
 
 def to_image(m: ARGenSeg, f_hat: Array) -> Array:
-    """f_hat f32[B, S, S, C] -> u8[B, R, R, 3]."""
+    """f_hat f32[B, h, w, C] -> u8[B, R, R, 3]."""
     return to_bytes(to_floats(m, f_hat))

@@ -1,7 +1,6 @@
 """The assembly: InternViT, connector, decoder, visual-token tables and the frozen VQ-VAE.
 
-Axes: B rows, T places of the text-and-code sequence, P tiles a row, n image tokens a tile, M masks
-a row, N codes a mask, K scales, C latent channels, D decoder width, V padded vocabulary.
+Axes: see models/__init__; T the text-and-code sequence, n image tokens per tile.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ class VisualEmbed(nn.Module):
         self.lvl_embed = self.param("lvl_embed", zeros, (self.num_scales, self.width))
         self.pos_embed = self.param("pos_embed", zeros, (self.num_codes, self.width))
 
-    def __call__(self, inputs: Array, levels: np.ndarray, places: np.ndarray) -> Array:
+    def __call__(self, inputs: Array, levels: np.ndarray, positions: np.ndarray) -> Array:
         """Interpolated f_hat [B, T, C] at static levels[T], places[T] -> [B, T, D]."""
-        tables = self.lvl_embed[levels] + self.pos_embed[places]
+        tables = self.lvl_embed[levels] + self.pos_embed[positions]
         return self.word_embed(inputs) + tables.astype(self.dtype)
 
 
@@ -80,7 +79,7 @@ class ARGenSeg(nn.Module):
         return self.logits(self.hidden(tokens, positions, segment_ids, features, codes))
 
     def encode_images(self, tiles: Array, *, deterministic: bool = True) -> Array:
-        """Tiles u8[B, P, S, S, 3], or normalised floats, -> image features [B, P * n, D]."""
+        """Tiles u8[B, P, I, I, 3], or normalised floats, -> image features [B, P * n, D]."""
         if tiles.dtype == jnp.uint8:
             tiles = (tiles.astype(jnp.float32) / 255 - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
         b, p = tiles.shape[:2]
@@ -88,51 +87,51 @@ class ARGenSeg(nn.Module):
         return self.connector(x).reshape(b, -1, self.llm.width)
 
     def tokenize(self, masks: Array) -> Array:
-        """Masks u8[B, M, R, R, 3], or floats in [-1, 1], -> codes int32[B, M, N]."""
+        """Masks u8[B, M, R, R, 3], or floats in [-1, 1], -> codes int32[B, M, U]."""
         if masks.dtype == jnp.uint8:
             masks = masks.astype(jnp.float32) / 255 * 2 - 1
         b, m = masks.shape[:2]
         return self.vqvae.tokenize(masks.reshape(b * m, *masks.shape[2:])).reshape(b, m, -1)
 
     def decode_codes(self, codes: Array) -> Array:
-        """Codes int32[B, N] -> images f32[B, R, R, 3] in [-1, 1]."""
+        """Codes int32[B, U] -> images f32[B, R, R, 3] in [-1, 1]."""
         return self.vqvae.decode_codes(codes)
 
     def visual_inputs(self, codes: Array) -> Array:
-        """Teacher-forced decoder inputs of the N - 1 places behind <ge_start>: [B, N - 1, D]."""
-        places = np.arange(1, self.scales.num_codes)
-        return self.visual(self.vqvae.quantizer.teacher_inputs(codes), self.scales.levels[1:], places)
+        """Teacher-forced decoder inputs of the U - 1 positions after <ge_start>: [B, U - 1, D]."""
+        positions = np.arange(1, self.scales.num_codes)
+        return self.visual(self.vqvae.quantizer.teacher_inputs(codes), self.scales.levels[1:], positions)
 
     def scale_inputs(self, f_hat: Array, k: int) -> Array:
-        """Decoder inputs of scale k >= 1 from f_hat [B, S, S, C]: [B, pn_k^2, D]."""
+        """Decoder inputs of scale k >= 1 from f_hat [B, h, w, C]: [B, pn_k^2, D]."""
         begin, end = self.scales.bounds[k]
-        places = np.arange(begin, end)
-        return self.visual(self.vqvae.quantizer.scale_input(f_hat, k), self.scales.levels[begin:end], places)
+        positions = np.arange(begin, end)
+        return self.visual(self.vqvae.quantizer.scale_input(f_hat, k), self.scales.levels[begin:end], positions)
 
     def embed(self, tokens: Array, features: Array | None = None, codes: Array | None = None) -> tuple[Array, Array]:
-        """Tokens with their image and code places filled: ([B, T, D], coords f32[B, T, 2]).
+        """Tokens with their image and code positions filled: ([B, T, D], coords f32[B, T, 2]).
 
-        The i-th <IMG_CONTEXT> of a row takes its i-th image feature, the i-th <MASK_CONTEXT> its
-        i-th visual input (features [B, P * n, D], codes int32[B, M, N]); the data pipeline has
+        The i-th <IMG_CONTEXT> of a sequence takes its i-th image feature, the i-th <MASK_CONTEXT> its
+        i-th visual input (features [B, P * n, D], codes int32[B, M, U]); the data pipeline has
         checked that the counts agree.
         """
         x = self.llm.embed_tokens(tokens)
         coords = jnp.zeros((*tokens.shape, 2), jnp.float32)
 
-        def fill(place: Array, values: Array, centers: np.ndarray) -> tuple[Array, Array]:
-            index = jnp.cumsum(place, axis=1) - 1
+        def fill(where: Array, values: Array, centers: np.ndarray) -> tuple[Array, Array]:
+            index = jnp.cumsum(where, axis=1) - 1
             taken = jnp.take_along_axis(
                 values.astype(x.dtype), jnp.clip(index, 0, values.shape[1] - 1)[..., None], axis=1
             )
             yx = jnp.asarray(centers)[jnp.maximum(index, 0) % len(centers)]
-            return (jnp.where(place[..., None], taken, x), jnp.where(place[..., None], yx, coords))
+            return (jnp.where(where[..., None], taken, x), jnp.where(where[..., None], yx, coords))
 
         if features is not None:
             side = round(self.image_tokens**0.5)
             x, coords = fill(tokens == self.vocab.img_context, features, scales_lib.grid_centers(side))
         if codes is not None:
             b, m, n = codes.shape
-            start = (tokens == self.vocab.ge_start)[..., None]  # the place of scale 0
+            start = (tokens == self.vocab.ge_start)[..., None]  # the position of scale 0
             coords = jnp.where(start, jnp.asarray(self.scales.centers[0]), coords)
         if codes is not None and n > 1:
             inputs = self.visual_inputs(codes.reshape(b * m, n)).reshape(b, m * (n - 1), -1)
@@ -148,7 +147,7 @@ class ARGenSeg(nn.Module):
         codes: Array | None = None,
         packed: bool = True,
     ) -> Array:
-        """Teacher-forced pass over whole rows: [B, T, D] after the final norm.
+        """Teacher-forced pass over complete sequences: [B, T, D] after the final norm.
 
         tokens, positions, segment_ids: int32[B, T] (segment 0 = padding). packed: see attention.Mask.
         """
@@ -158,19 +157,19 @@ class ARGenSeg(nn.Module):
         return y
 
     def last_visible(self, tokens: Array) -> Array:
-        """int32[B, T]: the last place each query sees when scales are bidirectional inside."""
-        if self.scales.num_codes == 1:  # no place but <ge_start>
+        """int32[B, T]: the last position each query sees when scales are bidirectional inside."""
+        if self.scales.num_codes == 1:  # no position but <ge_start>
             return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         index = (jnp.cumsum(tokens == self.vocab.mask_context, axis=1) - 1) % (self.scales.num_codes - 1)
         end = np.asarray([self.scales.bounds[k][1] for k in self.scales.levels[1:]], np.int32)
         left = jnp.asarray(end - 1 - np.arange(1, self.scales.num_codes, dtype=np.int32))
-        place = jnp.arange(tokens.shape[1])[None]
-        return jnp.where(tokens == self.vocab.mask_context, place + left[index], place)
+        position = jnp.arange(tokens.shape[1])[None]
+        return jnp.where(tokens == self.vocab.mask_context, position + left[index], position)
 
     def extend(
         self, x: Array, coords: Array, cache: KVCache, num_valid: Array | None = None, block_mask: str = "causal"
     ) -> tuple[Array, KVCache]:
-        """Appends T embedded places to each row of the cache: (hidden [B, T, D], new cache)."""
+        """Appends T embedded positions to each sequence of the cache: (hidden [B, T, D], new cache)."""
         positions = cache.length[:, None] + jnp.arange(x.shape[1])[None]
         y, cache, _ = self.llm(x, positions, coords=coords, cache=cache, num_valid=num_valid, block_mask=block_mask)
         return y, cache
@@ -187,7 +186,8 @@ class ARGenSeg(nn.Module):
         """[..., D] -> f32[..., num codes of the codebook]."""
         first = self.vocab.first_code
         head = self.llm.head_matrix()[:, first : first + self.vocab.num_codes].astype(self.llm.dtype)
-        return jnp.einsum("...D,DV->...V", hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
+        with jax.named_scope("head"):
+            return jnp.einsum("...D,DV->...V", hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         return self.llm.empty_cache(batch, capacity)

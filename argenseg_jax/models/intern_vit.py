@@ -1,8 +1,10 @@
 """InternViT: patch embedding, class token, resampled position embedding, scanned blocks.
 
-Differs from ViT (Dosovitskiy et al., 2021; reference: modeling_intern_vit.py) by LayerScale, stochastic
-depth and a position embedding that is resampled to the image's size. Covers the 300M form (LayerNorm, qkv bias) and the 6B form (RMSNorm, RMS over the full width of q
-and k before the head split, no qkv bias). There is no final norm.
+Differs from ViT (Dosovitskiy et al., 2021) in this (reference: modeling_intern_vit.py):
+  - LayerScale and stochastic depth; no final norm;
+  - the position embedding is resampled to the image's size;
+  - the 300M form has LayerNorm and qkv bias; the 6B form RMSNorm, no qkv bias, and RMS over the full
+    width of q and k before the head split.
 Axes: see models/__init__; n patches.
 """
 

@@ -1,8 +1,8 @@
 """Multi-scale residual quantizer of the VQ-VAE (VAR quant.py, VectorQuantizer2), always in f32.
 
 A latent f is coded coarse to fine: each scale codes what the scales before have left over, and the
-sum of the looked-up, up-sampled and phi-smoothed codes is f_hat. Axes: B batch, S side of the
-latent grid, C channels, pn side of a scale, N codes over all scales, V codebook size; NHWC.
+sum of the looked-up, up-sampled and phi-smoothed codes is f_hat. Axes: see
+models/__init__; pn side of a scale; NHWC.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _EXACT = jax.lax.Precision.HIGHEST  # a product in bf16 would flip nearest codes
 
 @flax.struct.dataclass
 class Quantized:
-    """A quantized latent: codes i32[B,N]; targets f32[B,N,C], the vectors that the codes stand for;
-    f_hats, the K sums f32[B,S,S,C] after each scale."""
+    """A quantized latent: codes i32[B,U]; targets f32[B,U,C], the vectors that the codes stand for;
+    f_hats, the Z sums f32[B,h,w,C] after each scale."""
 
     codes: jax.Array
     targets: jax.Array
@@ -40,7 +40,7 @@ class MultiScaleQuantizer(nn.Module):
 
     As in VAR, `phi_ratio` 0 means no phi at all.
 
-    `dead_zone` > 0 (nano): code 0 is the zero vector and stands wherever no other code comes nearer
+    `dead_zone` > 0 (nano): code 0 is the zero vector and is chosen wherever no other code comes nearer
     to the target by more than that share of the codebook's mean square norm (in squared distance),
     so that empty regions cost nothing to predict.
     """
@@ -67,26 +67,26 @@ class MultiScaleQuantizer(nn.Module):
     # ---- between latents and codes ---------------------------------------------------------------
 
     def quantize(self, f: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """f[B,S,S,C] -> codes i32[B,N], f_hat f32[B,S,S,C]."""
+        """f[B,h,w,C] -> codes i32[B,U], f_hat f32[B,h,w,C]."""
         q = self.residual_quantize(f)
         return q.codes, q.f_hats[-1]
 
     def residual_quantize(self, f: jax.Array) -> Quantized:
-        """f[B,S,S,C] -> codes, what they stand for, and f_hat after every scale."""
+        """f[B,h,w,C] -> codes, what they stand for, and f_hat after every scale."""
         f = jax.lax.stop_gradient(f.astype(jnp.float32))
         f_rest, f_hat = f, jnp.zeros_like(f)
         codes, targets, f_hats = [], [], []
         for k, pn in enumerate(self.scales.patch_nums):
-            target = self._down(f_rest, k).reshape(f.shape[0], pn * pn, self.channels)
-            code = self.nearest(jax.lax.stop_gradient(target))
-            h = self._up(code, k)
-            # f_rest is kept beside f_hat, not recomputed as f - f_hat: rounding must match VAR's.
+            target = self._down(f_rest, k).reshape(f.shape[0], pn * pn, self.channels)  # [B, pn^2, C]
+            code = self.nearest(jax.lax.stop_gradient(target))  # [B, pn^2]
+            h = self._up(code, k)  # [B, h, w, C]
+            # f_rest is carried along with f_hat, not recomputed as f - f_hat: rounding must match VAR's.
             f_hat, f_rest = f_hat + h, f_rest - h
             codes.append(code), targets.append(target), f_hats.append(f_hat)
         return Quantized(jnp.concatenate(codes, 1), jnp.concatenate(targets, 1), f_hats)
 
     def straight_through(self, f: jax.Array) -> tuple[jax.Array, jax.Array, Quantized]:
-        """f[B,S,S,C] -> f_hat with the gradient of f, the VQ loss (mean over scales), details."""
+        """f[B,h,w,C] -> f_hat with the gradient of f, the VQ loss (mean over scales), details."""
         f = f.astype(jnp.float32)
         q = self.residual_quantize(f)
         stop = jax.lax.stop_gradient
@@ -109,17 +109,17 @@ class MultiScaleQuantizer(nn.Module):
     # ---- one scale at a time, for decoding -------------------------------------------------------
 
     def accumulate(self, f_hat: jax.Array, codes_k: jax.Array, k: int) -> jax.Array:
-        """Adds scale k's codes i32[B,pn*pn] to f_hat f32[B,S,S,C]; f_hat starts as zeros."""
+        """Adds scale k's codes i32[B,pn*pn] to f_hat f32[B,h,w,C]; f_hat starts as zeros."""
         return f_hat + self._up(codes_k, k)
 
     def scale_input(self, f_hat: jax.Array, k: int) -> jax.Array:
-        """f_hat of the scales before k, seen at scale k: f32[B,S,S,C] -> f32[B,pn*pn,C]."""
+        """f_hat of the scales before k, seen at scale k: f32[B,h,w,C] -> f32[B,pn*pn,C]."""
         return self._down(f_hat, k).reshape(f_hat.shape[0], -1, self.channels)
 
     # ---- all scales, from codes ------------------------------------------------------------------
 
     def f_hats(self, codes: jax.Array) -> list[jax.Array]:
-        """codes i32[B,N] -> the K sums f32[B,S,S,C] after each scale."""
+        """codes i32[B,U] -> the Z sums f32[B,h,w,C] after each scale."""
         f_hat = jnp.zeros((codes.shape[0], self.scales.side, self.scales.side, self.channels))
         sums = []
         for k, (begin, end) in enumerate(self.scales.bounds):
@@ -128,11 +128,11 @@ class MultiScaleQuantizer(nn.Module):
         return sums
 
     def lookup(self, codes: jax.Array) -> jax.Array:
-        """codes i32[B,N] -> f_hat f32[B,S,S,C]."""
+        """codes i32[B,U] -> f_hat f32[B,h,w,C]."""
         return self.f_hats(codes)[-1]
 
     def teacher_inputs(self, codes: jax.Array) -> jax.Array:
-        """codes i32[B,N] -> f32[B,N-pn_0^2,C]: the input of every scale after the first.
+        """codes i32[B,U] -> f32[B,U-pn_0^2,C]: the input of every scale after the first.
 
         VAR's idxBl_to_var_input; for scale k it equals `scale_input` of the sum before k.
         """
@@ -148,15 +148,15 @@ class MultiScaleQuantizer(nn.Module):
         return codebook.at[0].set(0.0) if self.dead_zone else codebook
 
     def _down(self, x: jax.Array, k: int) -> jax.Array:
-        """f32[B,S,S,C] -> f32[B,pn,pn,C]."""
+        """f32[B,h,w,C] -> f32[B,pn,pn,C]."""
         if k == len(self.scales) - 1:
             return x
         return resample(area_matrix(self.scales.side, self.scales.patch_nums[k]), x)
 
     def _up(self, codes_k: jax.Array, k: int) -> jax.Array:
-        """Codes i32[B,pn*pn] of scale k -> their share of f_hat, f32[B,S,S,C]."""
+        """Codes i32[B,pn*pn] of scale k -> their share of f_hat, f32[B,h,w,C]."""
         pn = self.scales.patch_nums[k]
-        h = self._codebook()[codes_k].reshape(codes_k.shape[0], pn, pn, self.channels)
+        h = self._codebook()[codes_k].reshape(codes_k.shape[0], pn, pn, self.channels)  # [B, pn, pn, C]
         if k < len(self.scales) - 1:
             h = resample(bicubic_matrix(pn, self.scales.side), h)
         if not self.phi_ratio:
@@ -166,5 +166,5 @@ class MultiScaleQuantizer(nn.Module):
 
 
 def _uniform_init(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
-    """VAR's codebook init: uniform within 1/V."""
+    """VAR's codebook init: uniform within 1/Q."""
     return jax.random.uniform(key, shape, dtype, -1 / shape[0], 1 / shape[0])

@@ -1,8 +1,11 @@
 """The mask VQ-VAE: VAR's convolutional encoder and decoder around the multi-scale quantizer.
 
 Submodule names follow the official state dict ('.' -> '/', list indices joined by '_'), so that
-weights convert by a table (VAR basic_vae.py, vqvae.py). Axes: B batch, R image side in pixels,
-S side of the latent grid, C latent channels, D width, N codes; NHWC.
+weights convert by a table (VAR basic_vae.py, vqvae.py). Differs from VQGAN (Esser et al., 2021) in this:
+  - the multi-scale residual quantizer (models/quantizer.py) instead of one code per latent cell;
+  - attention at the lowest resolution only, single-head;
+  - nano only: folded pixels, local normalisation, a dead zone (see VQVAE).
+Axes: see models/__init__; D width; NHWC.
 """
 
 from __future__ import annotations
@@ -75,19 +78,19 @@ class VQVAE(nn.Module):
         return self.patch_size * 2 ** (len(self.ch_mult) - 1) * self.patch_nums[-1]
 
     @property
-    def row_bytes(self) -> int:
+    def bytes_per_image(self) -> int:
         """The largest activation of one image."""
         side = self.image_size // self.patch_size
         return side * side * self.ch * jnp.dtype(self.dtype).itemsize
 
     def encode(self, image: jax.Array) -> jax.Array:
-        """[B,R,R,3] in [-1,1] -> latent f f32[B,S,S,C]."""
+        """[B,R,R,3] in [-1,1] -> latent f f32[B,h,w,C]."""
         if image.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
                 f"this VQ-VAE takes images [B,{self.image_size},{self.image_size},3], got {list(image.shape)}"
             )
         f = self._latent(image)
-        # The black one apart: beside B rows it would make their number odd, hard to split.
+        # The black one apart: with B others it would make their number odd, hard to split.
         return f - self._latent(jnp.full_like(image[:1], -1)) if self.local else f
 
     def _latent(self, image: jax.Array) -> jax.Array:
@@ -96,15 +99,15 @@ class VQVAE(nn.Module):
         return self.quant_conv(self.encoder(image.astype(self.dtype))).astype(jnp.float32)
 
     def tokenize(self, image: jax.Array) -> jax.Array:
-        """[B,R,R,3] in [-1,1] -> codes i32[B,N]."""
+        """[B,R,R,3] in [-1,1] -> codes i32[B,U]."""
         return self.quantizer.quantize(self.encode(image))[0]
 
     def decode(self, f_hat: jax.Array) -> jax.Array:
-        """[B,S,S,C] -> image f32[B,R,R,3], clamped to [-1,1]."""
+        """[B,h,w,C] -> image f32[B,R,R,3], clamped to [-1,1]."""
         return jnp.clip(self._decode(f_hat), -1, 1)
 
     def decode_codes(self, codes: jax.Array) -> jax.Array:
-        """i32[B,N] -> image f32[B,R,R,3], clamped to [-1,1]."""
+        """i32[B,U] -> image f32[B,R,R,3], clamped to [-1,1]."""
         return self.decode(self.quantizer.lookup(codes))
 
     def forward_train(self, image: jax.Array) -> tuple[jax.Array, jax.Array, Quantized]:
@@ -137,7 +140,7 @@ class Tower(nn.Module):
 
 
 class Encoder(Tower):
-    """[B,H,W,c] -> [B,S,S,C], halving the side between the entries of `ch_mult`."""
+    """[B,h,w,c] -> [B,h,w,C], halving the side between the entries of `ch_mult`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -161,7 +164,7 @@ class Encoder(Tower):
 
 
 class Decoder(Tower):
-    """[B,S,S,C] -> [B,H,W,out_channels], doubling the side between the entries of `ch_mult`."""
+    """[B,h,w,C] -> [B,h,w,out_channels], doubling the side between the entries of `ch_mult`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -253,16 +256,16 @@ class AttnBlock(nn.Module):
         b, height, wide, d = x.shape
         h = _norm(x, self.local, name="norm")
         qkv = nn.Conv(3 * d, (1, 1), dtype=self.dtype, name="qkv")(h)
-        q, k, v = jnp.split(qkv.reshape(b, height * wide, 3 * d), 3, axis=-1)
-        weights = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", q, k).astype(jnp.float32) * d**-0.5)
+        q, k, v = jnp.split(qkv.reshape(b, height * wide, 3 * d), 3, axis=-1)  # [B, h w, D] each
+        weights = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", q, k).astype(jnp.float32) * d**-0.5)  # [B, h w, h w]
         h = jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v).reshape(x.shape)
         return x + nn.Conv(d, (1, 1), dtype=self.dtype, name="proj_out")(h)
 
 
 class GroupNorm(nn.Module):
-    """torch's GroupNorm over [B,H,W,c], in f32; returns the input's dtype.
+    """torch's GroupNorm over [B,h,w,c], in f32; returns the input's dtype.
 
-    Sums over the positions come first, channel by channel, those over a group's channels behind them:
+    Sums over the positions come first, channel by channel, those over a group's channels after them:
     five times as fast on CPUs as flax's, whose groups cut the innermost axis; and on TPUs, whose tiles
     are 128 wide, an array [..., 32, 5] of 160 channels would fill 25 times its size.
     """
@@ -276,7 +279,7 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
 
         def mean(y: jax.Array) -> jax.Array:
-            """[B,H,W,c] -> [B,1,1,c], the same for all channels of a group."""
+            """[B,h,w,c] -> [B,1,1,c], the same for all channels of a group."""
             y = jnp.mean(y, axis=(1, 2)).reshape(len(y), self.groups, -1)
             y = jnp.broadcast_to(jnp.mean(y, axis=-1, keepdims=True), y.shape)
             return y.reshape(len(y), 1, 1, -1)
@@ -287,7 +290,7 @@ class GroupNorm(nn.Module):
 
 
 def nearest2x(x: jax.Array) -> jax.Array:
-    """[B,H,W,c] -> [B,2H,2W,c], each pixel four times."""
+    """[B,h,w,c] -> [B,2h,2w,c], each pixel four times."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
@@ -304,14 +307,14 @@ def _norm(x: jax.Array, local: bool, *, name: str) -> jax.Array:
 
 
 def _space_to_depth(x: jax.Array, p: int) -> jax.Array:
-    """[B,H,W,c] -> [B,H/p,W/p,p*p*c]."""
+    """[B,h,w,c] -> [B,h/p,w/p,p*p*c]."""
     b, height, wide, c = x.shape
     x = x.reshape(b, height // p, p, wide // p, p, c).swapaxes(2, 3)
     return x.reshape(b, height // p, wide // p, p * p * c)
 
 
 def _depth_to_space(x: jax.Array, p: int) -> jax.Array:
-    """[B,H,W,p*p*c] -> [B,H*p,W*p,c], the inverse of _space_to_depth."""
+    """[B,h,w,p*p*c] -> [B,h*p,w*p,c], the inverse of _space_to_depth."""
     b, height, wide, c = x.shape
     x = x.reshape(b, height, wide, p, p, c // (p * p)).swapaxes(2, 3)
     return x.reshape(b, height * p, wide * p, c // (p * p))

@@ -220,7 +220,9 @@ def lm_loss(
             codes = batch["masks"]
         else:  # frozen, with by far the largest activations: 40 MiB per mask in the official VQ-VAE
             codes = chunked.chunked_map(
-                lambda masks: run("tokenize", masks), batch["masks"], batch["masks"].shape[1] * model.vqvae.row_bytes
+                lambda masks: run("tokenize", masks),
+                batch["masks"],
+                batch["masks"].shape[1] * model.vqvae.bytes_per_image,
             )
         codes = jax.lax.stop_gradient(codes)
     if batch["tiles"].shape[1]:

@@ -59,7 +59,7 @@ def test_a_row_draws_the_same_whoever_is_beside_it():
 
 def test_twins_get_the_words_of_the_answer():
     """Under guidance; in the reference's way they keep their own."""
-    logits = jnp.eye(4)[:4]  # rows 0, 1 and their twins 2, 3 each prefer their own number
+    logits = jnp.eye(4)[:4]  # 0, 1 cond and 2, 3 uncond: each prefer their own number
     places = jnp.zeros(4, int)
     assert DecodeConfig(guidance=jnp.float32(2)).next_tokens(logits, places).tolist() == [0, 1, 0, 1]
     assert DecodeConfig(guidance=jnp.float32(2), reference=True).next_tokens(logits, places).tolist() == [0, 1, 2, 3]
