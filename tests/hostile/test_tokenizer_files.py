@@ -115,9 +115,11 @@ def test_bytes_changed_anywhere(folder, data):
         ({**SLOW, "merges.txt": None}, "merges.txt"),
         ({"tokenizer.model": PROTO, "added_tokens.json": {"<img>": "520"}}, "'<img>' has the id '520'"),
         ({"tokenizer.json": FAST, "tokenizer_config.json": b'{"a": NaN}'}, "tokenizer_config.json is no valid JSON"),
-        ({"tokenizer.json": {**FAST, "model": {**FAST["model"], "vocab": {**FAST["model"]["vocab"], "abc": 2**31}}}},
-     "'abc' has the id 2147483648"),
-    ({"tokenizer.json": {**FAST, "model": {**FAST["model"], "continuing_subword_prefix": "##"}}}, "with a prefix"),
+        (
+            {"tokenizer.json": {**FAST, "model": {**FAST["model"], "vocab": {**FAST["model"]["vocab"], "abc": 2**31}}}},
+            "'abc' has the id 2147483648",
+        ),
+        ({"tokenizer.json": {**FAST, "model": {**FAST["model"], "continuing_subword_prefix": "##"}}}, "with a prefix"),
     ],
 )
 def test_damaged_files_are_named(folder, files, says):
