@@ -282,7 +282,9 @@ def _open(path: epath.Path, folder: epath.Path) -> SentencePieceVocabulary | Fas
         content = files.read_text(path)
         if re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', content):  # the library panics where merges lack it
             raise UserError(f"{path}: pieces with a prefix; a byte-level BPE is expected")
-        return FastVocabulary(tokenizers.Tokenizer.from_str(content), config, slow)
+        model = tokenizers.Tokenizer.from_str(content)
+        _checked_ids(model.get_vocab(), path)  # saving takes a step for each id up to the largest
+        return FastVocabulary(model, config, slow)
     listed = config.get("added_tokens_decoder") or {}
     with located(str(folder / "tokenizer_config.json"), "list of added tokens", UserError):
         added = {token["content"]: int(i) for i, token in listed.items()}
