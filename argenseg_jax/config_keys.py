@@ -251,7 +251,7 @@ def fault(key: str, value: Any) -> str | None:
     try:
         if known.good(value):
             return None
-    except (TypeError, ValueError, ArithmeticError):  # numbers of strange types
+    except (TypeError, ValueError, ArithmeticError):  # numbers of unexpected types
         pass
     if known.rule.startswith("one of"):
         return f"{key} {shown(value)} is unknown; there are {known.rule.removeprefix('one of ')}"

@@ -26,7 +26,7 @@ from argenseg_jax.cli import common, parsing
 from argenseg_jax.errors import UserError, brief
 
 COMMANDS = {
-    "train": ("argenseg_jax.cli.train", "train a model, or go on with a run that was stopped"),
+    "train": ("argenseg_jax.cli.train", "train a model, or resume a run that was stopped"),
     "evaluate": ("argenseg_jax.cli.evaluate", "cIoU, gIoU and Pr@X of a model on a data set"),
     "segment": ("argenseg_jax.cli.segment", "one image and a prompt to a mask file"),
     "chat": ("argenseg_jax.cli.chat", "several turns about one image, in a terminal"),
@@ -53,7 +53,7 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 a check failed or a fault of ours, 2 user error.
 
-    130 stands for Ctrl-C and 141 for a reader of stdout that is gone, as a shell reports them.
+    130 is Ctrl-C and 141 for a reader of stdout that is gone, as a shell reports them.
     """
     processes.end_with_parent()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv[0], argv[1:])
     except (Exception, KeyboardInterrupt) as error:
         code = _report(error, argv)
-    if common.is_distributed():  # the others cannot go on without this process
+    if common.is_distributed():  # the others cannot continue without this process
         common.leave(code)
     return code
 

@@ -1,7 +1,7 @@
 """One image and a prompt to mask files, or a prompt alone to an image.
 
   python -m argenseg_jax segment --image photo.jpg --prompt "Segment the red circle." --out mask.png
-  python -m argenseg_jax segment --raw --prompt "Draw a red circle." --out picture.png --guidance 4
+  python -m argenseg_jax segment --raw --prompt "Draw a red circle." --out drawn.png --guidance 4
 
 An answer may hold several masks: mask.png, mask_1.png, ...; without any, no file is written.
 """

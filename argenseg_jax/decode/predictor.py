@@ -1,4 +1,4 @@
-"""The public API: pictures and phrases in, text and masks at the pictures' own size out.
+"""The public API: images and phrases in, text and masks at the images' own size out.
 
 predictor = argenseg_jax.load("nano")
 result = predictor.segment(image, "Segment the red circle.")
@@ -34,7 +34,7 @@ class Request:
     """One question.
 
     Attributes:
-      image: u8[H, W, 3], a PIL image or a file (see `pixels`); None for a question without a picture.
+      image: u8[H, W, 3], a PIL image or a file (see `pixels`); None for a question without an image.
       conversations: the text of a single question, or [{'from', 'value'}] that end with one.
       name: names it in messages, such as file and line; by default its number.
       max_tiles: most tiles of the image's grid, where its data set says so (`max_dynamic_patch`); 0 = as
@@ -52,7 +52,7 @@ class Result:
     """One answer.
 
     Attributes:
-      masks: bool[H, W] each, in the order of the answer (the mask's own side without a picture).
+      masks: bool[H, W] each, in the order of the answer (the mask's own side without an image).
       scores: mean probability of each mask's codes.
       text: the answer, with `<mask>` where a mask was written.
       images: u8[R, R, 3] each, what the VQ-VAE drew before resizing and thresholding.
@@ -112,7 +112,7 @@ class Predictor:
         )
 
     def segment(self, image: Any, text: str, *, max_masks: int = 8, **options: Any) -> Result:
-        """One picture (or None), one question; `<image>` is put in front where the text lacks one.
+        """One image (or None), one question; `<image>` is put in front where the text lacks one.
 
         The options are those of `segment_batch`.
         """
@@ -123,7 +123,7 @@ class Predictor:
     ) -> tuple[Result, Turns]:
         """The next turn of a conversation: (answer, history that now ends with it).
 
-        The picture is that of the whole conversation; of earlier answers the model sees the text, as
+        The image is that of the whole conversation; of earlier answers the model sees the text, as
         in the original, not the masks. The options are those of `segment`.
         """
         turns = [*history, {"from": "human", "value": text}]
@@ -143,13 +143,13 @@ class Predictor:
         """Answers all requests at once; the answer of a row does not depend on its neighbours.
 
         Args:
-          max_masks: an answer ends behind so many.
+          max_masks: an answer stops after this many masks.
           previews: fill in `Result.scales` and `Result.floats`.
           guidance: strength of classifier-free guidance of the codes; 0 = off.
           sampling, code_sampling: how words and codes are chosen.
 
         Raises:
-          SampleError, UserError: a picture or prompt that cannot be used, by the request's name.
+          SampleError, UserError: an image or prompt that cannot be used, by the request's name.
         """
         if not requests:
             return []
@@ -168,10 +168,10 @@ class Predictor:
         )
         side, most = self.model.image_size, max(len(t) for _, t in rows)
         tiles = np.zeros((size, most, side, side, 3), np.uint8) if most else None
-        for i, (words, pictures) in enumerate(rows):
+        for i, (words, image_tiles) in enumerate(rows):
             tokens[i, : len(words)] = words
             if most:
-                tiles[i, : len(pictures)] = pictures
+                tiles[i, : len(image_tiles)] = image_tiles
         out = self.engine.generate(
             tokens,
             lengths,
@@ -203,7 +203,7 @@ class Predictor:
         return tokens, tiles
 
     def _result(self, request: Request, out: Generated, row: int) -> Result:
-        """Masks at the size of the picture: bilinear, grey, foreground from 128 on (SPEC 4.3)."""
+        """Masks at the size of the image: bilinear, grey, foreground from 128 on (docs/reference.md, section 4)."""
         images = [out.images[row, j] for j in range(out.num_masks[row])]
         side = self.model.mask_size
         size = (side, side) if request.image is None else request.image.shape[1::-1]

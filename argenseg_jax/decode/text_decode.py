@@ -26,7 +26,7 @@ class Answer:
     Attributes:
       cache: everything that has been fed.
       token: int32[B'], the next token, chosen but not fed.
-      ids: int32[B, A], the tokens emitted so far; <ge_start> stands for a whole mask.
+      ids: int32[B, A], the tokens emitted so far; <ge_start> represents a complete mask.
       count: int32[B], how many of them there are.
       ended: bool[B], the answer is complete (or has reached A tokens).
       at_mask: bool[B], the last emitted token is a <ge_start> whose codes are to be decoded.

@@ -119,7 +119,7 @@ def _call(
 
 
 def _causal(q: Array, k: Array, v: Array, lengths: Array) -> Array:
-    """Causal attention of rows that count up to their length; what is behind that is anything."""
+    """Causal attention of sequences that count up to their length; what comes after it is arbitrary."""
     lengths = jnp.maximum(lengths, 1).astype(jnp.int32)  # a row of padding alone: one key rather than none
     return _call(q, k, v, lengths, lengths, causal=True)
 
@@ -166,7 +166,7 @@ _packed.defvjp(_packed_fwd, _packed_bwd)
 
 
 class _Segment:
-    """Where a numbered segment lies in each of the rows; a row may have none."""
+    """Where a numbered segment is in each sequence; a sequence may have none."""
 
     def __init__(self, segments: Array, number: Array):
         self._inside = (segments == number)[..., None, None]
@@ -174,7 +174,7 @@ class _Segment:
         self.length = jnp.sum(segments == number, axis=1)
 
     def take(self, x: Array) -> Array:
-        """[B, T, ...] with the segment at the start of each row, and zeros behind it."""
+        """[B, T, ...] with the segment at the start of each sequence, and zeros after it."""
         return jax.vmap(functools.partial(jnp.roll, axis=0))(jnp.where(self._inside, x, 0), -self._start)
 
     def put(self, x: Array, into: Array) -> Array:

@@ -201,7 +201,7 @@ def compare_operators(record: Recording) -> None:
 
 
 def _phi_index(scales: int, share: int) -> tuple[int, ...]:
-    """Which of `share` phi convolutions serves each of so many scales: their sides do not matter."""
+    """Which of `share` phi convolutions serves each of the given number of scales; their sides do not matter."""
     return Scales(tuple(range(1, scales + 1))).phi_index(share)
 
 

@@ -135,7 +135,7 @@ def job_sets(commands: Sequence[Sequence[str]]) -> str:
 
 
 def _launcher(name: str) -> str:
-    """Text of a file of launch/, which lies beside the package in a clone of the repository."""
+    """Text of a file of launch/, which is beside the package in a clone of the repository."""
     path = epath.Path(__file__).parent.parent.parent / "launch" / name
     if not path.exists():
         raise UserError(f"{path} is not there; run from a clone of the repository")
