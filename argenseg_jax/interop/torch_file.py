@@ -108,8 +108,8 @@ class _TorchFile:
         if not isinstance(state, Mapping):
             raise UserError(f"{self._file} holds no tensors under their names")
         found = {key: value for key, value in state.items() if is_tensor(value)}
-        if strange := [key for key in found if not isinstance(key, str)]:
-            raise UserError(f"{self._file} has a tensor under {brief(repr(strange[0]), 60)}, which is no name")
+        if unexpected := [key for key in found if not isinstance(key, str)]:
+            raise UserError(f"{self._file} has a tensor under {brief(repr(unexpected[0]), 60)}, which is no name")
         return found
 
 
