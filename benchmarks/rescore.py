@@ -58,17 +58,27 @@ def write(path: pathlib.Path, rows: int, seed: int = 0) -> None:
             )
 
 
+# ru_maxrss of a child is at least its parent's memory when it was started; the kernel's VmHWM is its own.
+_PROGRAM = """
+import re, sys
+from argenseg_jax.cli.__main__ import main
+code = main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+sys.exit(code)
+"""
+
+
 def measure(path: pathlib.Path) -> tuple[float, float, int, dict]:
     """(seconds, CPU seconds, peak RSS in bytes, scores) of `evaluate --rescore`."""
     start = time.perf_counter()
     child = subprocess.Popen(
-        [sys.executable, "-m", "argenseg_jax", "evaluate", "--rescore", str(path)], stdout=subprocess.PIPE
+        [sys.executable, "-c", _PROGRAM, "evaluate", "--rescore", str(path)], stdout=subprocess.PIPE
     )
-    stdout = child.stdout.read()
+    *_, scores, peak = child.stdout.read().splitlines()
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise SystemExit(f"--rescore {path} failed")
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, json.loads(stdout)
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, int(peak) * 1024, json.loads(scores)
 
 
 def main(counts: list[int]) -> None:

@@ -23,7 +23,7 @@ def test_a_config_builds_abstractly(name):
     model = variants.build({**cfg["model"], "dtype": cfg["train"]["dtype"], "remat": cfg["train"]["remat"]})
     shapes = hf_folder.param_shapes(model)
     assert sharding.param_specs(shapes).keys() == trees.flatten(shapes).keys()
-    select = optim.trainable(shapes, cfg["optim"]["freeze"], held=("vqvae/.*",))
+    select = optim.trainable(shapes, cfg["optim"]["freeze"], frozen=("vqvae/.*",))
     optim.build(cfg["optim"], cfg["train"]["steps"], trees.split(shapes, select)[0])
     losses.LMOptions(**cfg["train"]["loss"])
     chunk = cfg["train"]["loss"]["chunk"]
@@ -36,7 +36,7 @@ def test_the_papers_recipe_with_adapters():
     lora = run.adapters(cfg)
     plain = hf_folder.param_shapes(variants.build(cfg["model"]))
     shapes = jax.eval_shape(lambda tree: lora.add(tree, jax.random.key(0)), plain)
-    select = optim.trainable(shapes, cfg["optim"]["freeze"], held=("vqvae/.*", *lora.held()))
+    select = optim.trainable(shapes, cfg["optim"]["freeze"], frozen=("vqvae/.*", *lora.held()))
     trained, _ = trees.split(shapes, select)
     optim.build(cfg["optim"], 10, trained)
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))

@@ -182,7 +182,7 @@ def test_layers_are_read_one_by_one(tmp_path, ema):
         want = orbax_io.restore_params(tmp_path / name)["llm"]
         assert set(leaves) == {"llm/layers/w", "llm/scale"}
         stack = leaves["llm/layers/w"]
-        assert stack.shape == (5, 4, 3) and stack._rows == ((5,) if name == "c" else (1,))
+        assert stack.shape == (5, 4, 3) and stack._layers == ((5,) if name == "c" else (1,))
         for i in (3, 0, 4):
             same(stack[i], want["layers"]["w"][i])
         same(leaves["llm/scale"][...], want["scale"])

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from argenseg_jax import trees
-from argenseg_jax.ckpt import checkpoint, orbax_io, transfer
+from argenseg_jax.ckpt import checkpoint, params_writer, transfer
 from argenseg_jax.data.nano_tokenizer import nano_tokenizer
 from argenseg_jax.data.synthetic import shapes
 from argenseg_jax.data.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def test_there_and_back_again(folder, tmp_path, capsys):
 
 def test_memory_holds_a_tensor_and_not_the_model(tmp_path, monkeypatch):
     """Both directions, and dtypes are kept: the peak is far below the size of the weights."""
-    monkeypatch.setattr(orbax_io, "_IN_FLIGHT_BYTES", 0)
+    monkeypatch.setattr(params_writer, "_IN_FLIGHT_BYTES", 0)
     monkeypatch.setattr(hf_folder, "SHARD_BYTES", 6 << 20)
     cfg = variants.resolve(CFG)
     cfg["llm"].update(depth=16, mlp=4096)

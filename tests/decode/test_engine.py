@@ -152,7 +152,7 @@ def test_without_pictures():
 
 def test_a_prompt_that_leaves_no_room_is_named():
     tokens = np.full((1, 2048), 100, np.int32)
-    with pytest.raises(UserError, match="prompt of 2000 tokens .* needs 2071 places.*2048"):
+    with pytest.raises(UserError, match="prompt of 2000 tokens .* needs 2071 positions.*2048"):
         generate(ONCE, tokens, np.array([2000]), None)
 
 

@@ -164,13 +164,13 @@ def test_a_smaller_vocabulary_grows_by_its_mean(made):
         atol=1e-6,
     )
     assert not head[:, model.vocab.size :].any() and not embed[model.vocab.size :].any()
-    with pytest.raises(UserError, match="a vocabulary of 469 rows in the file, 400 in the model"):
+    with pytest.raises(UserError, match="a vocabulary of 469 tokens in the file, 400 in the model"):
         convert.to_jax(to_torch(model, params), params, vocab_size=400)
 
 
 def test_unknown_leaves_are_not_exported(made):
     model, params = made["nano"]
-    with pytest.raises(UserError, match="no row.*connector/extra"):
+    with pytest.raises(UserError, match="no rule.*connector/extra"):
         to_torch(model, {**params, "connector": {**params["connector"], "extra": np.zeros(2)}})
 
 

@@ -171,6 +171,8 @@ def test_a_notice_at_the_last_step_of_a_phase_is_not_forgotten(tmp_path, monkeyp
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path, capfd):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs it in the background
+
     class Impatient(toy.Data):
         def __next__(self):
             if self.index == 1:
@@ -183,6 +185,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, capfd):
     assert "once more: stops now" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert run(toy.config(), tmp_path)["step"] == 6
+    signal.signal(signal.SIGINT, before)
 
 
 def test_the_logged_rate_is_the_one_that_was_used(tmp_path):
