@@ -26,6 +26,7 @@ from argenseg_jax import distributed
 from argenseg_jax.data import transforms
 from argenseg_jax.data.mixture import Source
 from argenseg_jax.data.prompt import is_human, query_turns
+from argenseg_jax.data.rle import encode_rle
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.decode.predictor import Request, Result
 from argenseg_jax.errors import UserError
@@ -33,7 +34,6 @@ from argenseg_jax.eval import predictions
 from argenseg_jax.eval.metrics import anomaly, fidelity, registry
 from argenseg_jax.eval.metrics.referring import iou
 from argenseg_jax.eval.resume import Partial
-from argenseg_jax.eval.rle import encode_rle
 from argenseg_jax.eval.spool import Spool
 
 PredictFn = Callable[[Sequence[Request]], Sequence[Result]]

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from argenseg_jax.data.rle import decode_rle
 from argenseg_jax.errors import UserError, located
 from argenseg_jax.eval import records as records_lib
 from argenseg_jax.eval.metrics import registry
 from argenseg_jax.eval.metrics.referring import UNIT, Pool, Sums
 from argenseg_jax.eval.records import Item, RecordDict
-from argenseg_jax.eval.rle import decode_rle
 
 SIZES = ((0.0, "none"), (0.01, "below 1 %"), (0.05, "1-5 %"), (0.2, "5-20 %"), (1.0, "above 20 %"))
 LENGTHS = ((2, "1-2 words"), (5, "3-5 words"), (10, "6-10 words"), (10**9, "above 10 words"))

@@ -18,10 +18,10 @@ from etils import epath
 
 from argenseg_jax import files
 from argenseg_jax.data.mixture import Source
+from argenseg_jax.data.rle import decode_rle
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval import evaluator, results, visualize
 from argenseg_jax.eval.results import Say, evaluations, say
-from argenseg_jax.eval.rle import decode_rle
 
 # Columns of the score table: key of scores.json -> heading.
 # Columns of other metrics follow them, in the order of the paper's tables.

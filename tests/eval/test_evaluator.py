@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from argenseg_jax import distributed
+from argenseg_jax.data.rle import decode_rle, encode_rle
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.data.synthetic.shapes import ShapesSource
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval import evaluator
 from argenseg_jax.eval.evaluator import Evaluator, constant_baseline
 from argenseg_jax.eval.metrics.referring import iou
-from argenseg_jax.eval.rle import decode_rle, encode_rle
 from argenseg_jax.eval.spool import Spool
 
 SIDE = 8

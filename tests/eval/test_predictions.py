@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+from argenseg_jax.data.rle import decode_rle, encode_rle
 from argenseg_jax.data.sample import Sample
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval import predictions
 from argenseg_jax.eval.evaluator import Evaluator
 from argenseg_jax.eval.predictions import coco_results, read_records, summary
-from argenseg_jax.eval.rle import decode_rle, encode_rle
 from benchmarks import rescore
 
 SIDE = 10

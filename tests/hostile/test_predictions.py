@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from argenseg_jax.data.rle import encode_rle
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval import predictions, report
 from argenseg_jax.eval.metrics import registry
 from argenseg_jax.eval.resume import Partial
-from argenseg_jax.eval.rle import encode_rle
 from tests.hostile import mutated
 
 REFERENCES = {

@@ -10,10 +10,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from argenseg_jax.data.rle import encode_rle
 from argenseg_jax.data.sources.interactive import innermost
 from argenseg_jax.errors import UserError
 from argenseg_jax.eval.metrics import anomaly, fidelity, instances, interactive, referring, registry, text
-from argenseg_jax.eval.rle import encode_rle
 
 
 def block(top, left, bottom, right, side=20):
