@@ -190,13 +190,14 @@ def check_regular(path: epath.PathLike, limit: int | None = None, error: type[Us
     return size
 
 
-def check_all_regular(folder: epath.PathLike, error: type[UserError] = UserError) -> None:
-    """`error` where a local folder, at any depth, holds a device, pipe or socket, for which libraries would wait."""
-    for directory, _, names in os.walk(folder) if not is_remote(folder) else ():
-        for name in names:
-            path = epath.Path(directory) / name
-            if path.exists():  # a link that leads nowhere is its reader's matter
-                check_regular(path, None, error)
+def check_all_regular(path: epath.PathLike, error: type[UserError] = UserError) -> None:
+    """`error` where a local file is, or a folder holds at any depth, a device, pipe or socket: libraries would wait."""
+    if is_remote(path):
+        return
+    within = (os.path.join(directory, name) for directory, _, names in os.walk(path) for name in names)
+    for file in within if os.path.isdir(path) else (path,):
+        if os.path.exists(file):  # a link that leads nowhere is its reader's matter
+            check_regular(file, None, error)
 
 
 def read_text(path: epath.PathLike, limit: int = MAX_BYTES, error: type[UserError] = UserError) -> str:

@@ -33,7 +33,6 @@ from argenseg_jax.ckpt.steps import DIRECTORY, FROZEN, find_step, newest_step, r
 from argenseg_jax.errors import UserError, brief
 
 CONFIG = "config.json"
-_STEP_FILES = ("meta", "metrics", steps.NOTES)  # read by every reader of a step
 
 
 class Checkpointer:
@@ -248,7 +247,7 @@ class Checkpointer:
             return
         fault = None
         try:
-            _check(step, (*_STEP_FILES, "params", "ema", "train"), self._process)
+            _check(step, (*steps.READ_FIRST, "params", "ema", "train"), self._process)
         except UserError as error:
             fault = str(error)
         if found := next(filter(None, distributed.gather(fault)), None):
@@ -331,7 +330,7 @@ def restore_params(path: epath.PathLike, want: Any | None = None, *, ema: bool =
     """
     step = find_step(path)
     if checksums:
-        _check(step, (*_STEP_FILES, "params", *(["ema"] if ema else [])))
+        _check(step, (*steps.READ_FIRST, "params", *(["ema"] if ema else [])))
     if want is None:
         want = _abstract(saved_params(step))
     else:
@@ -372,7 +371,7 @@ def _frozen_folder(step: epath.Path) -> epath.Path | None:
 def read_train(path: epath.PathLike) -> dict[str, Any]:
     """The rest of a step's train state: step, skipped, opt_state, extra, as numpy arrays."""
     folder = find_step(path) / "train"
-    _check(folder.parent, (*_STEP_FILES, "train"))
+    _check(folder.parent, (*steps.READ_FIRST, "train"))
     return _restore_item(folder, _abstract(_saved_shapes(folder)))
 
 
@@ -398,7 +397,7 @@ def open_params(path: epath.PathLike, part: str = "", *, checksums: bool = True)
     """
     step = find_step(path)
     if checksums:
-        _check(step, (*_STEP_FILES, "params", "ema"))
+        _check(step, (*steps.READ_FIRST, "params", "ema"))
     leaves = {}
     for folder in param_folders(files.absolute(step), ema=True):
         names, layout = trees.flatten(_saved_shapes(folder)), read_layout(folder)

@@ -22,6 +22,7 @@ from argenseg_jax.errors import UserError
 DIRECTORY = "checkpoints"  # within a workdir
 FROZEN = "frozen"  # within DIRECTORY
 NOTES = "_CHECKPOINT_METADATA"  # Orbax's, of a step
+READ_FIRST = ("meta", "metrics", NOTES)  # by every reader of a step; Orbax reads them when it lists the steps
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")
 _ARRAYS, _META = "_METADATA", "meta/metadata"  # as Orbax names the files
 _TRAINING = ("train", "meta")
@@ -77,6 +78,12 @@ def missing(step: epath.Path, *, weights: bool = False) -> list[str]:
     if not weights and any((step / name).exists() for name in _TRAINING):
         items |= dict.fromkeys(_TRAINING)
     absent = [name for name in items if name in ("params", "ema", "train") and not (step / name / _ARRAYS).exists()]
+    if not weights:
+        try:
+            for name in READ_FIRST:
+                files.check_all_regular(step / name)
+        except UserError as fault:
+            return [*absent, f"a readable {name} ({fault})"]
     if not weights and "train" in items:
         try:
             meta = read_meta(step)

@@ -238,6 +238,17 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(work, name, checked):
         orbax_io.restore_params(work / "checkpoints" / "4", checksums=checked)
 
 
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "meta/metadata", "metrics/metrics"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_a_run_does_not_wait_for_a_pipe_in_place_of_a_step_s_notes(work, capfd, name, make):
+    path = work / "checkpoints" / "4" / name
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    make(path)
+    run(work)
+    assert f"'4' lacks a readable {name.split('/')[0]}" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": {"params/_METADATA": 3}}', "\x00"])
 def test_damaged_checksums_are_one_line(work, content):
     (work / "checkpoints" / "4" / "checksums-00000.json").write_text(content)
